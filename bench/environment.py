@@ -1,0 +1,48 @@
+"""The machine, versions and BLAS behind a figure."""
+
+import os
+import platform
+from pathlib import Path
+from typing import Any
+
+import mlx.core as mx
+import mlx_lm
+
+from ..version import __version__
+
+
+def describe() -> dict[str, Any]:
+    """One flat dict for tables and JSON."""
+    return {
+        "device": device_name(),
+        "cores": os.cpu_count(),
+        "system": f"{platform.system()} {platform.release()}",
+        "blas": blas(),
+        "mlx": mx.__version__,
+        "mlx_lm": mlx_lm.__version__,
+        "mlx_fastforward": __version__,
+    }
+
+
+def device_name() -> str:
+    if mx.default_device() == mx.gpu:
+        return str(mx.device_info().get("device_name", "GPU"))
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        return platform.processor() or platform.machine()
+    names = [x.split(":", 1)[1].strip() for x in lines if x.startswith("model name")]
+    return names[0] if names else platform.machine()
+
+
+def blas() -> str:
+    """The BLAS that CPU matmuls use: Metal and CUDA do not use one."""
+    if mx.default_device() == mx.gpu:
+        return "none (GPU)"
+    if platform.system() == "Darwin":
+        return "Accelerate"
+    try:
+        maps = Path("/proc/self/maps").read_text()
+    except OSError:
+        return "unknown"
+    return "OpenBLAS (preloaded)" if "openblas" in maps else "as in the mlx wheel"

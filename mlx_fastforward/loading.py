@@ -1,0 +1,59 @@
+"""load(): mlx_lm.load, and the model comes back attached."""
+
+from pathlib import Path
+from typing import Any, Optional
+
+import mlx.nn as nn
+from mlx_lm.utils import load as mlx_lm_load
+
+from .adapter import Adapter, find_adapter
+from .attach import attach
+from .config import PrefillConfig
+
+
+def load(
+    path_or_hf_repo: str,
+    sparsity: float = 0.5,
+    *,
+    adapter: Optional[str | Path | Adapter] = None,
+    tokenizer_config: Optional[dict[str, Any]] = None,
+    model_config: Optional[dict[str, Any]] = None,
+    adapter_path: Optional[str] = None,
+    lazy: bool = False,
+    return_config: bool = False,
+    revision: Optional[str] = None,
+    trust_remote_code: bool = False,
+    **settings: Any,
+) -> tuple:
+    """Load a model that prefills sparsely; a drop-in for ``mlx_lm.load``.
+
+    Args:
+        path_or_hf_repo: Local folder or Hugging Face repository.
+        sparsity: Share of FFN neurons dropped in sparse blocks; 0 is stock mlx-lm.
+        adapter: Trained predictors: a folder or repository, or one loaded already. Default: the
+            one beside the model, if there is one.
+        adapter_path: LoRA weights, as in mlx_lm.
+        settings: Further fields of PrefillConfig.
+
+    Returns:
+        (model, tokenizer), and the config with ``return_config``.
+
+    Raises:
+        ConfigError, AdapterError, UnsupportedModel, and what mlx_lm.load raises.
+    """
+    config = PrefillConfig.from_kwargs(sparsity=sparsity, **settings)
+    if not isinstance(adapter, Adapter):
+        adapter = find_adapter(path_or_hf_repo, adapter)
+    model, *rest = mlx_lm_load(
+        path_or_hf_repo,
+        tokenizer_config=tokenizer_config,
+        model_config=model_config,
+        adapter_path=adapter_path,
+        lazy=lazy,
+        return_config=return_config,
+        revision=revision,
+        trust_remote_code=trust_remote_code,
+    )
+    assert isinstance(model, nn.Module)
+    attach(model, config, adapter=adapter)
+    return (model, *rest)

@@ -1,0 +1,65 @@
+"""How one call's new tokens are split: dense head, sparse blocks, dense tail.
+
+Pure Python, no mlx: everything here is known before the forward pass is built.
+"""
+
+from dataclasses import dataclass
+from typing import Optional
+
+
+@dataclass(frozen=True)
+class Plan:
+    """head + blocks * block_size + tail tokens, in this order (section 3.1)."""
+
+    head: int
+    blocks: int
+    block_size: int
+    tail: int
+
+    @property
+    def start(self) -> int:
+        """The first sparse token."""
+        return self.head
+
+    @property
+    def stop(self) -> int:
+        """One past the last sparse token."""
+        return self.head + self.blocks * self.block_size
+
+    @property
+    def tokens(self) -> int:
+        return self.stop + self.tail
+
+
+def plan_call(
+    new: int,
+    block_size: int,
+    *,
+    cache_empty: bool,
+    after: Optional[int] = None,
+    dense_head: bool = True,
+    dense_tail: bool = True,
+) -> Optional[Plan]:
+    """Split a call of ``new`` tokens, or return None where the whole call stays dense.
+
+    Args:
+        new: Tokens in this call.
+        block_size: Tokens per sparse block.
+        cache_empty: Nothing is cached yet: the first block holds the attention sinks.
+        after: Prompt tokens that follow in later calls, 0 at the prompt's end. None where the
+            caller does not know: the call is then taken for the end of a prompt, and anything
+            shorter than three blocks (decode, verification of drafts) stays dense.
+        dense_head: Keep the first block dense if the cache is empty.
+        dense_tail: Keep at least the last ``block_size`` tokens of the prompt dense. Tokens that
+            do not fill a block are always dense, as part of the tail.
+    """
+    if after is None:
+        if new < 3 * block_size:
+            return None
+        after = 0
+    head = block_size if cache_empty and dense_head else 0
+    least_tail = max(0, block_size - after) if dense_tail else 0
+    blocks = (new - head - least_tail) // block_size
+    if blocks < 1:
+        return None
+    return Plan(head, blocks, block_size, new - head - blocks * block_size)
