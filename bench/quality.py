@@ -24,7 +24,7 @@ from rich.table import Table
 
 from ..adapter import load_adapter
 from ..attach import attach, detach
-from ..cli.common import pick_model
+from .. import demo
 from ..config import PrefillConfig
 from ..engine import Engine
 from ..loading import load
@@ -180,7 +180,7 @@ def main(
 ) -> None:
     """Measure quality after a sparse prefill."""
     console = Console(stderr=True)
-    net, tokenizer = load(pick_model(model), sparsity=0.0)
+    net, tokenizer = load(model or str(demo.MODEL), sparsity=0.0)
     detach(net)
     net.set_dtype(getattr(mx, dtype))
     side = load_adapter(adapter) if adapter else None

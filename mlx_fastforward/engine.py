@@ -125,55 +125,21 @@ class Engine:
         Head, probes and tail are the dense tokens: they share one GEMM per projection. The other
         tokens of the blocks run over the neurons that the selector picked.
         """
-        assert self.call is not None
-        plan, ffn, keep = self.call.plan, self.ffns[layer], self.keep[layer]
-        batch, _, d = x.shape
-        assert keep is not None
-        n, every = plan.block_size, self.selector.probe_every
-        blocks = x[:, plan.start : plan.stop].reshape(-1, n, d)
-        dense = [x[:, : plan.head]]
-        if every:
-            dense.append(blocks[:, ::every].reshape(batch, -1, d))
-        dense.append(x[:, plan.stop :])
-        sizes = [p.shape[1] for p in dense]
-        z = y = None
-        if sum(sizes):
-            z = ffn.activations(mx.concatenate(dense, axis=1))
-            y = ffn.down(z)
-        probes = None
-        if every and z is not None:
-            f = z.shape[-1]
-            probes = z[:, plan.head : plan.head + sizes[1]].reshape(
-                len(blocks), n // every, f
-            )
-        valid = self.call.valid
-        seen = Seen(
-            blocks,
-            batch,
-            head=z[:, : plan.head] if z is not None and plan.head else None,
-            probes=probes,
-            valid=None if valid is None else block_mask(valid, plan),
-            memory=self.call.memory[layer],
-        )
+        call, ffn, keep = self.call, self.ffns[layer], self.keep[layer]
+        assert call is not None and keep is not None
+        split = Split(call.plan, self.selector.probe_every)
+        blocks, dense = split.blocks(x), split.dense(x)
+        z = ffn.activations(dense)
+        valid = None
+        if call.valid is not None:
+            valid = (at_least_one(split.blocks(call.valid)), split.dense(call.valid))
+        seen = Seen(blocks, dense, z, call.plan.head, valid, call.memory[layer])
         neurons = top_neurons(self.selector(layer, ffn, seen), keep)
-        if every:
-            groups = blocks.reshape(len(blocks), n // every, every, d)
-            rest = groups[:, :, 1:].reshape(len(blocks), -1, d)
-        else:
-            rest = blocks
-        out = ffn.sparse(rest, neurons)
+        rest = split.rest(blocks)
+        y = ffn.sparse(rest, neurons)
         if self.compensator is not None:
-            out = out + self.compensator(layer, rest, neurons)
-        if every and y is not None:
-            exact = y[:, plan.head : plan.head + sizes[1]]
-            exact = exact.reshape(len(blocks), n // every, 1, d)
-            out = out.reshape(len(blocks), n // every, every - 1, d)
-            out = mx.concatenate([exact, out], axis=2)
-        out = out.reshape(batch, -1, d).astype(x.dtype)
-        if y is None:
-            return out
-        tail = y[:, plan.head + (sizes[1] if every else 0) :]
-        return mx.concatenate([y[:, : plan.head], out, tail], axis=1)
+            y = y + self.compensator(layer, rest, neurons)
+        return split.join(ffn.down(z), y.astype(x.dtype))
 
     def _count(self, batch: int, new: int, plan: Optional[Plan]) -> None:
         """Add one call to the tally. The last layer's FFN is never run in a prefill chunk."""
@@ -184,13 +150,68 @@ class Engine:
             self.tally.run += dense
             if plan is None or keep is None:
                 continue
-            n, every = plan.block_size, self.selector.probe_every
-            tokens = n - n // every if every else n
+            split = Split(plan, self.selector.probe_every)
+            tokens = plan.block_size - split.probes
             saved = 6.0 * tokens * d * (f - keep)
-            paid = self.selector.flops(n, d, f)
+            paid = self.selector.flops(plan.block_size, split.dense_tokens, d, f)
             if self.compensator is not None:
                 paid += self.compensator.flops(tokens, d)
             self.tally.run += batch * plan.blocks * (paid - saved)
+
+
+@dataclass(frozen=True)
+class Split:
+    """Cuts a call's tokens into dense tokens and blocks by its plan, and joins them again.
+
+    Works on (B, L, d) and (B, L). Every ``probe_every``-th token of a block, from its first on,
+    is a probe and counts as dense; 0 means no probes.
+    """
+
+    plan: Plan
+    probe_every: int
+
+    @property
+    def probes(self) -> int:
+        """Probes per block."""
+        return self.plan.block_size // self.probe_every if self.probe_every else 0
+
+    @property
+    def dense_tokens(self) -> int:
+        """Dense tokens per row."""
+        return self.plan.head + self.plan.blocks * self.probes + self.plan.tail
+
+    def blocks(self, x: mx.array) -> mx.array:
+        """(B, L, ...) -> (M, N, ...), probes included."""
+        p = self.plan
+        return x[:, p.start : p.stop].reshape(-1, p.block_size, *x.shape[2:])
+
+    def dense(self, x: mx.array) -> mx.array:
+        """(B, L, ...) -> (B, T, ...): head, probes, tail."""
+        p = self.plan
+        parts = [x[:, : p.head], x[:, p.stop :]]
+        if self.probe_every:
+            parts.insert(1, x[:, p.start : p.stop : self.probe_every])
+        return mx.concatenate(parts, axis=1)
+
+    def rest(self, blocks: mx.array) -> mx.array:
+        """(M, N, d) -> (M, N - probes, d)."""
+        if not self.probe_every:
+            return blocks
+        m, _, d = blocks.shape
+        groups = blocks.reshape(m, self.probes, self.probe_every, d)
+        return groups[:, :, 1:].reshape(m, -1, d)
+
+    def join(self, dense: mx.array, rest: mx.array) -> mx.array:
+        """Outputs (B, T, d) of ``dense`` and (M, N - probes, d) of ``rest`` -> (B, L, d)."""
+        p = self.plan
+        batch, _, d = dense.shape
+        tail = dense.shape[1] - p.tail
+        if self.probe_every:
+            exact = dense[:, p.head : tail].reshape(len(rest), self.probes, 1, d)
+            rest = rest.reshape(len(rest), self.probes, self.probe_every - 1, d)
+            rest = mx.concatenate([exact, rest], axis=2)
+        middle = rest.reshape(batch, -1, d)
+        return mx.concatenate([dense[:, : p.head], middle, dense[:, tail:]], axis=1)
 
 
 def is_empty(cache: Cache) -> bool:
@@ -218,7 +239,6 @@ def valid_tokens(cache: Cache, batch: int, new: int) -> Optional[mx.array]:
     return valid.astype(mx.float32)
 
 
-def block_mask(valid: mx.array, plan: Plan) -> mx.array:
-    """The mask of the sparse blocks (M, N); a block of padding alone counts as real."""
-    m = valid[:, plan.start : plan.stop].reshape(-1, plan.block_size)
-    return mx.maximum(m, 1 - mx.max(m, axis=-1, keepdims=True))
+def at_least_one(valid: mx.array) -> mx.array:
+    """A mask (M, N) in which a block of nothing but padding counts as real."""
+    return mx.maximum(valid, 1 - mx.max(valid, axis=-1, keepdims=True))

@@ -16,20 +16,23 @@ from .ffn import GatedFFN
 class Seen:
     """What a layer knows about a call before it picks neurons.
 
+    The dense tokens of a row are its head, its probes and its tail, T in all.
+
     Args:
-        blocks: FFN inputs of the sparse blocks (M, N, d).
-        batch: Rows of the call; blocks of one row are neighbours in ``blocks``.
-        head: Activations of the dense head (batch, N, f), where there is one.
-        probes: Activations of the probe tokens (M, N / probe_every, f), where there are any.
-        valid: 1 for real tokens and 0 for padding (M, N), or None where all are real.
+        blocks: FFN inputs of the sparse blocks (M, N, d); blocks of one row are neighbours.
+        x: FFN inputs of the dense tokens (batch, T, d).
+        z: Their activations (batch, T, f).
+        head: How many of the dense tokens are the head.
+        valid: 1 for real tokens and 0 for padding, (M, N) for blocks and (batch, T) for dense
+            tokens, or None where all are real.
         memory: Kept with the KV cache between the calls of one prompt; for this layer.
     """
 
     blocks: mx.array
-    batch: int = 1
-    head: Optional[mx.array] = None
-    probes: Optional[mx.array] = None
-    valid: Optional[mx.array] = None
+    x: mx.array
+    z: mx.array
+    head: int = 0
+    valid: Optional[tuple[mx.array, mx.array]] = None
     memory: dict[str, mx.array] = field(default_factory=dict)
 
 
@@ -42,8 +45,8 @@ class Selector(Protocol):
         """Scores (M, f), larger is more wanted."""
         ...
 
-    def flops(self, block: int, d: int, f: int) -> float:
-        """FLOPs for one block beyond those of the dense and sparse FFN themselves."""
+    def flops(self, block: int, dense: int, d: int, f: int) -> float:
+        """FLOPs to score one block in a row with ``dense`` dense tokens, FFN not counted."""
         ...
 
 
@@ -61,11 +64,16 @@ def neuron_scores(
     """
     z = z.astype(mx.float32)
     if score == "griffin":
-        z = z * mx.rsqrt(mx.sum(mx.square(z), axis=-1, keepdims=True) + 1e-12)
+        z = unit_rows(z)
     if valid is not None:
         z = z * valid[..., None]
     norms = mx.sqrt(mx.sum(mx.square(z), axis=-2))
     return norms * ffn.down_norms() if score == "weighted" else norms
+
+
+def unit_rows(x: mx.array) -> mx.array:
+    """Rows scaled to norm 1."""
+    return x * mx.rsqrt(mx.sum(mx.square(x), axis=-1, keepdims=True) + 1e-12)
 
 
 def top_neurons(scores: mx.array, keep: int) -> mx.array:
@@ -78,25 +86,43 @@ def top_neurons(scores: mx.array, keep: int) -> mx.array:
 
 
 class Probe:
-    """Training-free: evenly spaced tokens of each block run densely and vote.
+    """Training-free: tokens that run densely anyway vote for the tokens that resemble them.
 
-    The probes of all blocks go through one GEMM together with the dense head and tail, and their
-    exact outputs are kept, so a probe costs less than the sparse FFN on top would.
+    Evenly spaced probe tokens of each block run densely, in one GEMM with head and tail, and keep
+    their exact outputs. A neuron's energy at any other token is estimated by kernel regression
+    over all dense tokens of the row, with weights softmax(32 cos(x_t, x_i)); its energy in a
+    block is the sum over the block's tokens, so every dense token counts as often as it has
+    look-alikes in the block. Fourth powers: neurons fire on single tokens.
     """
+
+    sharpness = 32.0
+    power = 4.0
 
     def __init__(self, score: str, probe_every: int):
         self.score = score
         self.probe_every = probe_every
 
     def __call__(self, layer: int, ffn: GatedFFN, seen: Seen) -> mx.array:
-        assert seen.probes is not None
-        valid = seen.valid
-        if valid is not None:
-            valid = valid[:, :: self.probe_every]
-        return neuron_scores(seen.probes, ffn, self.score, valid)
+        m, n, d = seen.blocks.shape
+        batch = len(seen.x)
+        x = unit_rows(seen.blocks.reshape(batch, -1, d))
+        likeness = (x @ unit_rows(seen.x).swapaxes(-1, -2)).astype(mx.float32)
+        likeness = self.sharpness * likeness
+        if seen.valid is not None:
+            likeness = mx.where(seen.valid[1][:, None] > 0, likeness, -1e9)
+        votes = mx.softmax(likeness, axis=-1)
+        if seen.valid is not None:
+            votes = votes * seen.valid[0].reshape(batch, -1, 1)
+        votes = votes.reshape(batch, m // batch, n, -1).sum(axis=2)
+        z = seen.z.astype(mx.float32)
+        if self.score == "griffin":
+            z = unit_rows(z)
+        energy = (votes @ mx.abs(z) ** self.power).reshape(m, -1)
+        norms = energy ** (1 / self.power)
+        return norms * ffn.down_norms() if self.score == "weighted" else norms
 
-    def flops(self, block: int, d: int, f: int) -> float:
-        return 0.0
+    def flops(self, block: int, dense: int, d: int, f: int) -> float:
+        return 2.0 * block * dense * d + 2.0 * dense * f
 
 
 class FirstBlock:
@@ -108,17 +134,17 @@ class FirstBlock:
         self.score = score
 
     def __call__(self, layer: int, ffn: GatedFFN, seen: Seen) -> mx.array:
-        if seen.head is not None:
-            seen.memory["scores"] = neuron_scores(seen.head, ffn, self.score)
-        elif "scores" not in seen.memory:
-            m, n, d = seen.blocks.shape
-            first = seen.blocks.reshape(seen.batch, m // seen.batch, n, d)[:, 0]
-            z = ffn.activations(first)
+        m, n, d = seen.blocks.shape
+        batch = len(seen.x)
+        if seen.head:
+            z = seen.z[:, : seen.head]
             seen.memory["scores"] = neuron_scores(z, ffn, self.score)
-        scores = seen.memory["scores"]
-        return mx.repeat(scores, len(seen.blocks) // len(scores), axis=0)
+        elif "scores" not in seen.memory:
+            z = ffn.activations(seen.blocks.reshape(batch, -1, n, d)[:, 0])
+            seen.memory["scores"] = neuron_scores(z, ffn, self.score)
+        return mx.repeat(seen.memory["scores"], m // batch, axis=0)
 
-    def flops(self, block: int, d: int, f: int) -> float:
+    def flops(self, block: int, dense: int, d: int, f: int) -> float:
         return 0.0
 
 
@@ -132,9 +158,10 @@ class Oracle:
 
     def __call__(self, layer: int, ffn: GatedFFN, seen: Seen) -> mx.array:
         z = ffn.activations(seen.blocks)
-        return neuron_scores(z, ffn, self.score, seen.valid)
+        valid = None if seen.valid is None else seen.valid[0]
+        return neuron_scores(z, ffn, self.score, valid)
 
-    def flops(self, block: int, d: int, f: int) -> float:
+    def flops(self, block: int, dense: int, d: int, f: int) -> float:
         return 4.0 * block * d * f
 
 
@@ -160,11 +187,11 @@ class Trained:
         x = seen.blocks.astype(w.query.dtype)
         logits = (x @ w.query) / math.sqrt(x.shape[-1])
         if seen.valid is not None:
-            logits = mx.where(seen.valid > 0, logits, -mx.inf)
+            logits = mx.where(seen.valid[0] > 0, logits, -mx.inf)
         attention = mx.softmax(logits, axis=-1, precise=True)
         pooled = (attention[:, None, :] @ x)[:, 0]
         return mx.maximum(pooled @ w.w1, 0) @ w.w2
 
-    def flops(self, block: int, d: int, f: int) -> float:
+    def flops(self, block: int, dense: int, d: int, f: int) -> float:
         r = self.layers[0].w1.shape[1]
         return 4.0 * block * d + 2.0 * r * (d + f)

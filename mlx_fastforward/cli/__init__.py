@@ -1,0 +1,49 @@
+"""The command line: ``mlx_fastforward`` and ``python -m mlx_fastforward``."""
+
+import os
+from typing import Annotated
+
+os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+import typer  # noqa: E402
+
+from ..version import __version__  # noqa: E402
+from .chat import chat  # noqa: E402
+from .demo import demo  # noqa: E402
+from .generate import generate  # noqa: E402
+
+app = typer.Typer(
+    help="A shorter time to first token with mlx-lm: block-wise FFN-sparse prefill.",
+    epilog="Start with: mlx_fastforward demo",
+    no_args_is_help=True,
+    rich_markup_mode="rich",
+    pretty_exceptions_enable=False,
+)
+
+
+def _version(asked: bool) -> None:
+    if asked:
+        print(__version__)
+        raise typer.Exit()
+
+
+@app.callback()
+def _root(
+    version: Annotated[
+        bool,
+        typer.Option(
+            "--version", callback=_version, is_eager=True, help="Print the version."
+        ),
+    ] = False,
+) -> None:
+    pass
+
+
+app.command()(chat)
+app.command()(generate)
+app.command()(demo)
+
+
+def main() -> None:
+    app(prog_name="mlx_fastforward")

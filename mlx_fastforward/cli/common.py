@@ -1,4 +1,155 @@
-"""shared"""
-from typing import Optional
-def pick_model(name: Optional[str]) -> str:
-    return name or "/work/shared/testbed/model"
+"""What the commands share: one-line errors, loading, reading files, the sampler."""
+
+import contextlib
+import sys
+from pathlib import Path
+from typing import Any, Callable, Iterator, NoReturn, Optional
+
+import typer
+
+from .. import demo
+from ..config import ConfigError, FastForwardError
+
+
+def fail(message: str, code: int = 1) -> NoReturn:
+    """Print one line to stderr and leave; 2 is for wrong usage, 1 for failure."""
+    print(f"mlx_fastforward: {message}", file=sys.stderr)
+    raise typer.Exit(code)
+
+
+@contextlib.contextmanager
+def one_line_errors() -> Iterator[None]:
+    """Turn the errors a user can act on into one line, without a traceback."""
+    try:
+        yield
+    except ConfigError as e:
+        fail(str(e), 2)
+    except FastForwardError as e:
+        fail(str(e))
+
+
+def check_step(prefill_step_size: int, block_size: int) -> None:
+    if prefill_step_size < block_size:
+        raise ConfigError(
+            f"--prefill-step-size ({prefill_step_size}) must be at least --block-size "
+            f"({block_size}): a sparse block cannot span two steps."
+        )
+
+
+def read_text(path: Path) -> str:
+    """A UTF-8 document, or one line that says why not."""
+    if path.is_dir():
+        raise FileProblem(f"{path} is a folder; expected a text file.")
+    try:
+        text = path.expanduser().read_text(encoding="utf-8")
+    except FileNotFoundError:
+        raise FileProblem(f"{path} does not exist; expected a text file.") from None
+    except UnicodeDecodeError:
+        raise FileProblem(
+            f"{path} is not UTF-8 text; convert it to plain text first."
+        ) from None
+    except OSError as e:
+        raise FileProblem(f"{path} cannot be read: {e.strerror}.") from None
+    if not text.strip():
+        raise FileProblem(f"{path} is empty.")
+    return text.strip()
+
+
+class FileProblem(FastForwardError):
+    """A document that cannot be used."""
+
+
+class LoadProblem(FastForwardError):
+    """A model that cannot be loaded."""
+
+
+def load_model(name: Optional[str], **kwargs: Any) -> tuple[Any, Any]:
+    """ff.load with its many errors told in one line. ``name`` None is the demo model."""
+    from huggingface_hub.errors import (
+        GatedRepoError,
+        HfHubHTTPError,
+        HFValidationError,
+        LocalEntryNotFoundError,
+        OfflineModeIsEnabled,
+        RepositoryNotFoundError,
+        RevisionNotFoundError,
+    )
+
+    from ..loading import load
+
+    name = str(demo.MODEL) if name is None else name
+    path = Path(name)
+    if path.is_file():
+        raise LoadProblem(f"{name} is a file; expected a model folder or repository.")
+    if path.is_dir() and not (path / "config.json").is_file():
+        raise LoadProblem(f"{name} holds no config.json; expected a model folder.")
+    try:
+        return load(name, **kwargs)
+    except FastForwardError:
+        raise
+    except HFValidationError:
+        raise LoadProblem(
+            f"{name} is neither a local folder nor a repository name like "
+            "mlx-community/Llama-3.2-3B-Instruct-4bit."
+        ) from None
+    except GatedRepoError:
+        raise LoadProblem(
+            f"{name} is gated: accept its terms on its page, then run hf auth login."
+        ) from None
+    except (RepositoryNotFoundError, RevisionNotFoundError):
+        raise LoadProblem(
+            f"{name} was not found: not a local folder, and no such repository "
+            "(or it is private: hf auth login)."
+        ) from None
+    except (LocalEntryNotFoundError, OfflineModeIsEnabled, ConnectionError):
+        raise _offline(name) from None
+    except HfHubHTTPError as e:
+        raise LoadProblem(f"{name}: the hub answered {_first_line(e)}") from None
+    except Exception as e:
+        if type(e).__module__.partition(".")[0] in ("httpx", "httpx2", "httpcore"):
+            raise _offline(name) from None
+        raise LoadProblem(f"{name} cannot be loaded: {_first_line(e)}") from e
+
+
+def _offline(name: str) -> LoadProblem:
+    return LoadProblem(
+        f"{name} is not in the local cache and the hub cannot be reached; "
+        "connect once to download it, or pass a local folder."
+    )
+
+
+def _first_line(e: Exception) -> str:
+    text = str(e).strip()
+    return text.splitlines()[0] if text else type(e).__name__
+
+
+def sampling(
+    tokenizer: Any,
+    temp: float,
+    top_p: float,
+    min_p: float = 0.0,
+    top_k: int = 0,
+    xtc_probability: float = 0.0,
+    xtc_threshold: float = 0.1,
+) -> Callable:
+    """mlx-lm's sampler for the flags of the commands."""
+    from mlx_lm.sample_utils import make_sampler
+
+    return make_sampler(
+        temp,
+        top_p,
+        min_p,
+        top_k=top_k,
+        xtc_probability=xtc_probability,
+        xtc_threshold=xtc_threshold,
+        xtc_special_tokens=tokenizer.encode("\n") + list(tokenizer.eos_token_ids),
+    )
+
+
+def status_line(r: Any) -> str:
+    """One quiet line about an answer. r: Response."""
+    reused = f" (+{r.cached_tokens:,} cached)" if r.cached_tokens else ""
+    return (
+        f"{r.prompt_tokens:,} prompt tokens{reused} · TTFT {r.ttft:.2f} s · "
+        f"{r.generation_tps:.1f} tok/s · {r.ffn_sparsity:.0%} of the prompt's FFN skipped"
+    )

@@ -1,0 +1,289 @@
+"""mlx_fastforward chat: the loop, its commands and what they print."""
+
+import contextlib
+import sys
+from pathlib import Path
+from typing import Any, Iterator, Optional
+
+from rich.console import Console
+from rich.text import Text
+
+from . import options as o
+from .common import (
+    check_step,
+    fail,
+    load_model,
+    one_line_errors,
+    read_text,
+    sampling,
+    status_line,
+)
+from .terminal import Lines, prefill_progress, show_compared
+
+HELP = """\
+/file PATH   put a document before the next message
+/compare     answer the last message sparse and dense, with both TTFTs
+/dense       prefill like stock mlx-lm; /sparse switches back
+/reset       forget the conversation (also: r)
+/help        this list (also: h)
+/quit        leave (also: q, Ctrl-D)
+Ctrl-C stops an answer. Alt-Enter starts a new line; a paste may have many."""
+
+
+def chat(
+    model: o.Model = None,
+    file: o.File = None,
+    adapter_path: o.AdapterPath = None,
+    trust_remote_code: o.TrustRemoteCode = False,
+    sparsity: o.Sparsity = 0.5,
+    block_size: o.BlockSize = 128,
+    selector: o.Selector = "auto",
+    adapter: o.Adapter = None,
+    compensator: o.Compensator = "auto",
+    schedule: o.Schedule = "auto",
+    dense_head: o.DenseHead = True,
+    dense_tail: o.DenseTail = True,
+    sparse_decode: o.SparseDecode = False,
+    max_tokens: o.MaxTokens = 256,
+    temp: o.Temp = 0.0,
+    top_p: o.TopP = 1.0,
+    xtc_probability: o.XtcProbability = 0.0,
+    xtc_threshold: o.XtcThreshold = 0.1,
+    seed: o.Seed = 0,
+    system_prompt: o.SystemPrompt = None,
+    max_kv_size: o.MaxKvSize = None,
+    prefill_step_size: o.PrefillStepSize = 2048,
+) -> None:
+    """Chat with a model that reads long prompts sparsely.
+
+    Examples:
+
+      mlx_fastforward chat --model mlx-community/Llama-3.2-3B-Instruct-4bit
+
+      mlx_fastforward chat --file report.txt --sparsity 0.4
+
+      echo "Who was Alice?" | mlx_fastforward chat > answer.txt
+    """
+    with one_line_errors():
+        if max_tokens == 0:
+            fail("--max-tokens must not be 0; -1 means no limit.", 2)
+        check_step(prefill_step_size, block_size)
+        document = read_text(file) if file is not None else None
+        net, tokenizer = load_model(
+            model,
+            sparsity=sparsity,
+            block_size=block_size,
+            selector=selector,
+            adapter=adapter,
+            compensator=compensator,
+            schedule=schedule,
+            dense_head=dense_head,
+            dense_tail=dense_tail,
+            sparse_decode=sparse_decode,
+            adapter_path=adapter_path,
+            trust_remote_code=trust_remote_code,
+            tokenizer_config={"trust_remote_code": trust_remote_code},
+        )
+        import mlx.core as mx
+
+        from ..session import Session
+
+        if seed is not None:
+            mx.random.seed(seed)
+        loop = Chat(
+            Session(net, tokenizer, system_prompt, max_kv_size),
+            document,
+            max_tokens=max_tokens,
+            sampler=sampling(
+                tokenizer,
+                temp,
+                top_p,
+                xtc_probability=xtc_probability,
+                xtc_threshold=xtc_threshold,
+            ),
+            prefill_step_size=prefill_step_size,
+        )
+        loop.banner(model, file)
+        loop.run()
+
+
+class Chat:
+    """One run of the chat. With a pipe at either end it prints answers and nothing else."""
+
+    def __init__(self, session: Any, document: Optional[str], **generation: Any):
+        self.session = session
+        self.document = document
+        self.generation = generation
+        self.interactive = sys.stdin.isatty() and sys.stdout.isatty()
+        self.console = Console(highlight=False, soft_wrap=True)
+        self.last: Optional[str] = None
+
+    @property
+    def engine(self) -> Any:
+        from ..attach import engine_of
+
+        engine = engine_of(self.session.model)
+        assert engine is not None
+        return engine
+
+    def note(self, text: str) -> None:
+        """A quiet line, for people only."""
+        if self.interactive:
+            self.console.print(Text(text, style="dim"))
+
+    def problem(self, text: str) -> None:
+        if self.interactive:
+            self.console.print(Text(text, style="yellow"))
+        else:
+            print(f"mlx_fastforward: {text}", file=sys.stderr)
+
+    def banner(self, model: Optional[str], file: Optional[Path]) -> None:
+        if not self.interactive:
+            return
+        config = self.engine.config
+        mode = "dense (stock mlx-lm)"
+        if config.sparsity:
+            selector = type(self.engine.selector).__name__.lower()
+            mode = f"{config.sparsity:.0%} of FFN neurons dropped per {config.block_size} tokens"
+            mode += f", selector {selector}"
+        self.console.print(Text("mlx_fastforward chat", style="bold"))
+        if model is None:
+            from .. import demo
+
+            self.console.print(
+                "Demo model, 9.4 M parameters: it finds facts in a text and is good for little "
+                "else.\nA real one: --model mlx-community/Llama-3.2-3B-Instruct-4bit"
+            )
+            if file is None:
+                self.note(f"A document to ask it about: /file {demo.DOCUMENT}")
+        else:
+            self.console.print(Text(f"model    {model}"))
+        self.console.print(Text(f"prefill  {mode}"))
+        self.note("/help lists the commands")
+
+    def run(self) -> None:
+        lines = Lines(self.interactive)
+        while (line := lines.read()) is not None:
+            text = line.strip()
+            if not text:
+                continue
+            if text in ("/quit", "/exit", "q"):
+                return
+            if not self.command(text):
+                self.turn(text)
+
+    def command(self, text: str) -> bool:
+        """Run an in-chat command; False if the text is a message."""
+        aliases = {"r": "/reset", "h": "/help"}
+        name, _, rest = aliases.get(text, text).partition(" ")
+        if name == "/help":
+            self.console.print(Text(HELP, style="dim" if self.interactive else ""))
+        elif name == "/reset":
+            self.session.reset()
+            self.document = self.last = None
+            self.note("Forgot the conversation.")
+        elif name in ("/dense", "/sparse"):
+            self.switch(name == "/sparse")
+        elif name == "/file":
+            self.load_document(rest.strip())
+        elif name == "/compare":
+            self.compare()
+        elif name.startswith("/") and name[1:].isalpha() and "\n" not in text:
+            self.problem(f"unknown command {name}; /help lists them.")
+        else:
+            return False
+        return True
+
+    def switch(self, sparse: bool) -> None:
+        if sparse and not self.engine.config.sparsity:
+            self.problem("this chat was started with --sparsity 0; start it with more.")
+            return
+        self.engine.enabled = sparse
+        self.session.forget_cache()
+        how = "sparse" if sparse else "dense, as stock mlx-lm"
+        self.note(f"Prefill is {how} now; the next message reads everything anew.")
+
+    def load_document(self, name: str) -> None:
+        from ..config import FastForwardError
+
+        if not name:
+            self.problem("usage: /file PATH")
+            return
+        if len(name) > 1 and name[0] == name[-1] and name[0] in "'\"":
+            name = name[1:-1]
+        try:
+            self.document = read_text(Path(name))
+        except FastForwardError as e:
+            self.problem(str(e))
+            return
+        self.note(
+            f"{name}: {len(self.document):,} characters, read with your next message."
+        )
+
+    def turn(self, text: str) -> None:
+        """Answer one message."""
+        from ..config import FastForwardError
+
+        message = f"{self.document}\n\n{text}" if self.document else text
+        try:
+            self.warn_length(len(self.session.render(message)))
+            done = self.stream(self.session.answer, message)
+        except FastForwardError as e:
+            self.problem(str(e))
+            return
+        if done:
+            self.document, self.last = None, text
+
+    def stream(self, answer: Any, *args: Any) -> Any:
+        """Print an answer as it comes; returns its last response, None if nothing was said."""
+        last = None
+        with prefill_progress(self.interactive, self.console) as (tick, finish):
+            responses = answer(
+                *args, prompt_progress_callback=tick, **self.generation
+            )
+            with contextlib.closing(responses), stopped_by_ctrl_c(self):
+                for last in responses:
+                    finish()
+                    print(last.text, end="", flush=True)
+        print(flush=True)
+        if last is not None:
+            self.note(status_line(last))
+        return last
+
+    def compare(self) -> None:
+        """The last message, sparse and dense, each from an empty cache."""
+        if self.last is None:
+            self.problem("nothing to compare yet: ask something first.")
+            return
+        if not self.engine.config.sparsity:
+            self.problem("this chat was started with --sparsity 0: both would be dense.")
+            return
+        self.session.warm_up()
+        results = []
+        for sparse in (True, False):
+            name = "sparse" if sparse else "dense"
+            self.console.print(Text(name, style="bold"))
+            last = self.stream(self.session.answer_again, sparse)
+            if last is None or last.finish_reason is None:
+                return
+            results.append(last)
+        show_compared(self.console, *results)
+
+    def warn_length(self, tokens: int) -> None:
+        from ..families import context_length
+
+        limit = context_length(self.session.model)
+        if limit and tokens > limit:
+            self.problem(
+                f"{tokens:,} tokens, but the model was made for {limit:,}: "
+                "expect a poor answer; /reset or a shorter document helps."
+            )
+
+
+@contextlib.contextmanager
+def stopped_by_ctrl_c(chat: Chat) -> Iterator[None]:
+    """Ctrl-C ends the answer in hand, not the chat."""
+    try:
+        yield
+    except KeyboardInterrupt:
+        chat.note("\n(stopped)")

@@ -1,0 +1,59 @@
+"""mlx_fastforward demo: the bundled model answers questions about a long document."""
+
+from rich.console import Console
+from rich.table import Table
+
+from . import options as o
+from .common import check_step, load_model, one_line_errors
+
+
+def demo(
+    sparsity: o.Sparsity = 0.5,
+    block_size: o.BlockSize = 128,
+    selector: o.Selector = "auto",
+) -> None:
+    """Ask the bundled model about a long document, sparse and dense side by side."""
+    from .. import demo as data
+
+    with one_line_errors():
+        check_step(2048, block_size)
+        model, tokenizer = load_model(
+            None, sparsity=sparsity, block_size=block_size, selector=selector
+        )
+        from ..session import Session
+
+        console = Console(highlight=False)
+        document = data.DOCUMENT.read_text(encoding="utf-8").strip()
+        session = Session(model, tokenizer)
+        console.print(
+            f"A demonstration: a model of 9.4 M parameters reads {data.DOCUMENT.name} "
+            f"({len(document):,} characters)\nand answers questions about it, with "
+            f"{sparsity:.0%} of the FFN neurons dropped and as stock mlx-lm.\n"
+        )
+        session.warm_up()
+        table = Table("question", "wanted", "sparse", "TTFT", "dense", "TTFT ")
+        ttft: dict[bool, list[float]] = {True: [], False: []}
+        skipped = 0.0
+        for i, (question, wanted) in enumerate(data.questions()):
+            session.reset()
+            session.messages.append(
+                {"role": "user", "content": f"{document}\n\n{question}"}
+            )
+            cells: dict[bool, list[str]] = {}
+            for sparse in (True, False) if i % 2 == 0 else (False, True):
+                text = ""
+                with console.status(f"{question} ({'sparse' if sparse else 'dense'})"):
+                    for r in session.answer_again(sparse, max_tokens=40):
+                        text += r.text
+                ttft[sparse].append(r.ttft)
+                cells[sparse] = [text.strip(), f"{r.ttft:.2f} s"]
+                skipped = r.ffn_sparsity if sparse else skipped
+            table.add_row(question, wanted, *cells[True], *cells[False])
+        console.print(table)
+        sparse_s, dense_s = (sorted(ttft[k])[len(ttft[k]) // 2] for k in (True, False))
+        console.print(
+            f"{r.prompt_tokens:,} prompt tokens, {skipped:.0%} of their FFN FLOPs skipped. "
+            f"Median TTFT: sparse {sparse_s:.2f} s, stock mlx-lm {dense_s:.2f} s, "
+            f"{dense_s / sparse_s:.2f}x."
+        )
+        console.print("Ask it yourself: mlx_fastforward chat --file", data.DOCUMENT)

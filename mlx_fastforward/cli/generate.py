@@ -1,0 +1,220 @@
+"""mlx_fastforward generate: one prompt in, text out."""
+
+import json
+import sys
+from typing import Annotated, Any, Optional
+
+import typer
+
+from . import options as o
+from .common import (
+    check_step,
+    fail,
+    load_model,
+    one_line_errors,
+    read_text,
+    sampling,
+    status_line,
+)
+
+
+def generate(
+    prompt: Annotated[
+        Optional[str],
+        typer.Argument(help="The prompt; '-' reads it from standard input."),
+    ] = None,
+    prompt_option: Annotated[
+        Optional[str], typer.Option("--prompt", "-p", help="The same, as in mlx_lm.")
+    ] = None,
+    file: o.File = None,
+    json_output: Annotated[
+        bool, typer.Option("--json", help="Print one JSON object with statistics.")
+    ] = False,
+    model: o.Model = None,
+    adapter_path: o.AdapterPath = None,
+    trust_remote_code: o.TrustRemoteCode = False,
+    sparsity: o.Sparsity = 0.5,
+    block_size: o.BlockSize = 128,
+    selector: o.Selector = "auto",
+    adapter: o.Adapter = None,
+    compensator: o.Compensator = "auto",
+    schedule: o.Schedule = "auto",
+    dense_head: o.DenseHead = True,
+    dense_tail: o.DenseTail = True,
+    sparse_decode: o.SparseDecode = False,
+    max_tokens: o.MaxTokens = 100,
+    temp: o.Temp = 0.0,
+    top_p: o.TopP = 1.0,
+    min_p: o.MinP = 0.0,
+    top_k: o.TopK = 0,
+    xtc_probability: o.XtcProbability = 0.0,
+    xtc_threshold: o.XtcThreshold = 0.1,
+    seed: o.Seed = None,
+    system_prompt: o.SystemPrompt = None,
+    ignore_chat_template: Annotated[
+        bool,
+        typer.Option(
+            "--ignore-chat-template", help="Use the raw prompt.", rich_help_panel=o.SAMPLING
+        ),
+    ] = False,
+    max_kv_size: o.MaxKvSize = None,
+    prefill_step_size: o.PrefillStepSize = 2048,
+    kv_bits: Annotated[
+        Optional[int],
+        typer.Option(
+            help="Bits for KV cache quantisation.", rich_help_panel=o.SAMPLING
+        ),
+    ] = None,
+    kv_group_size: Annotated[
+        int,
+        typer.Option(
+            help="Group size for KV cache quantisation.", rich_help_panel=o.SAMPLING
+        ),
+    ] = 64,
+    quantized_kv_start: Annotated[
+        int,
+        typer.Option(
+            help="Step from which the KV cache is quantised.", rich_help_panel=o.SAMPLING
+        ),
+    ] = 5000,
+    draft_model: Annotated[
+        Optional[str],
+        typer.Option(
+            help="A model for speculative decoding.", rich_help_panel=o.SAMPLING
+        ),
+    ] = None,
+    num_draft_tokens: Annotated[
+        int,
+        typer.Option(
+            min=1, help="Tokens drafted at a time.", rich_help_panel=o.SAMPLING
+        ),
+    ] = 3,
+) -> None:
+    """Generate one answer.
+
+    Examples:
+
+      mlx_fastforward generate "Who was Alice?"
+
+      mlx_fastforward generate --file report.txt "Summarise this." --sparsity 0.4
+
+      git diff | mlx_fastforward generate - --model mlx-community/Llama-3.2-3B-Instruct-4bit --json
+    """
+    with one_line_errors():
+        text = _prompt(prompt, prompt_option, file)
+        if max_tokens == 0:
+            fail("--max-tokens must not be 0; -1 means no limit.", 2)
+        check_step(prefill_step_size, block_size)
+        settings = {
+            "sparsity": sparsity,
+            "block_size": block_size,
+            "selector": selector,
+            "compensator": compensator,
+            "schedule": schedule,
+            "dense_head": dense_head,
+            "dense_tail": dense_tail,
+            "sparse_decode": sparse_decode,
+        }
+        net, tokenizer = load_model(
+            model,
+            adapter=adapter,
+            adapter_path=adapter_path,
+            trust_remote_code=trust_remote_code,
+            tokenizer_config={"trust_remote_code": trust_remote_code},
+            **settings,
+        )
+        more: dict[str, Any] = {}
+        if draft_model is not None:
+            more["draft_model"], _ = load_model(draft_model, sparsity=0.0)
+            more["num_draft_tokens"] = num_draft_tokens
+        else:
+            more["max_kv_size"] = max_kv_size
+        ids = _render(tokenizer, text, system_prompt, ignore_chat_template)
+        import mlx.core as mx
+
+        if seed is not None:
+            mx.random.seed(seed)
+        _run(
+            net,
+            tokenizer,
+            ids,
+            {**settings, "model": model or "demo"},
+            json_output,
+            max_tokens=max_tokens,
+            sampler=sampling(
+                tokenizer, temp, top_p, min_p, top_k, xtc_probability, xtc_threshold
+            ),
+            prefill_step_size=prefill_step_size,
+            kv_bits=kv_bits,
+            kv_group_size=kv_group_size,
+            quantized_kv_start=quantized_kv_start,
+            **more,
+        )
+
+
+def _prompt(prompt: Optional[str], option: Optional[str], file: Any) -> str:
+    if prompt is not None and option is not None:
+        fail("give the prompt once: as argument or with --prompt.", 2)
+    asked = prompt if prompt is not None else option
+    if asked == "-":
+        asked = sys.stdin.read().strip()
+    document = read_text(file) if file is not None else None
+    text = "\n\n".join(t for t in (document, asked) if t)
+    if not text:
+        fail("no prompt: give it as an argument, '-' for standard input, or --file.", 2)
+    return text
+
+
+def _render(tokenizer: Any, text: str, system: Optional[str], raw: bool) -> list[int]:
+    from ..generation import encode_prompt
+    from ..session import render
+
+    if raw or not tokenizer.has_chat_template:
+        return encode_prompt(tokenizer, text).tolist()
+    messages = [{"role": "system", "content": system}] if system else []
+    return render(tokenizer, [*messages, {"role": "user", "content": text}])
+
+
+def _run(
+    model: Any,
+    tokenizer: Any,
+    ids: list[int],
+    settings: dict[str, Any],
+    json_output: bool,
+    **kwargs: Any,
+) -> None:
+    from ..generation import stream_generate
+
+    text, last = "", None
+    try:
+        for last in stream_generate(model, tokenizer, ids, **kwargs):
+            text += last.text
+            if not json_output:
+                print(last.text, end="", flush=True)
+    except KeyboardInterrupt:
+        print(file=sys.stderr)
+        raise typer.Exit(130) from None
+    except ValueError as e:  # mlx-lm's own refusals, e.g. an untrimmable cache with a draft model
+        fail(str(e))
+    assert last is not None
+    if json_output:
+        print(json.dumps(report(text, last, settings), ensure_ascii=False))
+        return
+    print()
+    if sys.stdout.isatty() and sys.stderr.isatty():
+        print(f"\033[2m{status_line(last)}\033[0m", file=sys.stderr)
+
+
+def report(text: str, r: Any, settings: dict[str, Any]) -> dict[str, Any]:
+    """The JSON object of --json."""
+    return {
+        "text": text,
+        "prompt_tokens": r.prompt_tokens,
+        "cached_tokens": r.cached_tokens,
+        "ttft_s": round(r.ttft, 4),
+        "prefill_tps": round(r.prefill_tps, 2),
+        "decode_tps": round(r.generation_tps, 2),
+        "ffn_sparsity": round(r.ffn_sparsity, 4),
+        "peak_memory_gb": round(r.peak_memory, 3),
+        "settings": settings,
+    }

@@ -1,0 +1,164 @@
+"""Flags that several commands share; names and meanings follow mlx_lm where it has them."""
+
+from pathlib import Path
+from typing import Annotated, Optional
+
+import typer
+
+MODEL = "Model"
+SPARSE = "Sparse prefill"
+SAMPLING = "Generation"
+
+Model = Annotated[
+    Optional[str],
+    typer.Option(
+        help="Local model folder or Hugging Face repository, "
+        "e.g. mlx-community/Llama-3.2-3B-Instruct-4bit. Default: the bundled demo model.",
+        show_default=False,
+        rich_help_panel=MODEL,
+    ),
+]
+AdapterPath = Annotated[
+    Optional[str],
+    typer.Option(
+        help="LoRA adapter folder, as in mlx_lm.", rich_help_panel=MODEL
+    ),
+]
+TrustRemoteCode = Annotated[
+    bool,
+    typer.Option(
+        "--trust-remote-code",
+        help="Trust code that comes with the model or tokenizer.",
+        rich_help_panel=MODEL,
+    ),
+]
+Sparsity = Annotated[
+    float,
+    typer.Option(
+        help="Share of FFN neurons that sparse blocks drop, 0 to below 1; 0 is stock mlx-lm.",
+        rich_help_panel=SPARSE,
+    ),
+]
+BlockSize = Annotated[
+    int,
+    typer.Option(
+        help="Tokens that share one set of neurons.", rich_help_panel=SPARSE
+    ),
+]
+Selector = Annotated[
+    str,
+    typer.Option(
+        help="How neurons are picked: auto, trained, probe, first-block, oracle.",
+        rich_help_panel=SPARSE,
+    ),
+]
+Adapter = Annotated[
+    Optional[str],
+    typer.Option(
+        help="Trained predictors (fastforward.json and .safetensors): folder or repository. "
+        "Default: those beside the model.",
+        show_default=False,
+        rich_help_panel=SPARSE,
+    ),
+]
+Compensator = Annotated[
+    str,
+    typer.Option(
+        help="What is added back: auto, none, mlp.", rich_help_panel=SPARSE
+    ),
+]
+Schedule = Annotated[
+    str,
+    typer.Option(
+        help="Neurons per layer: auto, uniform, layerwise.", rich_help_panel=SPARSE
+    ),
+]
+DenseHead = Annotated[
+    bool,
+    typer.Option(
+        "--dense-head/--no-dense-head",
+        help="Keep the first block dense.",
+        rich_help_panel=SPARSE,
+    ),
+]
+DenseTail = Annotated[
+    bool,
+    typer.Option(
+        "--dense-tail/--no-dense-tail",
+        help="Keep the last block dense.",
+        rich_help_panel=SPARSE,
+    ),
+]
+SparseDecode = Annotated[
+    bool,
+    typer.Option(
+        "--sparse-decode",
+        help="Generate sparsely too (needs trained predictors or first-block).",
+        rich_help_panel=SPARSE,
+    ),
+]
+MaxTokens = Annotated[
+    int,
+    typer.Option(
+        "--max-tokens",
+        "-m",
+        help="Tokens to generate at most.",
+        rich_help_panel=SAMPLING,
+    ),
+]
+Temp = Annotated[
+    float, typer.Option(min=0.0, help="Sampling temperature.", rich_help_panel=SAMPLING)
+]
+TopP = Annotated[
+    float,
+    typer.Option(min=0.0, max=1.0, help="Sampling top-p.", rich_help_panel=SAMPLING),
+]
+MinP = Annotated[
+    float,
+    typer.Option(min=0.0, max=1.0, help="Sampling min-p.", rich_help_panel=SAMPLING),
+]
+TopK = Annotated[
+    int, typer.Option(min=0, help="Sampling top-k.", rich_help_panel=SAMPLING)
+]
+XtcProbability = Annotated[
+    float,
+    typer.Option(
+        min=0.0,
+        max=1.0,
+        help="Probability of XTC sampling for each token.",
+        rich_help_panel=SAMPLING,
+    ),
+]
+XtcThreshold = Annotated[
+    float,
+    typer.Option(
+        min=0.0, max=0.5, help="Threshold of XTC sampling.", rich_help_panel=SAMPLING
+    ),
+]
+Seed = Annotated[
+    Optional[int], typer.Option(help="PRNG seed.", rich_help_panel=SAMPLING)
+]
+SystemPrompt = Annotated[
+    Optional[str],
+    typer.Option(
+        help="System prompt for the chat template.", rich_help_panel=SAMPLING
+    ),
+]
+MaxKvSize = Annotated[
+    Optional[int],
+    typer.Option(
+        min=1, help="Maximum size of the KV cache.", rich_help_panel=SAMPLING
+    ),
+]
+PrefillStepSize = Annotated[
+    int,
+    typer.Option(
+        min=1,
+        help="Prompt tokens processed at a time; smaller values lower peak memory.",
+        rich_help_panel=SAMPLING,
+    ),
+]
+File = Annotated[
+    Optional[Path],
+    typer.Option(help="A text document to put before the prompt.", show_default=False),
+]

@@ -1,0 +1,161 @@
+"""A conversation with its KV cache: what was read before is not read again."""
+
+import contextlib
+from typing import Any, Iterator, Optional
+
+import mlx.nn as nn
+from mlx_lm.models.cache import (
+    can_trim_prompt_cache,
+    make_prompt_cache,
+    trim_prompt_cache,
+)
+
+from .attach import engine_of
+from .config import FastForwardError
+from .generation import Response, stream_generate
+
+
+class TemplateError(FastForwardError):
+    """The tokenizer's chat template cannot render the conversation."""
+
+
+def common_prefix(a: list[int], b: list[int]) -> int:
+    """Length of the longest common prefix."""
+    for i, (x, y) in enumerate(zip(a, b)):
+        if x != y:
+            return i
+    return min(len(a), len(b))
+
+
+def render(tokenizer: Any, messages: list[dict[str, str]]) -> list[int]:
+    """Token ids of a conversation, ready for the assistant's turn."""
+    if not tokenizer.has_chat_template:
+        raise TemplateError(
+            "the model's tokenizer has no chat template; use an instruct model, or "
+            "mlx_fastforward generate --ignore-chat-template."
+        )
+    try:
+        return list(tokenizer.apply_chat_template(messages, add_generation_prompt=True))
+    except Exception as e:  # jinja2 raises whatever the template asks for
+        reason = str(e).splitlines()[0] if str(e) else type(e).__name__
+        raise TemplateError(f"the model's chat template refused: {reason}") from e
+
+
+class Session:
+    """Messages so far, and a prompt cache that holds a prefix of them.
+
+    Each turn renders the whole conversation and reuses the part whose tokens the cache holds, so
+    templates that rewrite earlier turns, stopped answers and resets all stay correct.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        tokenizer: Any,
+        system_prompt: Optional[str] = None,
+        max_kv_size: Optional[int] = None,
+    ):
+        self.model = model
+        self.tokenizer = tokenizer
+        self.max_kv_size = max_kv_size
+        self.system_prompt = system_prompt
+        self.reset()
+
+    def reset(self) -> None:
+        """Forget the conversation."""
+        self.messages: list[dict[str, str]] = []
+        if self.system_prompt is not None:
+            self.messages.append({"role": "system", "content": self.system_prompt})
+        self.forget_cache()
+
+    def forget_cache(self) -> None:
+        """Keep the conversation, but read it anew at the next turn."""
+        self.cache = make_prompt_cache(self.model, self.max_kv_size)
+        self.cached: list[int] = []
+
+    def render(self, text: Optional[str] = None) -> list[int]:
+        """Token ids of the conversation, with ``text`` as a new user message."""
+        new = [] if text is None else [{"role": "user", "content": text}]
+        return render(self.tokenizer, self.messages + new)
+
+    def answer(self, text: str, **kwargs: Any) -> Iterator[Response]:
+        """Add a user message and stream the answer; closing the stream keeps what was said."""
+        ids = self.render(text)
+        new = ids[self._reuse(ids) :]
+        self.messages.append({"role": "user", "content": text})
+        said, finished, tokens = "", False, list(ids)
+        responses = stream_generate(
+            self.model, self.tokenizer, new, prompt_cache=self.cache, **kwargs
+        )
+        try:
+            with contextlib.closing(responses):
+                for r in responses:
+                    if r.generation_tokens > len(tokens) - len(ids):
+                        tokens.append(r.token)
+                    said += r.text
+                    finished = r.finish_reason is not None
+                    yield r
+        finally:
+            self._settle(tokens)
+            if said or finished:
+                self.messages.append({"role": "assistant", "content": said})
+            else:  # stopped while reading: as if never asked
+                self.messages.pop()
+
+    def answer_again(self, sparse: bool, **kwargs: Any) -> Iterator[Response]:
+        """Answer the last user message from an empty cache, without touching the conversation.
+
+        Dense means stock mlx-lm: the engine steps aside for the whole answer.
+        """
+        last = max(i for i, m in enumerate(self.messages) if m["role"] == "user")
+        ids = render(self.tokenizer, self.messages[: last + 1])
+        with switched(self.model, sparse):
+            cache = make_prompt_cache(self.model, self.max_kv_size)
+            yield from stream_generate(
+                self.model, self.tokenizer, ids, prompt_cache=cache, **kwargs
+            )
+
+    def warm_up(self) -> None:
+        """Run both paths once on a short prompt, so that a comparison times no first calls."""
+        engine = engine_of(self.model)
+        blocks = 3 * engine.config.block_size + 2 if engine else 2
+        ids = [i % 64 for i in range(blocks)]
+        for sparse in (True, False):
+            with switched(self.model, sparse):
+                for _ in stream_generate(self.model, self.tokenizer, ids, 2):
+                    pass
+
+    def _reuse(self, ids: list[int]) -> int:
+        """Cut the cache down to what it shares with ``ids``; returns how many tokens stay."""
+        keep = min(common_prefix(self.cached, ids), len(ids) - 1)
+        surplus = len(self.cached) - keep
+        if surplus and not can_trim_prompt_cache(self.cache):
+            keep = 0
+        if keep == 0:
+            self.forget_cache()
+        elif surplus:
+            trim_prompt_cache(self.cache, surplus)
+            self.cached = self.cached[:keep]
+        return keep
+
+    def _settle(self, tokens: list[int]) -> None:
+        """Note what the cache holds; an answer that stopped inside a forward pass voids it."""
+        offsets = {c.offset for c in self.cache}
+        if len(offsets) == 1 and (n := offsets.pop()) <= len(tokens):
+            self.cached = tokens[:n]
+        else:
+            self.forget_cache()
+
+
+@contextlib.contextmanager
+def switched(model: nn.Module, sparse: bool) -> Iterator[None]:
+    """Run an attached model sparse, or as stock mlx-lm would."""
+    engine = engine_of(model)
+    if engine is None:
+        yield
+        return
+    before, engine.enabled = engine.enabled, sparse
+    try:
+        yield
+    finally:
+        engine.enabled = before
