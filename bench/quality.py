@@ -22,9 +22,9 @@ from rich.console import Console
 from rich.progress import track
 from rich.table import Table
 
+from .. import demo
 from ..adapter import load_adapter
 from ..attach import attach, detach
-from .. import demo
 from ..config import PrefillConfig
 from ..engine import Engine
 from ..loading import load
@@ -165,7 +165,9 @@ def main(
     tasks: Annotated[
         Optional[Path], typer.Option(help="JSONL with messages and questions.")
     ] = None,
-    model: Annotated[Optional[str], typer.Option(help="Default: the demo model.")] = None,
+    model: Annotated[
+        Optional[str], typer.Option(help="Default: the demo model.")
+    ] = None,
     adapter: Annotated[Optional[Path], typer.Option(help="Trained side file.")] = None,
     selectors: str = "probe,first-block,oracle",
     sparsities: str = "0.3,0.4,0.5",
@@ -175,7 +177,9 @@ def main(
     compensator: str = "auto",
     prompts: int = 32,
     tokens: int = 1900,
-    dtype: Annotated[str, typer.Option(help="float32, bfloat16, or float16.")] = "float32",
+    dtype: Annotated[
+        str, typer.Option(help="float32, bfloat16, or float16.")
+    ] = "float32",
     json_file: Annotated[Optional[Path], typer.Option("--json")] = None,
 ) -> None:
     """Measure quality after a sparse prefill."""
@@ -202,9 +206,19 @@ def main(
         engine = attach(net, config, adapter=side)
         kl, top1, exact = measure(net, tokenizer, texts, jobs, dense, tokens, engine)
         detach(net)
-        error = (mx.std(kl, ddof=1) / len(texts) ** 0.5).item() if len(texts) > 1 else 0.0
+        error = (
+            (mx.std(kl, ddof=1) / len(texts) ** 0.5).item() if len(texts) > 1 else 0.0
+        )
         rows.append(
-            Row(name, sparsity, engine.tally.sparsity, kl.mean().item(), error, top1, exact)
+            Row(
+                name,
+                sparsity,
+                engine.tally.sparsity,
+                kl.mean().item(),
+                error,
+                top1,
+                exact,
+            )
         )
     settings = {
         "prompts": prompts,

@@ -81,7 +81,9 @@ def load_adapter(path: str | Path) -> Adapter:
     base = info.get("base_model")
     keys = ("layers", "hidden_size", "ffn_size", "fingerprint")
     if not isinstance(base, dict) or any(k not in base for k in keys):
-        raise AdapterError(f"{path / JSON_NAME} lacks base_model with {', '.join(keys)}.")
+        raise AdapterError(
+            f"{path / JSON_NAME} lacks base_model with {', '.join(keys)}."
+        )
     layers, d, f = base["layers"], base["hidden_size"], base["ffn_size"]
     shapes = _Shapes(path, tensors, layers)
     predictors = compensator = importances = None
@@ -109,7 +111,7 @@ def load_adapter(path: str | Path) -> Adapter:
                 f"{path}: importance should have shape ({layers},), "
                 f"found {tensors['importance'].shape}."
             )
-        importances = tensors["importance"].astype(mx.float32).tolist()
+        importances = np.array(tensors["importance"].astype(mx.float32)).tolist()
     return Adapter(base, predictors, compensator, importances, info)
 
 
@@ -123,7 +125,9 @@ class _Shapes:
         keys = [f"layers.{i}.{name}" for i in range(self.layers)]
         for key in keys:
             if key not in self.tensors:
-                raise AdapterError(f"{self.path / TENSORS_NAME} lacks the tensor {key}.")
+                raise AdapterError(
+                    f"{self.path / TENSORS_NAME} lacks the tensor {key}."
+                )
             found = tuple(self.tensors[key].shape)
             if found != shape:
                 raise AdapterError(

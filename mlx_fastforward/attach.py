@@ -61,12 +61,17 @@ def attach(
         _selector(config, adapter),
         _compensator(config, adapter),
     )
-    for i, ffn in enumerate(ffns):
+    seat(model, engine)
+    return engine
+
+
+def seat(model: nn.Module, engine: Engine) -> None:
+    """Put an engine made by attach() (back) into its model after a detach()."""
+    for i, ffn in enumerate(engine.ffns):
         ffn.mlp._fastforward = _Seat(engine, i)
         ffn.mlp.__class__ = _sparse_mlp(type(ffn.mlp))
     model._fastforward = engine
     model.__class__ = _sparse_model(type(model))
-    return engine
 
 
 def detach(model: nn.Module) -> None:
@@ -86,7 +91,9 @@ def engine_of(model: nn.Module) -> Optional[Engine]:
 
 @functools.cache
 def _sparse_model(base: type) -> type:
-    @functools.wraps(base.__call__)  # mlx-lm looks for input_embeddings in the signature
+    @functools.wraps(
+        base.__call__
+    )  # mlx-lm looks for input_embeddings in the signature
     def call(self: Any, inputs: mx.array, cache: Any = None, *args: Any, **kwargs: Any):
         engine = self._fastforward
         tokens = kwargs.get("input_embeddings")

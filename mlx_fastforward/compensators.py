@@ -56,4 +56,3 @@ class MLPCompensator:
 
     def flops(self, tokens: int, d: int) -> float:
         return 4.0 * tokens * d * self.layers[0].w1.shape[1]
-

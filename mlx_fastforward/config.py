@@ -29,8 +29,8 @@ class PrefillConfig:
         schedule: "auto" is layerwise (algorithm 1) where importances are known, else uniform.
         score: Neuron score over a block: "weighted" is the activation norm times the norm of the
             neuron's down column, "griffin" the norm of row-normalised activations.
-        dense_head: Keep the first block of an empty cache dense (attention sinks).
-        dense_tail: Keep at least the last block of the prompt dense.
+        dense_head: Keep the first block (128 tokens at most) of an empty cache dense: attention sinks.
+        dense_tail: Keep at least the last block (128 tokens at most) of the prompt dense.
         sparse_decode: Also run single-token steps sparsely (the paper's table 3).
         probe_every: The probe selector runs every so-manieth token densely.
     """

@@ -15,6 +15,9 @@ from .selectors import Seen, Selector, top_neurons
 
 Cache = Optional[Sequence[Any]]
 
+# Larger blocks do not need a larger dense head and tail: 128 tokens are the paper's block.
+EDGE = 128
+
 
 @dataclass
 class Call:
@@ -100,6 +103,7 @@ class Engine:
                 new,
                 self.config.block_size,
                 cache_empty=empty,
+                edge=min(self.config.block_size, EDGE),
                 after=after,
                 dense_head=self.config.dense_head,
                 dense_tail=self.config.dense_tail,
@@ -129,7 +133,7 @@ class Engine:
         assert call is not None and keep is not None
         split = Split(call.plan, self.selector.probe_every)
         blocks, dense = split.blocks(x), split.dense(x)
-        z = ffn.activations(dense)
+        z, exact = ffn.activations_and_output(dense)
         valid = None
         if call.valid is not None:
             valid = (at_least_one(split.blocks(call.valid)), split.dense(call.valid))
@@ -139,7 +143,7 @@ class Engine:
         y = ffn.sparse(rest, neurons)
         if self.compensator is not None:
             y = y + self.compensator(layer, rest, neurons)
-        return split.join(ffn.down(z), y.astype(x.dtype))
+        return split.join(exact, y.astype(x.dtype))
 
     def _count(self, batch: int, new: int, plan: Optional[Plan]) -> None:
         """Add one call to the tally. The last layer's FFN is never run in a prefill chunk."""

@@ -141,6 +141,16 @@ class GatedFFN:
             gate, up = (m(x) for m in self._inputs())
         return self.family.combine(gate, up)
 
+    def activations_and_output(self, x: mx.array) -> tuple[mx.array, mx.array]:
+        """Z and the dense FFN's output. x: (B, T, d) -> (B, T, f), (B, T, d).
+
+        T may be 0, which mlx's quantised matmul on the CPU does not survive.
+        """
+        if x.shape[1] == 0:
+            return mx.zeros((*x.shape[:2], self.shape[1]), x.dtype), x
+        z = self.activations(x)
+        return z, self.down(z)
+
     def down_norms(self) -> mx.array:
         """Norm of each neuron's down column (f,), float32, LoRA included; kept until they change."""
         linear = self.down

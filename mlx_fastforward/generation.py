@@ -37,7 +37,7 @@ def encode_prompt(tokenizer: Any, prompt: str | mx.array | Sequence[int]) -> mx.
     if isinstance(prompt, mx.array):
         return prompt
     if not isinstance(prompt, str):
-        return mx.array(prompt)
+        return mx.array(list(prompt))
     bos = tokenizer.bos_token
     special = bos is None or not prompt.startswith(bos)
     return mx.array(tokenizer.encode(prompt, add_special_tokens=special))

@@ -36,6 +36,7 @@ def plan_call(
     block_size: int,
     *,
     cache_empty: bool,
+    edge: Optional[int] = None,
     after: Optional[int] = None,
     dense_head: bool = True,
     dense_tail: bool = True,
@@ -45,20 +46,22 @@ def plan_call(
     Args:
         new: Tokens in this call.
         block_size: Tokens per sparse block.
-        cache_empty: Nothing is cached yet: the first block holds the attention sinks.
+        cache_empty: Nothing is cached yet: the first tokens are the attention sinks.
+        edge: Tokens of the dense head, and of the dense tail at least; default: one block.
         after: Prompt tokens that follow in later calls, 0 at the prompt's end. None where the
             caller does not know: the call is then taken for the end of a prompt, and anything
             shorter than three blocks (decode, verification of drafts) stays dense.
-        dense_head: Keep the first block dense if the cache is empty.
-        dense_tail: Keep at least the last ``block_size`` tokens of the prompt dense. Tokens that
-            do not fill a block are always dense, as part of the tail.
+        dense_head: Keep the first ``edge`` tokens dense if the cache is empty.
+        dense_tail: Keep at least the last ``edge`` tokens of the prompt dense. Tokens that do
+            not fill a block are always dense, as part of the tail.
     """
+    edge = block_size if edge is None else edge
     if after is None:
         if new < 3 * block_size:
             return None
         after = 0
-    head = block_size if cache_empty and dense_head else 0
-    least_tail = max(0, block_size - after) if dense_tail else 0
+    head = edge if cache_empty and dense_head else 0
+    least_tail = max(0, edge - after) if dense_tail else 0
     blocks = (new - head - least_tail) // block_size
     if blocks < 1:
         return None

@@ -89,40 +89,39 @@ class Probe:
     """Training-free: tokens that run densely anyway vote for the tokens that resemble them.
 
     Evenly spaced probe tokens of each block run densely, in one GEMM with head and tail, and keep
-    their exact outputs. A neuron's energy at any other token is estimated by kernel regression
-    over all dense tokens of the row, with weights softmax(32 cos(x_t, x_i)); its energy in a
-    block is the sum over the block's tokens, so every dense token counts as often as it has
-    look-alikes in the block. Fourth powers: neurons fire on single tokens.
+    their exact outputs. A neuron's energy z^2 at any other token t is estimated by kernel
+    regression over the row's dense tokens i, with weights softmax_i(32 cos(x_t, x_i)). Its energy
+    in a block is the sum over a sample of the block's tokens (every fourth, from the second on),
+    so a dense token counts as often as it has look-alikes in the block.
     """
 
     sharpness = 32.0
-    power = 4.0
+    sample = 4
 
     def __init__(self, score: str, probe_every: int):
         self.score = score
         self.probe_every = probe_every
 
     def __call__(self, layer: int, ffn: GatedFFN, seen: Seen) -> mx.array:
-        m, n, d = seen.blocks.shape
+        m, _, d = seen.blocks.shape
         batch = len(seen.x)
-        x = unit_rows(seen.blocks.reshape(batch, -1, d))
-        likeness = (x @ unit_rows(seen.x).swapaxes(-1, -2)).astype(mx.float32)
-        likeness = self.sharpness * likeness
+        x = seen.blocks[:, 1 :: self.sample].reshape(batch, -1, d)
+        likeness = unit_rows(x) @ unit_rows(seen.x).swapaxes(-1, -2)
+        likeness = self.sharpness * likeness.astype(mx.float32)
         if seen.valid is not None:
             likeness = mx.where(seen.valid[1][:, None] > 0, likeness, -1e9)
         votes = mx.softmax(likeness, axis=-1)
         if seen.valid is not None:
-            votes = votes * seen.valid[0].reshape(batch, -1, 1)
-        votes = votes.reshape(batch, m // batch, n, -1).sum(axis=2)
+            votes = votes * seen.valid[0][:, 1 :: self.sample].reshape(batch, -1, 1)
+        votes = votes.reshape(batch, m // batch, -1, votes.shape[-1]).sum(axis=2)
         z = seen.z.astype(mx.float32)
         if self.score == "griffin":
             z = unit_rows(z)
-        energy = (votes @ mx.abs(z) ** self.power).reshape(m, -1)
-        norms = energy ** (1 / self.power)
+        norms = mx.sqrt(votes @ mx.square(z)).reshape(m, -1)
         return norms * ffn.down_norms() if self.score == "weighted" else norms
 
     def flops(self, block: int, dense: int, d: int, f: int) -> float:
-        return 2.0 * block * dense * d + 2.0 * dense * f
+        return 2.0 * (block / self.sample) * dense * d + 2.0 * dense * f
 
 
 class FirstBlock:

@@ -238,9 +238,7 @@ class Chat:
         """Print an answer as it comes; returns its last response, None if nothing was said."""
         last = None
         with prefill_progress(self.interactive, self.console) as (tick, finish):
-            responses = answer(
-                *args, prompt_progress_callback=tick, **self.generation
-            )
+            responses = answer(*args, prompt_progress_callback=tick, **self.generation)
             with contextlib.closing(responses), stopped_by_ctrl_c(self):
                 for last in responses:
                     finish()
@@ -256,7 +254,9 @@ class Chat:
             self.problem("nothing to compare yet: ask something first.")
             return
         if not self.engine.config.sparsity:
-            self.problem("this chat was started with --sparsity 0: both would be dense.")
+            self.problem(
+                "this chat was started with --sparsity 0: both would be dense."
+            )
             return
         self.session.warm_up()
         results = []

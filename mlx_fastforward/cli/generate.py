@@ -54,7 +54,9 @@ def generate(
     ignore_chat_template: Annotated[
         bool,
         typer.Option(
-            "--ignore-chat-template", help="Use the raw prompt.", rich_help_panel=o.SAMPLING
+            "--ignore-chat-template",
+            help="Use the raw prompt.",
+            rich_help_panel=o.SAMPLING,
         ),
     ] = False,
     max_kv_size: o.MaxKvSize = None,
@@ -74,7 +76,8 @@ def generate(
     quantized_kv_start: Annotated[
         int,
         typer.Option(
-            help="Step from which the KV cache is quantised.", rich_help_panel=o.SAMPLING
+            help="Step from which the KV cache is quantised.",
+            rich_help_panel=o.SAMPLING,
         ),
     ] = 5000,
     draft_model: Annotated[
@@ -170,7 +173,7 @@ def _render(tokenizer: Any, text: str, system: Optional[str], raw: bool) -> list
     from ..session import render
 
     if raw or not tokenizer.has_chat_template:
-        return encode_prompt(tokenizer, text).tolist()
+        return [int(i) for i in encode_prompt(tokenizer, text)]
     messages = [{"role": "system", "content": system}] if system else []
     return render(tokenizer, [*messages, {"role": "user", "content": text}])
 
@@ -194,7 +197,9 @@ def _run(
     except KeyboardInterrupt:
         print(file=sys.stderr)
         raise typer.Exit(130) from None
-    except ValueError as e:  # mlx-lm's own refusals, e.g. an untrimmable cache with a draft model
+    except (
+        ValueError
+    ) as e:  # mlx-lm's own refusals, e.g. an untrimmable cache with a draft model
         fail(str(e))
     assert last is not None
     if json_output:

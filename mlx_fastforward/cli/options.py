@@ -20,9 +20,7 @@ Model = Annotated[
 ]
 AdapterPath = Annotated[
     Optional[str],
-    typer.Option(
-        help="LoRA adapter folder, as in mlx_lm.", rich_help_panel=MODEL
-    ),
+    typer.Option(help="LoRA adapter folder, as in mlx_lm.", rich_help_panel=MODEL),
 ]
 TrustRemoteCode = Annotated[
     bool,
@@ -41,9 +39,7 @@ Sparsity = Annotated[
 ]
 BlockSize = Annotated[
     int,
-    typer.Option(
-        help="Tokens that share one set of neurons.", rich_help_panel=SPARSE
-    ),
+    typer.Option(help="Tokens that share one set of neurons.", rich_help_panel=SPARSE),
 ]
 Selector = Annotated[
     str,
@@ -63,9 +59,7 @@ Adapter = Annotated[
 ]
 Compensator = Annotated[
     str,
-    typer.Option(
-        help="What is added back: auto, none, mlp.", rich_help_panel=SPARSE
-    ),
+    typer.Option(help="What is added back: auto, none, mlp.", rich_help_panel=SPARSE),
 ]
 Schedule = Annotated[
     str,
@@ -140,15 +134,11 @@ Seed = Annotated[
 ]
 SystemPrompt = Annotated[
     Optional[str],
-    typer.Option(
-        help="System prompt for the chat template.", rich_help_panel=SAMPLING
-    ),
+    typer.Option(help="System prompt for the chat template.", rich_help_panel=SAMPLING),
 ]
 MaxKvSize = Annotated[
     Optional[int],
-    typer.Option(
-        min=1, help="Maximum size of the KV cache.", rich_help_panel=SAMPLING
-    ),
+    typer.Option(min=1, help="Maximum size of the KV cache.", rich_help_panel=SAMPLING),
 ]
 PrefillStepSize = Annotated[
     int,
