@@ -7,6 +7,7 @@ STAMP := $(VENV)/.installed
 
 demo: $(STAMP)
 	$(BIN)/mlx_fastforward demo
+	@echo "(first: source $(BIN)/activate)"
 
 test: $(STAMP)
 	$(BIN)/python -m pytest -q

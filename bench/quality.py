@@ -148,16 +148,16 @@ def measure(
     dense: list[mx.array],
     prompt: int,
     engine: Optional[Engine],
-) -> tuple[mx.array, float, Optional[float]]:
-    """KL per prompt, top-1 agreement and share of exact answers under one setting."""
-    kls, same = [], []
+) -> tuple[mx.array, float, Optional[float], float]:
+    """KL per prompt, top-1 agreement, share of exact answers, and FFN FLOPs skipped."""
+    kls, same, skipped = [], [], 0.0
     for tokens, p in zip(texts, dense):
         q = continuation(model, tokens, prompt, engine)
         kls.append(mx.mean(mx.sum(mx.exp(p) * (p - q), axis=-1)).item())
         same.append(mx.mean(mx.argmax(p, -1) == mx.argmax(q, -1)).item())
+        skipped = engine.tally.sparsity if engine else 0.0
     right = [r for t in tasks for r in ask(model, tokenizer, t, engine)]
-    exact = sum(right) / len(right) if right else None
-    return mx.array(kls), sum(same) / len(same), exact
+    return mx.array(kls), sum(same) / len(same), _share(right), skipped
 
 
 def main(
@@ -204,7 +204,9 @@ def main(
             probe_every=probe_every,
         )
         engine = attach(net, config, adapter=side)
-        kl, top1, exact = measure(net, tokenizer, texts, jobs, dense, tokens, engine)
+        kl, top1, exact, skipped = measure(
+            net, tokenizer, texts, jobs, dense, tokens, engine
+        )
         detach(net)
         error = (
             (mx.std(kl, ddof=1) / len(texts) ** 0.5).item() if len(texts) > 1 else 0.0
@@ -213,7 +215,7 @@ def main(
             Row(
                 name,
                 sparsity,
-                engine.tally.sparsity,
+                skipped,
                 kl.mean().item(),
                 error,
                 top1,

@@ -10,7 +10,7 @@ import mlx.core as mx
 from .compensators import Compensator
 from .config import PrefillConfig
 from .ffn import GatedFFN
-from .plan import Plan, plan_call
+from .plan import Plan, plan_call, shortest_sparse
 from .selectors import Seen, Selector, top_neurons
 
 Cache = Optional[Sequence[Any]]
@@ -76,11 +76,17 @@ class Engine:
     def __post_init__(self) -> None:
         self.memory = CacheMemory(len(self.ffns))
 
+    @property
+    def edge(self) -> int:
+        """Tokens of the dense head, and of the dense tail at least."""
+        return min(self.config.block_size, EDGE)
+
     @contextlib.contextmanager
     def prompt(self, tokens: int) -> Iterator[Tally]:
         """The next ``tokens`` tokens are one whole prompt, however it is chunked."""
         self.tally = Tally()
-        self.remaining = tokens if tokens >= 3 * self.config.block_size else None
+        shortest = shortest_sparse(self.config.block_size, self.edge)
+        self.remaining = tokens if tokens >= shortest else None
         try:
             yield self.tally
         finally:
@@ -103,7 +109,7 @@ class Engine:
                 new,
                 self.config.block_size,
                 cache_empty=empty,
-                edge=min(self.config.block_size, EDGE),
+                edge=self.edge,
                 after=after,
                 dense_head=self.config.dense_head,
                 dense_tail=self.config.dense_tail,

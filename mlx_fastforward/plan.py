@@ -31,6 +31,11 @@ class Plan:
         return self.stop + self.tail
 
 
+def shortest_sparse(block_size: int, edge: int) -> int:
+    """Prompts of fewer tokens stay dense: a head, a block and a tail."""
+    return block_size + 2 * edge
+
+
 def plan_call(
     new: int,
     block_size: int,
@@ -50,14 +55,14 @@ def plan_call(
         edge: Tokens of the dense head, and of the dense tail at least; default: one block.
         after: Prompt tokens that follow in later calls, 0 at the prompt's end. None where the
             caller does not know: the call is then taken for the end of a prompt, and anything
-            shorter than three blocks (decode, verification of drafts) stays dense.
+            short (decode, verification of drafts) stays dense.
         dense_head: Keep the first ``edge`` tokens dense if the cache is empty.
         dense_tail: Keep at least the last ``edge`` tokens of the prompt dense. Tokens that do
             not fill a block are always dense, as part of the tail.
     """
     edge = block_size if edge is None else edge
     if after is None:
-        if new < 3 * block_size:
+        if new < shortest_sparse(block_size, edge):
             return None
         after = 0
     head = edge if cache_empty and dense_head else 0

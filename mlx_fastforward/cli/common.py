@@ -63,8 +63,26 @@ class LoadProblem(FastForwardError):
     """A model that cannot be loaded."""
 
 
-def load_model(name: Optional[str], **kwargs: Any) -> tuple[Any, Any]:
+def load_model(name: Optional[str], adapter: Optional[str] = None, **kwargs: Any):
     """ff.load with its many errors told in one line. ``name`` None is the demo model."""
+    from ..adapter import find_adapter
+    from ..loading import load
+
+    name = str(demo.MODEL) if name is None else name
+    path = Path(name)
+    if path.is_file():
+        raise LoadProblem(f"{name} is a file; expected a model folder or repository.")
+    if path.is_dir() and not (path / "config.json").is_file():
+        raise LoadProblem(f"{name} holds no config.json; expected a model folder.")
+    with load_problems(adapter or name):
+        side = find_adapter(name, adapter)
+    with load_problems(name):
+        return load(name, adapter=side, **kwargs)
+
+
+@contextlib.contextmanager
+def load_problems(name: str) -> Iterator[None]:
+    """Tell what went wrong with a folder or repository in one line."""
     from huggingface_hub.errors import (
         GatedRepoError,
         HfHubHTTPError,
@@ -75,16 +93,8 @@ def load_model(name: Optional[str], **kwargs: Any) -> tuple[Any, Any]:
         RevisionNotFoundError,
     )
 
-    from ..loading import load
-
-    name = str(demo.MODEL) if name is None else name
-    path = Path(name)
-    if path.is_file():
-        raise LoadProblem(f"{name} is a file; expected a model folder or repository.")
-    if path.is_dir() and not (path / "config.json").is_file():
-        raise LoadProblem(f"{name} holds no config.json; expected a model folder.")
     try:
-        return load(name, **kwargs)
+        yield
     except FastForwardError:
         raise
     except HFValidationError:

@@ -5,6 +5,7 @@ import sys
 from typing import Annotated, Any, Optional
 
 import typer
+from rich.console import Console
 
 from . import options as o
 from .common import (
@@ -16,6 +17,7 @@ from .common import (
     sampling,
     status_line,
 )
+from .terminal import prefill_progress
 
 
 def generate(
@@ -190,10 +192,16 @@ def _run(
 
     text, last = "", None
     try:
-        for last in stream_generate(model, tokenizer, ids, **kwargs):
-            text += last.text
-            if not json_output:
-                print(last.text, end="", flush=True)
+        with prefill_progress(sys.stderr.isatty(), Console(stderr=True)) as (
+            tick,
+            finish,
+        ):
+            kwargs["prompt_progress_callback"] = tick
+            for last in stream_generate(model, tokenizer, ids, **kwargs):
+                finish()
+                text += last.text
+                if not json_output:
+                    print(last.text, end="", flush=True)
     except KeyboardInterrupt:
         print(file=sys.stderr)
         raise typer.Exit(130) from None

@@ -1,0 +1,155 @@
+"""The method in float64 NumPy, written from its equations.
+
+Nothing here is fast, and nothing here imports the package under test. Layouts: tokens are rows,
+``gate`` and ``up`` are (f, d), ``down`` is (d, f), one mask entry of 0 hides one token.
+"""
+
+import math
+from typing import Callable, Optional, Sequence
+
+import numpy as np
+
+Array = np.ndarray
+Activation = Callable[[Array], Array]
+
+
+def relu(x: Array) -> Array:
+    return np.where(x > 0, x, 0.0)
+
+
+def silu(x: Array) -> Array:
+    return x / (1 + np.exp(-x))
+
+
+def gelu(x: Array) -> Array:
+    """x times the normal distribution's cumulative distribution function."""
+    return x * 0.5 * (1 + np.vectorize(math.erf)(x / math.sqrt(2)))
+
+
+def gelu_tanh(x: Array) -> Array:
+    return 0.5 * x * (1 + np.tanh(math.sqrt(2 / math.pi) * (x + 0.044715 * x**3)))
+
+
+def softmax(x: Array) -> Array:
+    e = np.exp(x - x.max())
+    return e / e.sum()
+
+
+def real(x: Array, valid: Optional[Array]) -> Array:
+    """The rows of x that are no padding."""
+    return x if valid is None else x[valid > 0]
+
+
+def predictor(
+    x: Array, query: Array, w1: Array, w2: Array, valid: Optional[Array] = None
+) -> Array:
+    """Eq. 12-13 for one block: attention pooling by a query, then two layers. -> (f,)."""
+    x = real(x, valid)
+    weights = softmax(x @ query / math.sqrt(len(query)))
+    pooled = weights @ x
+    return relu(pooled @ w1) @ w2
+
+
+def top_k(scores: Array, k: int) -> list[int]:
+    """The k largest of one block's scores, as ascending indices."""
+    return sorted(np.argsort(-scores, kind="stable")[:k].tolist())
+
+
+def activations(
+    x: Array,
+    gate: Array,
+    up: Array,
+    act: Activation = silu,
+    gate_bias: Optional[Array] = None,
+    up_bias: Optional[Array] = None,
+) -> Array:
+    """Z of every neuron (eq. 15-16)."""
+    g, u = x @ gate.T, x @ up.T
+    if gate_bias is not None:
+        g = g + gate_bias
+    if up_bias is not None:
+        u = u + up_bias
+    return act(g) * u
+
+
+def gated_ffn(
+    x: Array,
+    gate: Array,
+    up: Array,
+    down: Array,
+    neurons: Optional[Sequence[int]] = None,
+    act: Activation = silu,
+    gate_bias: Optional[Array] = None,
+    up_bias: Optional[Array] = None,
+    down_bias: Optional[Array] = None,
+) -> Array:
+    """Eq. 15-18: the FFN in which only the chosen neurons exist; None chooses all."""
+    z = activations(x, gate, up, act, gate_bias, up_bias)
+    if neurons is not None:
+        chosen = np.zeros(z.shape[-1])
+        chosen[list(neurons)] = 1
+        z = z * chosen
+    y = z @ down.T
+    return y if down_bias is None else y + down_bias
+
+
+def compensator(x: Array, w1: Array, w2: Array, act: Activation) -> Array:
+    """Eq. 20-21, added to the sparse output (eq. 22): W_c2 act(W_c1 X), w1 (d, h), w2 (h, d)."""
+    return np.stack([w2.T @ act(w1.T @ token) for token in x])
+
+
+def griffin(z: Array, valid: Optional[Array] = None) -> Array:
+    """Norm over the tokens of activations that are normalised per token. (n, f) -> (f,)."""
+    z = real(z, valid)
+    unit = np.stack([row / np.linalg.norm(row) for row in z])
+    return np.linalg.norm(unit, axis=0)
+
+
+def weighted(z: Array, down: Array, valid: Optional[Array] = None) -> Array:
+    """Activation norm over the tokens times the norm of the neuron's down column."""
+    return np.linalg.norm(real(z, valid), axis=0) * column_norms(down)
+
+
+def column_norms(down: Array) -> Array:
+    return np.array([np.linalg.norm(down[:, j]) for j in range(down.shape[1])])
+
+
+def layerwise(importances: Sequence[float], sparsity: float) -> list[float]:
+    """Algorithm 1: b_l = min(1, s_l / S_rest * T_rest), in layer order."""
+    budgets: list[float] = []
+    for i, s in enumerate(importances):
+        s_rest = math.fsum(importances[i:])
+        t_rest = (1 - sparsity) * len(importances) - math.fsum(budgets)
+        budgets.append(min(1.0, s / s_rest * t_rest) if s else 0.0)
+    return budgets
+
+
+def probe(
+    block: Array,
+    x: Array,
+    z: Array,
+    down: Array,
+    score: str,
+    block_valid: Optional[Array] = None,
+    dense_valid: Optional[Array] = None,
+) -> Array:
+    """Kernel regression of one block's neuron energies from the row's dense tokens. -> (f,).
+
+    Every fourth token of the block (n, d), from the second on, estimates each neuron's z^2 as an
+    average over the dense tokens' z^2, with weights softmax(32 cos); the block's energy is the
+    sum of the estimates. Padding neither estimates nor is averaged over.
+    """
+    x, z = real(x, dense_valid), real(z, dense_valid)
+    if score == "griffin":
+        z = np.stack([row / np.linalg.norm(row) for row in z])
+    energy = np.zeros(z.shape[1])
+    for t in range(1, len(block), 4):
+        if block_valid is not None and not block_valid[t]:
+            continue
+        cosines = [
+            block[t] @ other / np.linalg.norm(block[t]) / np.linalg.norm(other)
+            for other in x
+        ]
+        energy += softmax(32 * np.array(cosines)) @ z**2
+    norms = np.sqrt(energy)
+    return norms * column_norms(down) if score == "weighted" else norms
