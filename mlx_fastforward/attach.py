@@ -5,7 +5,6 @@ quantisation, saving and deep copies work as before.
 """
 
 import functools
-import warnings
 from typing import Any, Optional, Sequence
 
 import mlx.core as mx
@@ -61,6 +60,7 @@ def attach(
         _selector(config, adapter),
         _compensator(config, adapter),
     )
+    engine.drop_unsupported()
     seat(model, engine)
     return engine
 
@@ -147,15 +147,7 @@ def _budgets(
     else:
         budgets = layerwise(importances[:-1], config.sparsity)
     keep = neurons_kept(budgets, neurons)
-    reasons = [ffn.unsupported() for ffn in ffns[:-1]]
-    for reason in sorted({r for r in reasons if r}):
-        warnings.warn(
-            f"{reasons.count(reason)} of {layers} layers stay dense: "
-            f"neurons cannot be taken out of a {reason}.",
-            stacklevel=3,
-        )
-    dense = [r is not None or k == neurons for r, k in zip(reasons, keep)]
-    return [None if still else k for still, k in zip(dense, keep)] + [None]
+    return [None if k == neurons else k for k in keep] + [None]
 
 
 def _selector(config: PrefillConfig, adapter: Optional[Adapter]) -> Selector:

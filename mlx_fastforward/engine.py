@@ -1,6 +1,7 @@
 """One sparse forward pass: the plan of the call in hand, and the FFN of each layer under it."""
 
 import contextlib
+import warnings
 import weakref
 from dataclasses import dataclass, field
 from typing import Any, Iterator, Optional, Sequence
@@ -97,6 +98,8 @@ class Engine:
     ) -> Optional[Call]:
         """Plan a call of ``new`` tokens per row; None where it runs dense."""
         after = self._tokens_after(new)
+        if new > 1:
+            self.drop_unsupported()
         if training or not self.enabled or not any(self.keep):
             return None
         if new == 1:
@@ -120,6 +123,17 @@ class Engine:
             return None
         valid = valid_tokens(cache, batch, new)
         return Call(plan, self.memory.of(cache, empty), valid)
+
+    def drop_unsupported(self) -> None:
+        """Keep layers dense whose projections cannot be sliced, and say so once."""
+        reasons = [k and ffn.unsupported() for k, ffn in zip(self.keep, self.ffns)]
+        for reason in sorted({r for r in reasons if isinstance(r, str)}):
+            warnings.warn(
+                f"{reasons.count(reason)} of {len(self.ffns)} layers stay dense: "
+                f"neurons cannot be taken out of a {reason}."
+            )
+        keep = zip(self.keep, reasons)
+        self.keep = [None if isinstance(r, str) else k for k, r in keep]
 
     def _tokens_after(self, new: int) -> Optional[int]:
         """Prompt tokens that follow this call; None outside a known prompt."""

@@ -122,9 +122,9 @@ class GatedFFN:
     def shape(self) -> tuple[int, int]:
         """(d, f): hidden size and number of neurons."""
         first = self._inputs()[0]
-        base = first.linear if type(first) is LoRALinear else first
+        base = getattr(first, "linear", first)  # LoRA and DoRA wrap one
         out, d = base.weight.shape
-        if type(base) is nn.QuantizedLinear:
+        if base.weight.dtype == mx.uint32:
             d = d * 32 // base.bits
         return d, out // 2 if self.family.fused else out
 

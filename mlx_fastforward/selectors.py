@@ -72,8 +72,8 @@ def neuron_scores(
 
 
 def unit_rows(x: mx.array) -> mx.array:
-    """Rows scaled to norm 1."""
-    return x * mx.rsqrt(mx.sum(mx.square(x), axis=-1, keepdims=True) + 1e-12)
+    """Rows scaled to norm 1; the fused norm accumulates in float32 whatever the dtype."""
+    return mx.fast.rms_norm(x, None, 1e-12) * x.shape[-1] ** -0.5
 
 
 def top_neurons(scores: mx.array, keep: int) -> mx.array:
@@ -135,13 +135,15 @@ class FirstBlock:
     def __call__(self, layer: int, ffn: GatedFFN, seen: Seen) -> mx.array:
         m, n, d = seen.blocks.shape
         batch = len(seen.x)
-        if seen.head:
+        scores = seen.memory.get("scores")
+        if seen.head or scores is None or len(scores) != batch:
             z = seen.z[:, : seen.head]
-            seen.memory["scores"] = neuron_scores(z, ffn, self.score)
-        elif "scores" not in seen.memory:
-            z = ffn.activations(seen.blocks.reshape(batch, -1, n, d)[:, 0])
-            seen.memory["scores"] = neuron_scores(z, ffn, self.score)
-        return mx.repeat(seen.memory["scores"], m // batch, axis=0)
+            if not seen.head:
+                z = ffn.activations(seen.blocks.reshape(batch, -1, n, d)[:, 0])
+            scores = neuron_scores(z, ffn, self.score)
+            if n > 1:  # a decode step is no statistic for what follows
+                seen.memory["scores"] = scores
+        return mx.repeat(scores, m // batch, axis=0)
 
     def flops(self, block: int, dense: int, d: int, f: int) -> float:
         return 0.0

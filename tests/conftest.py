@@ -1,5 +1,5 @@
 from hypothesis import settings
 
-# The first example compiles kernels, and shared machines stall: time limits say nothing here.
+# A first example compiles kernels, and shared machines stall: no time limits.
 settings.register_profile("no-deadline", deadline=None)
 settings.load_profile("no-deadline")

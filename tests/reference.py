@@ -1,7 +1,7 @@
 """The method in float64 NumPy, written from its equations.
 
-Nothing here is fast, and nothing here imports the package under test. Layouts: tokens are rows,
-``gate`` and ``up`` are (f, d), ``down`` is (d, f), one mask entry of 0 hides one token.
+Nothing here is fast, and nothing here imports the package under test. Layouts: tokens
+are rows, ``gate`` and ``up`` are (f, d), ``down`` is (d, f), a 0 in a mask hides a token.
 """
 
 import math
@@ -43,7 +43,7 @@ def real(x: Array, valid: Optional[Array]) -> Array:
 def predictor(
     x: Array, query: Array, w1: Array, w2: Array, valid: Optional[Array] = None
 ) -> Array:
-    """Eq. 12-13 for one block: attention pooling by a query, then two layers. -> (f,)."""
+    """Eq. 12-13 for one block: pooling by a query's attention, two layers. -> (f,)."""
     x = real(x, valid)
     weights = softmax(x @ query / math.sqrt(len(query)))
     pooled = weights @ x
@@ -94,12 +94,12 @@ def gated_ffn(
 
 
 def compensator(x: Array, w1: Array, w2: Array, act: Activation) -> Array:
-    """Eq. 20-21, added to the sparse output (eq. 22): W_c2 act(W_c1 X), w1 (d, h), w2 (h, d)."""
+    """W_c2 act(W_c1 X) (eq. 20-22), with w1 (d, h) and w2 (h, d)."""
     return np.stack([w2.T @ act(w1.T @ token) for token in x])
 
 
 def griffin(z: Array, valid: Optional[Array] = None) -> Array:
-    """Norm over the tokens of activations that are normalised per token. (n, f) -> (f,)."""
+    """Norm over tokens of activations normalised per token. (n, f) -> (f,)."""
     z = real(z, valid)
     unit = np.stack([row / np.linalg.norm(row) for row in z])
     return np.linalg.norm(unit, axis=0)
@@ -133,11 +133,11 @@ def probe(
     block_valid: Optional[Array] = None,
     dense_valid: Optional[Array] = None,
 ) -> Array:
-    """Kernel regression of one block's neuron energies from the row's dense tokens. -> (f,).
+    """Neuron energies of one block, regressed on the row's dense tokens. -> (f,).
 
-    Every fourth token of the block (n, d), from the second on, estimates each neuron's z^2 as an
-    average over the dense tokens' z^2, with weights softmax(32 cos); the block's energy is the
-    sum of the estimates. Padding neither estimates nor is averaged over.
+    Every fourth token of the block (n, d), from the second on, estimates each neuron's
+    z^2 as an average over the dense tokens' z^2, with weights softmax(32 cos); the
+    block's energy is the sum of the estimates. Padding neither estimates nor counts.
     """
     x, z = real(x, dense_valid), real(z, dense_valid)
     if score == "griffin":

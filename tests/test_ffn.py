@@ -59,7 +59,7 @@ def randomised(mlp: nn.Module, seed: int = 0) -> nn.Module:
 
 
 def with_lora(mlp: nn.Module, rank: int = 4, scale: float = 3.0) -> nn.Module:
-    """LoRA over every projection, trained: lora_b starts at zero and would hide mistakes."""
+    """LoRA over every projection; lora_b starts at zero, which would hide mistakes."""
     for i, name in enumerate(list(mlp.children())):
         lora = LoRALinear.from_base(mlp[name], r=rank, scale=scale)
         shape = lora.lora_b.shape
@@ -74,7 +74,7 @@ def float64(w: mx.array) -> np.ndarray:
 
 
 def effective(linear: nn.Module) -> tuple[np.ndarray, Optional[np.ndarray]]:
-    """Weight (out, in) and bias of a projection, with quantisation and LoRA multiplied out."""
+    """Weight (out, in) and bias, with quantisation and LoRA multiplied out."""
     if isinstance(linear, LoRALinear):
         w, bias = effective(linear.linear)
         delta = float64(linear.lora_a) @ float64(linear.lora_b)
@@ -132,7 +132,7 @@ def error(found: mx.array, wanted: np.ndarray) -> float:
 
 
 def check(mlp: nn.Module, family: str, dtype: mx.Dtype = mx.float32) -> None:
-    """Few, half and all neurons against the reference; all also against mlx-lm's module."""
+    """Few, half and all neurons against the reference; all also against mlx-lm."""
     ffn = GatedFFN(mlp, FAMILIES[family])
     d, f = ffn.shape
     assert ffn.unsupported() is None

@@ -52,7 +52,7 @@ def test_as_many_blocks_as_fit(
     after: Optional[int],
     flags: dict[str, bool],
 ) -> None:
-    """Head and tail take what they must, blocks the rest, down to less than one block."""
+    """Head and tail take what they must, blocks all that fills one of the rest."""
     plan = plan_call(new, block, cache_empty=empty, edge=edge, after=after, **flags)
     edge = edge or block
     first = edge if empty and flags["dense_head"] else 0

@@ -116,5 +116,5 @@ def test_neurons_kept_at_real_sizes() -> None:
 
 @given(st.integers(1, 30000))
 def test_a_full_budget_keeps_every_neuron(neurons: int) -> None:
-    """A layer that algorithm 1 caps at 1 is dense, also where f is no multiple of the step."""
+    """A layer capped at 1 is dense, also where f is no multiple of the step."""
     assert neurons_kept([1.0], neurons) == [neurons]

@@ -58,9 +58,9 @@ class Layer:
         scale: float = 1.0,
         memory: Optional[dict] = None,
     ) -> tuple[Seen, np.ndarray, np.ndarray]:
-        """A call, and its block tokens (M, N, d) and dense tokens (batch, T, d) in float64.
+        """A call, its block tokens (M, N, d) and dense tokens (batch, T, d) in float64.
 
-        Dense tokens look like noisy block tokens, so that likeness has something to find.
+        Dense tokens are noisy block tokens, so that likeness has something to find.
         """
         x = scale * self.normal(batch * blocks, N, D)
         rows = x.reshape(batch, -1, D)
@@ -74,7 +74,7 @@ class Layer:
         return Seen(low[0], low[1], z, head, masks, memory or {}), x, dense
 
     def masks(self, batch: int = 2, blocks: int = 3) -> tuple[np.ndarray, np.ndarray]:
-        """Padding anywhere, but no block without a real token (and one that the probe samples)."""
+        """Padding anywhere, but one token of each block is real and sampled."""
         masks = []
         for shape in [(batch * blocks, N), (batch, DENSE)]:
             mask = (self.rng.random(shape) < 0.6).astype(np.float64)
@@ -179,7 +179,7 @@ def test_probe(score: str, masked: bool, batch: int, blocks: int) -> None:
 @pytest.mark.parametrize("dtype", [mx.float16, mx.bfloat16], ids=str)
 @pytest.mark.parametrize("scale", [1.0, 60.0])
 def test_probe_in_half_precision(dtype: mx.Dtype, scale: float) -> None:
-    """Likeness depends on directions only, however large a model's normed inputs are."""
+    """Likeness depends on directions only, however large the normed inputs are."""
     layer = Layer()
     seen, x, dense = layer.seen(1, 3, dtype=dtype)
     z = layer.z(dense[0])
@@ -294,7 +294,7 @@ def test_first_block_keeps_prompts_apart() -> None:
 
 
 def test_first_block_of_a_batch_that_lost_a_row() -> None:
-    """Batch caches drop finished rows and take in new ones; the memory must not outlive that."""
+    """Batch caches drop finished rows; the memory must not outlive them."""
     layer, selector = Layer(), FirstBlock("weighted")
     memory = {"kept for": mx.array(0)}
     selector(0, layer.ffn, layer.seen(batch=2, memory=memory)[0])

@@ -1,0 +1,226 @@
+"""Tiny models of every supported architecture, and the sparse forward pass written out by hand."""
+
+import copy
+import functools
+from typing import Any, Callable, Optional, Sequence
+
+import mlx.core as mx
+import mlx.nn as nn
+import numpy as np
+import reference
+from mlx.utils import tree_map_with_path
+from mlx_lm.models import gemma2, gemma3, gemma3_text, llama, phi3, qwen2, qwen3
+from mlx_lm.models.cache import make_prompt_cache
+from mlx_lm.tokenizer_utils import TokenizerWrapper
+from mlx_lm.utils import load_tokenizer
+
+from mlx_fastforward import PrefillConfig
+from mlx_fastforward.demo import MODEL as DEMO
+
+HIDDEN, FFN, LAYERS, VOCAB, BLOCK, WINDOW = 32, 128, 4, 96, 8, 24
+
+SIZES: dict[str, Any] = dict(
+    hidden_size=HIDDEN,
+    intermediate_size=FFN,
+    num_hidden_layers=LAYERS,
+    num_attention_heads=4,
+    num_key_value_heads=2,
+    rms_norm_eps=1e-5,
+)
+GEMMA3: dict[str, Any] = dict(
+    SIZES,
+    model_type="gemma3_text",
+    head_dim=8,
+    query_pre_attn_scalar=8,
+    sliding_window=WINDOW,
+    sliding_window_pattern=2,
+)
+
+
+def _llama(vocab: int, **more: Any) -> nn.Module:
+    args = llama.ModelArgs(model_type="llama", vocab_size=vocab, **{**SIZES, **more})
+    return llama.Model(args)
+
+
+def _llama_sliding(vocab: int) -> nn.Module:
+    kinds = ["sliding_attention", "full_attention"] * (LAYERS // 2)
+    return _llama(vocab, mlp_bias=True, layer_types=kinds, sliding_window=WINDOW)
+
+
+def _qwen2(vocab: int, **more: Any) -> nn.Module:
+    args = qwen2.ModelArgs(model_type="qwen2", vocab_size=vocab, **{**SIZES, **more})
+    return qwen2.Model(args)
+
+
+def _qwen3(vocab: int) -> nn.Module:
+    args = qwen3.ModelArgs(
+        model_type="qwen3",
+        vocab_size=vocab,
+        max_position_embeddings=512,
+        head_dim=8,
+        tie_word_embeddings=False,
+        rope_theta=1e4,
+        **SIZES,
+    )
+    return qwen3.Model(args)
+
+
+def _gemma2(vocab: int) -> nn.Module:
+    args = gemma2.ModelArgs(
+        model_type="gemma2",
+        vocab_size=vocab,
+        head_dim=8,
+        query_pre_attn_scalar=8,
+        **SIZES,
+    )
+    return gemma2.Model(args)
+
+
+def _gemma3(vocab: int) -> nn.Module:
+    args = gemma3.ModelArgs("gemma3", text_config=dict(GEMMA3), vocab_size=vocab)
+    return gemma3.Model(args)
+
+
+def _gemma3_text(vocab: int) -> nn.Module:
+    return gemma3_text.Model(gemma3_text.ModelArgs(vocab_size=vocab, **GEMMA3))
+
+
+def _phi3(vocab: int) -> nn.Module:
+    args = phi3.ModelArgs(model_type="phi3", vocab_size=vocab, **SIZES)
+    return phi3.Model(args)
+
+
+BUILDERS: dict[str, Callable[..., nn.Module]] = {
+    "llama": _llama,
+    "llama-bias-sliding": _llama_sliding,
+    "qwen2": _qwen2,
+    "qwen3": _qwen3,
+    "gemma2": _gemma2,
+    "gemma3": _gemma3,
+    "gemma3_text": _gemma3_text,
+    "phi3": _phi3,
+}
+NAMES = list(BUILDERS)
+WITHOUT_EMBEDDINGS = ["gemma2", "phi3"]  # no input_embeddings in mlx-lm
+WITH_EMBEDDINGS = [n for n in NAMES if n not in WITHOUT_EMBEDDINGS]
+
+
+def tiny(name: str, seed: int = 0, vocab: int = VOCAB, **more: Any) -> nn.Module:
+    """A random model of one architecture; ``more`` overrides sizes of llama and qwen2.
+
+    The weights are large enough for the FFNs to matter: mlx's own initialisation leaves them so
+    small that dropping half of the neurons would hardly show.
+    """
+    model = BUILDERS[name](vocab, **more)
+    offset = 0.0 if "gemma" in name else 1.0  # Gemma's norms multiply by 1 + weight
+    key = mx.random.key(seed)
+
+    def fill(path: str, w: mx.array) -> mx.array:
+        nonlocal key
+        key, now = mx.random.split(key)
+        noise = mx.random.normal(w.shape, key=now)
+        if path.endswith("norm.weight"):
+            return offset + 0.2 * noise
+        if w.ndim == 1:
+            return 0.5 * noise
+        if "embed_tokens" in path:
+            return noise
+        return (2.0 if "mlp" in path else 1.0) * noise / w.shape[1] ** 0.5
+
+    model.update(tree_map_with_path(fill, model.parameters()))
+    model.eval()
+    mx.eval(model.parameters())
+    return model
+
+
+def settings(**more: Any) -> PrefillConfig:
+    """Half of the neurons, blocks of eight tokens."""
+    return PrefillConfig(**{"sparsity": 0.5, "block_size": BLOCK, **more})
+
+
+def token_ids(n: int, seed: int = 0, vocab: int = VOCAB) -> list[int]:
+    """A random prompt without the demo tokenizer's special tokens."""
+    return np.random.default_rng(seed).integers(16, vocab, n).tolist()
+
+
+@functools.cache
+def demo_tokenizer() -> TokenizerWrapper:
+    """The bundled tokenizer, 4096 tokens; models with fewer use its first ones."""
+    return load_tokenizer(DEMO)
+
+
+def prefill(
+    model: nn.Module, ids: Sequence[int], cache: Optional[list] = None
+) -> tuple[np.ndarray, list]:
+    """All logits (L, vocabulary) of one call, and the cache that it filled."""
+    cache = make_prompt_cache(model) if cache is None else cache
+    logits = model(mx.array([ids]), cache=cache)
+    mx.eval(logits, [c.state for c in cache])
+    return np.array(logits[0]), cache
+
+
+def cached_arrays(cache: list) -> list[np.ndarray]:
+    """Keys and values that a cache holds, layer by layer."""
+    return [np.array(a) for c in cache for a in c.keys_and_values()]
+
+
+def distance(a: np.ndarray, b: np.ndarray) -> float:
+    """Largest difference relative to the largest entry."""
+    return float(np.abs(a - b).max() / np.abs(b).max())
+
+
+class OracleMLP(nn.Module):
+    """A layer's FFN under the per-block oracle, in float64 and from the equations.
+
+    Everything is computed densely; in each sparse block all but the K best neurons are set to 0.
+    """
+
+    def __init__(self, mlp: nn.Module, gelu: bool, start: int, stop: int, keep: int):
+        super().__init__()
+        self.act = reference.gelu_tanh if gelu else reference.silu
+        if "gate_up_proj" in mlp:
+            names = ("gate_up_proj", "down_proj")
+        else:
+            names = ("gate_proj", "up_proj", "down_proj")
+        w = [_float64(mlp[n].weight) for n in names]
+        b = [_float64(mlp[n].bias) if "bias" in mlp[n] else None for n in names]
+        if len(w) == 2:
+            w, b = [*np.split(w[0], 2), w[1]], [None, None, b[1]]
+        self.weights, self.biases = (tuple(w), tuple(b))
+        self.sparse = range(start, stop, BLOCK)
+        self.keep = keep
+
+    def __call__(self, x: mx.array) -> mx.array:
+        rows = [self._row(row) for row in _float64(x)]
+        return mx.array(np.stack(rows).astype(np.float32))
+
+    def _row(self, x: np.ndarray) -> np.ndarray:
+        gate, up, down = self.weights
+        gate_bias, up_bias, down_bias = self.biases
+
+        def run(x: np.ndarray, neurons: Optional[list[int]]) -> np.ndarray:
+            biases = (gate_bias, up_bias, down_bias)
+            return reference.gated_ffn(x, gate, up, down, neurons, self.act, *biases)
+
+        y = run(x, None)
+        for i in self.sparse:
+            block = x[i : i + BLOCK]
+            z = reference.activations(block, gate, up, self.act, gate_bias, up_bias)
+            scores = reference.weighted(z, down)
+            y[i : i + BLOCK] = run(block, reference.top_k(scores, self.keep))
+        return y
+
+
+def by_hand(model: nn.Module, name: str, start: int, stop: int, keep: int) -> nn.Module:
+    """A copy of a plain model that prefills tokens start..stop sparsely, without the package.
+
+    The last layer stays dense.
+    """
+    model = copy.deepcopy(model)
+    for layer in model.layers[:-1]:
+        layer.mlp = OracleMLP(layer.mlp, "gemma" in name, start, stop, keep)
+    return model
+
+
+def _float64(w: mx.array) -> np.ndarray:
+    return np.array(w.astype(mx.float32)).astype(np.float64)
