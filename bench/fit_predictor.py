@@ -23,7 +23,7 @@ from rich.progress import track
 
 from .. import demo
 from ..adapter import fingerprint, save_adapter
-from ..attach import detach
+from ..attachment import detach
 from ..families import family_of, layer_mlps, layer_norm_weights
 from ..ffn import GatedFFN
 from ..loading import load

@@ -24,7 +24,7 @@ from rich.table import Table
 
 from .. import demo
 from ..adapter import load_adapter
-from ..attach import attach, detach
+from ..attachment import attach, detach
 from ..config import PrefillConfig
 from ..engine import Engine
 from ..loading import load

@@ -26,7 +26,7 @@ from rich.table import Table
 
 from .. import demo
 from ..adapter import load_adapter
-from ..attach import attach, detach, seat
+from ..attachment import attach, detach, seat
 from ..config import PrefillConfig
 from ..engine import Engine
 from ..generation import stream_generate

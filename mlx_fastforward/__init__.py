@@ -7,7 +7,7 @@ from .version import __version__
 
 if TYPE_CHECKING:
     from .adapter import Adapter, AdapterError, load_adapter, save_adapter
-    from .attach import attach, detach
+    from .attachment import attach, detach
     from .config import ConfigError, FastForwardError, PrefillConfig
     from .families import UnsupportedModel
     from .generation import Response, stream_generate
@@ -22,8 +22,8 @@ _HOME = {
     "PrefillConfig": "config",
     "Response": "generation",
     "UnsupportedModel": "families",
-    "attach": "attach",
-    "detach": "attach",
+    "attach": "attachment",
+    "detach": "attachment",
     "load": "loading",
     "load_adapter": "adapter",
     "save_adapter": "adapter",

@@ -3,7 +3,7 @@
 Weights are looked up at every call, so LoRA or quantisation applied after attach() are seen.
 """
 
-from typing import Optional
+from typing import Any, Optional
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -122,7 +122,7 @@ class GatedFFN:
     def shape(self) -> tuple[int, int]:
         """(d, f): hidden size and number of neurons."""
         first = self._inputs()[0]
-        base = getattr(first, "linear", first)  # LoRA and DoRA wrap one
+        base: Any = getattr(first, "linear", first)  # LoRA and DoRA wrap one
         out, d = base.weight.shape
         if base.weight.dtype == mx.uint32:
             d = d * 32 // base.bits

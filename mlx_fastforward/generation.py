@@ -11,7 +11,7 @@ from mlx_lm.generate import GenerationResponse
 from mlx_lm.generate import stream_generate as mlx_lm_stream_generate
 from mlx_lm.tokenizer_utils import TokenizerWrapper
 
-from .attach import engine_of
+from .attachment import engine_of
 
 
 @dataclass

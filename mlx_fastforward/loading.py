@@ -7,7 +7,7 @@ import mlx.nn as nn
 from mlx_lm.utils import load as mlx_lm_load
 
 from .adapter import Adapter, find_adapter
-from .attach import attach
+from .attachment import attach
 from .config import PrefillConfig
 
 

@@ -34,7 +34,11 @@ def layerwise(importances: Sequence[float], sparsity: float) -> list[float]:
 def neurons_kept(budgets: Sequence[float], neurons: int) -> list[int]:
     """Budgets as whole numbers of neurons, multiples that matmul kernels like (64 at real sizes)."""
     multiple = max(1, min(64, neurons // 16))
-    return [
-        min(neurons, max(multiple, round(b * neurons / multiple) * multiple))
-        for b in budgets
-    ]
+
+    def whole(budget: float) -> int:
+        if budget >= 1:
+            return neurons
+        steps = max(1, round(budget * neurons / multiple))
+        return min(neurons, steps * multiple)
+
+    return [whole(b) for b in budgets]

@@ -10,7 +10,7 @@ from mlx_lm.models.cache import (
     trim_prompt_cache,
 )
 
-from .attach import engine_of
+from .attachment import engine_of
 from .config import FastForwardError
 from .generation import Response, stream_generate
 

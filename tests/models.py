@@ -144,9 +144,12 @@ def token_ids(n: int, seed: int = 0, vocab: int = VOCAB) -> list[int]:
 
 
 @functools.cache
-def demo_tokenizer() -> TokenizerWrapper:
-    """The bundled tokenizer, 4096 tokens; models with fewer use its first ones."""
-    return load_tokenizer(DEMO)
+def demo_tokenizer(eos: int = 4095) -> TokenizerWrapper:
+    """The bundled tokenizer, 4096 tokens; models with fewer use its first ones.
+
+    The default end of sequence never comes, so that tests know how many tokens to expect.
+    """
+    return load_tokenizer(DEMO, eos_token_ids=[eos])
 
 
 def prefill(
@@ -157,6 +160,29 @@ def prefill(
     logits = model(mx.array([ids]), cache=cache)
     mx.eval(logits, [c.state for c in cache])
     return np.array(logits[0]), cache
+
+
+def decode(
+    model: nn.Module, prompt: list[int], n: int, cache: Optional[list] = None
+) -> tuple[list[int], np.ndarray]:
+    """n greedy tokens and their log-probabilities (n, vocabulary), as mlx-lm reads a prompt.
+
+    That is, all but its last token in one call, and then one token at a time.
+    """
+    _, cache = prefill(model, prompt[:-1], cache)
+    return continue_from(model, prompt[-1], n, cache)
+
+
+def continue_from(
+    model: nn.Module, token: int, n: int, cache: list
+) -> tuple[list[int], np.ndarray]:
+    """n greedy tokens and their log-probabilities after ``token``."""
+    tokens, logprobs = [token], []
+    for _ in range(n):
+        logits = prefill(model, tokens[-1:], cache)[0][-1].astype(np.float64)
+        logprobs.append(logits - np.logaddexp.reduce(logits))
+        tokens.append(int(logits.argmax()))
+    return tokens[1:], np.stack(logprobs)
 
 
 def cached_arrays(cache: list) -> list[np.ndarray]:

@@ -27,7 +27,7 @@ from mlx_fastforward.adapter import (
     load_adapter,
     save_adapter,
 )
-from mlx_fastforward.attach import attach, engine_of
+from mlx_fastforward.attachment import attach, engine_of
 from mlx_fastforward.compensators import MLPCompensator
 from mlx_fastforward.config import FastForwardError, PrefillConfig
 from mlx_fastforward.families import family_of, layer_norm_weights

@@ -20,7 +20,7 @@ from mlx_lm.utils import does_model_support_input_embeddings
 from models import BLOCK, FFN, LAYERS, NAMES, WITH_EMBEDDINGS
 
 from mlx_fastforward import ConfigError, UnsupportedModel, attach, detach
-from mlx_fastforward.attach import engine_of, seat
+from mlx_fastforward.attachment import engine_of, seat
 
 TOKENS = 7 * BLOCK + 3
 HEAD, STOP = BLOCK, 6 * BLOCK  # the last block and the three odd tokens are the tail

@@ -120,7 +120,7 @@ class Chat:
 
     @property
     def engine(self) -> Any:
-        from ..attach import engine_of
+        from ..attachment import engine_of
 
         engine = engine_of(self.session.model)
         assert engine is not None
