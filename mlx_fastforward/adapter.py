@@ -3,6 +3,7 @@
 A folder with ``fastforward.json`` (what it is) and ``fastforward.safetensors`` (the weights).
 """
 
+import functools
 import hashlib
 import json
 import os
@@ -14,6 +15,7 @@ from typing import Any, Optional, Sequence
 import mlx.core as mx
 import numpy as np
 from huggingface_hub import snapshot_download
+from huggingface_hub.errors import HFValidationError
 
 from .compensators import ACTIVATIONS, Compensator, MLPCompensator, MLPWeights
 from .config import FastForwardError
@@ -57,7 +59,7 @@ class Adapter:
                 )
         if self.base["fingerprint"] != fingerprint(norms):
             raise AdapterError(
-                f"the adapter was made for {self.base.get('name', 'another model')}: "
+                f"the adapter was made for {self.base.get('name', 'another model')!r}: "
                 "the shapes agree, but the weights of this model do not."
             )
 
@@ -65,7 +67,8 @@ class Adapter:
 def fingerprint(norms: Sequence[mx.array]) -> str:
     """A hash of a model's norm weights, the same for every quantisation of the model.
 
-    Norms stay float when a model is quantised; rounding to bf16 makes fp16, bf16 and fp32 equal.
+    Norms stay float when a model is quantised; they are rounded to bf16, so all copies (fp32,
+    fp16, bf16) of a model published in bf16 agree.
     """
     digest = hashlib.sha256()
     for i in sorted({0, len(norms) // 2, len(norms) - 1}):
@@ -78,62 +81,86 @@ def load_adapter(path: str | Path) -> Adapter:
     """Read a side file lazily (weights are mapped, not read); raises AdapterError."""
     path = Path(path)
     info, tensors = _read(path)
-    base = info.get("base_model")
-    keys = ("layers", "hidden_size", "ffn_size", "fingerprint")
-    if not isinstance(base, dict) or any(k not in base for k in keys):
-        raise AdapterError(
-            f"{path / JSON_NAME} lacks base_model with {', '.join(keys)}."
-        )
-    layers, d, f = base["layers"], base["hidden_size"], base["ffn_size"]
-    shapes = _Shapes(path, tensors, layers)
+    base = _section(path, info, "base_model")
+    whole = functools.partial(_whole, path, info)
+    layers = whole("base_model", "layers")
+    d, f = whole("base_model", "hidden_size"), whole("base_model", "ffn_size")
+    if not isinstance(base.get("fingerprint"), str):
+        raise AdapterError(f"{path / JSON_NAME} lacks base_model.fingerprint.")
+    take = functools.partial(_per_layer, path, tensors, layers)
     predictors = compensator = importances = None
     if info.get("predictor"):
-        r = info["predictor"]["rank"]
-        q = shapes.take("predictor.query", (d,))
-        w1 = shapes.take("predictor.w1", (d, r))
-        w2 = shapes.take("predictor.w2", (r, f))
-        predictors = [PredictorWeights(*w) for w in zip(q, w1, w2)]
+        r = whole("predictor", "rank")
+        parts = [
+            take("predictor.query", (d,)),
+            take("predictor.w1", (d, r)),
+            take("predictor.w2", (r, f)),
+        ]
+        predictors = [PredictorWeights(*w) for w in zip(*parts)]
     if info.get("compensator"):
-        h = info["compensator"]["rank"]
-        c1 = shapes.take("compensator.w1", (d, h))
-        c2 = shapes.take("compensator.w2", (h, d))
-        weights = [MLPWeights(*w) for w in zip(c1, c2)]
+        h = whole("compensator", "rank")
         activation = info["compensator"].get("activation", "relu")
-        if activation not in ACTIVATIONS:
+        if activation not in list(ACTIVATIONS):
             raise AdapterError(
-                f"{path / JSON_NAME}: compensator activation {activation!r} is not one of "
-                f"{', '.join(ACTIVATIONS)}."
+                f"{path / JSON_NAME}: expected a compensator activation of "
+                f"{', '.join(ACTIVATIONS)}; found {activation!r}."
             )
+        parts = [take("compensator.w1", (d, h)), take("compensator.w2", (h, d))]
+        weights = [MLPWeights(*w) for w in zip(*parts)]
         compensator = MLPCompensator(weights, activation)
     if "importance" in tensors:
-        if tensors["importance"].shape != (layers,):
-            raise AdapterError(
-                f"{path}: importance should have shape ({layers},), "
-                f"found {tensors['importance'].shape}."
-            )
-        importances = np.array(tensors["importance"].astype(mx.float32)).tolist()
+        weight = _float(path, tensors, "importance", (layers,))
+        importances = np.array(weight.astype(mx.float32)).tolist()
     return Adapter(base, predictors, compensator, importances, info)
 
 
-class _Shapes:
-    """Takes one tensor per layer out of the file, checking each shape."""
+def _section(path: Path, info: dict[str, Any], name: str) -> dict[str, Any]:
+    section = info.get(name)
+    if not isinstance(section, dict):
+        raise AdapterError(
+            f"{path / JSON_NAME}: expected {name} to be an object, found {section!r}."
+        )
+    return section
 
-    def __init__(self, path: Path, tensors: dict[str, mx.array], layers: int):
-        self.path, self.tensors, self.layers = path, tensors, layers
 
-    def take(self, name: str, shape: tuple[int, ...]) -> list[mx.array]:
-        keys = [f"layers.{i}.{name}" for i in range(self.layers)]
-        for key in keys:
-            if key not in self.tensors:
-                raise AdapterError(
-                    f"{self.path / TENSORS_NAME} lacks the tensor {key}."
-                )
-            found = tuple(self.tensors[key].shape)
-            if found != shape:
-                raise AdapterError(
-                    f"{self.path / TENSORS_NAME}: {key} should have shape {shape}, found {found}."
-                )
-        return [self.tensors[key] for key in keys]
+def _whole(path: Path, info: dict[str, Any], section: str, key: str) -> int:
+    value = _section(path, info, section).get(key)
+    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+        raise AdapterError(
+            f"{path / JSON_NAME}: expected {section}.{key} to be a whole number above 0, "
+            f"found {value!r}."
+        )
+    return value
+
+
+def _float(
+    path: Path, tensors: dict[str, mx.array], key: str, shape: tuple[int, ...]
+) -> mx.array:
+    """A tensor of this name and shape and a float dtype, or AdapterError."""
+    if key not in tensors:
+        raise AdapterError(f"{path / TENSORS_NAME} lacks the tensor {key}.")
+    tensor = tensors[key]
+    if tuple(tensor.shape) != shape:
+        raise AdapterError(
+            f"{path / TENSORS_NAME}: {key} should have shape {shape}, "
+            f"found {tuple(tensor.shape)}."
+        )
+    if not mx.issubdtype(tensor.dtype, mx.floating):
+        raise AdapterError(
+            f"{path / TENSORS_NAME}: {key} should be float, found {tensor.dtype}."
+        )
+    return tensor
+
+
+def _per_layer(
+    path: Path,
+    tensors: dict[str, mx.array],
+    layers: int,
+    name: str,
+    shape: tuple[int, ...],
+) -> list[mx.array]:
+    keys = (f"layers.{i}.{name}" for i in range(layers))
+    return [_float(path, tensors, key, shape) for key in keys]
 
 
 def _read(path: Path) -> tuple[dict[str, Any], dict[str, mx.array]]:
@@ -144,18 +171,19 @@ def _read(path: Path) -> tuple[dict[str, Any], dict[str, mx.array]]:
             )
     try:
         info = json.loads((path / JSON_NAME).read_text(encoding="utf-8"))
-    except (OSError, ValueError) as e:
+    except (OSError, ValueError, RecursionError) as e:
         raise AdapterError(f"{path / JSON_NAME} cannot be read: {e}") from e
     if not isinstance(info, dict) or info.get("format") != FORMAT:
         found = info.get("format") if isinstance(info, dict) else type(info).__name__
         raise AdapterError(
-            f"{path / JSON_NAME}: expected format {FORMAT}, found {found}."
+            f"{path / JSON_NAME}: expected format {FORMAT}, found {found!r}."
         )
     try:
         tensors = mx.load(str(path / TENSORS_NAME))
     except (RuntimeError, ValueError, OSError) as e:
         raise AdapterError(f"{path / TENSORS_NAME} cannot be read: {e}") from e
-    return info, tensors  # type: ignore[return-value]
+    assert isinstance(tensors, dict)
+    return info, tensors
 
 
 def save_adapter(
@@ -168,6 +196,7 @@ def save_adapter(
         mx.save_safetensors(f"{tmp}/{TENSORS_NAME}", tensors)
         text = json.dumps({"format": FORMAT, **info}, indent=2)
         Path(tmp, JSON_NAME).write_text(text + "\n", encoding="utf-8")
+        (path / JSON_NAME).unlink(missing_ok=True)  # never old JSON with new weights
         for name in (TENSORS_NAME, JSON_NAME):
             os.replace(f"{tmp}/{name}", path / name)
 
@@ -177,7 +206,15 @@ def find_adapter(model: str, named: Optional[str | Path] = None) -> Optional[Ada
     if named is None:
         beside = Path(model)
         return load_adapter(beside) if (beside / JSON_NAME).is_file() else None
-    if Path(named).exists() or str(named).count("/") != 1:
+    local = str(named).startswith((".", "/", "~")) or str(named).count("/") != 1
+    if local or Path(named).exists():
         return load_adapter(named)
-    files = [JSON_NAME, TENSORS_NAME]
-    return load_adapter(snapshot_download(str(named), allow_patterns=files))
+    try:
+        files = [JSON_NAME, TENSORS_NAME]
+        folder = snapshot_download(str(named), allow_patterns=files)
+    except (HFValidationError, OSError) as e:  # hub and connection errors are OSErrors
+        reason = str(e).splitlines()[0] if str(e) else type(e).__name__
+        raise AdapterError(
+            f"adapter {str(named)!r} is not a local folder and could not be downloaded: {reason}"
+        ) from e
+    return load_adapter(folder)

@@ -47,7 +47,6 @@ def attach(
         UnsupportedModel, ConfigError, AdapterError: before anything of the model is touched.
     """
     config = config or PrefillConfig()
-    detach(model)
     family = family_of(model)
     ffns = [GatedFFN(mlp, family) for mlp in layer_mlps(model, family)]
     if adapter is not None:
@@ -61,6 +60,7 @@ def attach(
         _compensator(config, adapter),
     )
     engine.drop_unsupported()
+    detach(model)
     seat(model, engine)
     return engine
 

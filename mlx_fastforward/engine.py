@@ -12,7 +12,7 @@ from .compensators import Compensator
 from .config import PrefillConfig
 from .ffn import GatedFFN
 from .plan import Plan, plan_call, shortest_sparse
-from .selectors import Seen, Selector, top_neurons
+from .selectors import Seen, Selector, at_least_one, top_neurons
 
 Cache = Optional[Sequence[Any]]
 
@@ -261,8 +261,3 @@ def valid_tokens(cache: Cache, batch: int, new: int) -> Optional[mx.array]:
     if right is not None:
         valid = valid & (place < (new - right)[:, None])
     return valid.astype(mx.float32)
-
-
-def at_least_one(valid: mx.array) -> mx.array:
-    """A mask (M, N) in which a block of nothing but padding counts as real."""
-    return mx.maximum(valid, 1 - mx.max(valid, axis=-1, keepdims=True))

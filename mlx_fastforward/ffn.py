@@ -75,6 +75,10 @@ def transposed(w: mx.array) -> mx.array:
     return mx.contiguous(runs.transpose(1, 0, 2)).reshape(f, d)
 
 
+def _same(a: list[Any], b: list[Any]) -> bool:
+    return len(a) == len(b) and all(x is y for x, y in zip(a, b))
+
+
 class DownRows:
     """The down projection with one row per neuron, made once per chunk of tokens.
 
@@ -106,7 +110,7 @@ class GatedFFN:
     def __init__(self, mlp: nn.Module, family: Family):
         self.mlp = mlp
         self.family = family
-        self._norms: Optional[tuple[mx.array, mx.array]] = None
+        self._norms: Optional[tuple[list[Any], mx.array]] = None
 
     @property
     def down(self) -> nn.Module:
@@ -152,12 +156,17 @@ class GatedFFN:
         return z, self.down(z)
 
     def down_norms(self) -> mx.array:
-        """Norm of each neuron's down column (f,), float32, LoRA included; kept until they change."""
+        """Norm of each neuron's down column (f,), float32, LoRA included.
+
+        Kept until an array of the projection is replaced; a change in place goes unnoticed.
+        """
         linear = self.down
         lora = linear if type(linear) is LoRALinear else None
         base = linear.linear if lora is not None else linear
-        tag = base.weight if lora is None else lora.lora_b
-        if self._norms is None or self._norms[0] is not tag:
+        tag = [base.weight, base.get("scales"), base.get("biases")]
+        if lora is not None:
+            tag += [lora.lora_a, lora.lora_b, lora.scale]
+        if self._norms is None or not _same(self._norms[0], tag):
             w = dequantized(base, mx.float32).astype(mx.float32)
             if lora is not None:
                 w = w + lora.scale * (lora.lora_a @ lora.lora_b).T

@@ -76,6 +76,11 @@ def unit_rows(x: mx.array) -> mx.array:
     return mx.fast.rms_norm(x, None, 1e-12) * x.shape[-1] ** -0.5
 
 
+def at_least_one(valid: mx.array) -> mx.array:
+    """A mask (M, N) in which a block of nothing but padding counts as real."""
+    return mx.maximum(valid, 1 - mx.max(valid, axis=-1, keepdims=True))
+
+
 def top_neurons(scores: mx.array, keep: int) -> mx.array:
     """The ``keep`` best neurons of each block in ascending order. (M, f) -> (M, K).
 
@@ -112,7 +117,8 @@ class Probe:
             likeness = mx.where(seen.valid[1][:, None] > 0, likeness, -1e9)
         votes = mx.softmax(likeness, axis=-1)
         if seen.valid is not None:
-            votes = votes * seen.valid[0][:, 1 :: self.sample].reshape(batch, -1, 1)
+            real = at_least_one(seen.valid[0][:, 1 :: self.sample])
+            votes = votes * real.reshape(batch, -1, 1)
         votes = votes.reshape(batch, m // batch, -1, votes.shape[-1]).sum(axis=2)
         z = seen.z.astype(mx.float32)
         if self.score == "griffin":
@@ -133,17 +139,27 @@ class FirstBlock:
         self.score = score
 
     def __call__(self, layer: int, ffn: GatedFFN, seen: Seen) -> mx.array:
-        m, n, d = seen.blocks.shape
+        m, n, _ = seen.blocks.shape
         batch = len(seen.x)
         scores = seen.memory.get("scores")
         if seen.head or scores is None or len(scores) != batch:
-            z = seen.z[:, : seen.head]
-            if not seen.head:
-                z = ffn.activations(seen.blocks.reshape(batch, -1, n, d)[:, 0])
-            scores = neuron_scores(z, ffn, self.score)
+            z, valid = self._first(ffn, seen)
+            scores = neuron_scores(z, ffn, self.score, valid)
             if n > 1:  # a decode step is no statistic for what follows
                 seen.memory["scores"] = scores
         return mx.repeat(scores, m // batch, axis=0)
+
+    def _first(self, ffn: GatedFFN, seen: Seen) -> tuple[mx.array, Optional[mx.array]]:
+        """Activations of the head, or of the first sparse block, and its padding mask."""
+        if seen.head:
+            valid = None if seen.valid is None else seen.valid[1][:, : seen.head]
+            return seen.z[:, : seen.head], valid
+        _, n, d = seen.blocks.shape
+        batch = len(seen.x)
+        valid = (
+            None if seen.valid is None else seen.valid[0].reshape(batch, -1, n)[:, 0]
+        )
+        return ffn.activations(seen.blocks.reshape(batch, -1, n, d)[:, 0]), valid
 
     def flops(self, block: int, dense: int, d: int, f: int) -> float:
         return 0.0

@@ -144,12 +144,15 @@ def token_ids(n: int, seed: int = 0, vocab: int = VOCAB) -> list[int]:
 
 
 @functools.cache
-def demo_tokenizer(eos: int = 4095) -> TokenizerWrapper:
+def demo_tokenizer(ends: bool = False) -> TokenizerWrapper:
     """The bundled tokenizer, 4096 tokens; models with fewer use its first ones.
 
-    The default end of sequence never comes, so that tests know how many tokens to expect.
+    Without ``ends`` no token ends an answer, so that tests know how many to expect.
     """
-    return load_tokenizer(DEMO, eos_token_ids=[eos])
+    tokenizer = load_tokenizer(DEMO)
+    if not ends:
+        tokenizer.eos_token_ids = []
+    return tokenizer
 
 
 def prefill(

@@ -1,7 +1,7 @@
 """The method in float64 NumPy, written from its equations.
 
 Nothing here is fast, and nothing here imports the package under test. Layouts: tokens
-are rows, ``gate`` and ``up`` are (f, d), ``down`` is (d, f), a 0 in a mask hides a token.
+are rows, ``gate`` and ``up`` are (f, d), ``down`` is (d, f), a mask's 0 hides a token.
 """
 
 import math

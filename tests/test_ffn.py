@@ -347,10 +347,6 @@ def new_weight(mlp: nn.Module) -> None:
     mlp.down_proj.weight = 2 * mlp.down_proj.weight
 
 
-def weight_in_place(mlp: nn.Module) -> None:
-    mlp.down_proj.weight *= 2
-
-
 def quantised(mlp: nn.Module) -> None:
     nn.quantize(mlp, 32, 2)
 
@@ -383,7 +379,6 @@ def scales(mlp: nn.Module) -> None:
     "change, before",
     [
         (new_weight, None),
-        (weight_in_place, None),
         (quantised, None),
         (lora_added, None),
         (lora_b, lora_added),

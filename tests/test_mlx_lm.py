@@ -2,7 +2,7 @@
 
 import copy
 from pathlib import Path
-from typing import Any, Callable, Iterator, Optional
+from typing import Any, Callable, Iterable, Optional
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -21,7 +21,7 @@ from mlx_lm.models.cache import (
     save_prompt_cache,
     trim_prompt_cache,
 )
-from models import BLOCK, LAYERS, NAMES
+from models import BLOCK, FFN, LAYERS, NAMES
 
 import mlx_fastforward as ff
 from mlx_fastforward import attach, detach
@@ -30,6 +30,8 @@ from mlx_fastforward.plan import Plan
 
 TOKENS = 9 * BLOCK + 1  # the last one goes alone, after eight blocks and a tail
 SELECTORS = ["probe", "oracle", "first-block"]
+Said = tuple[list[int], np.ndarray]
+Seen = list[tuple[int, Optional[Call]]]
 Planned = list[tuple[int, Optional[Plan]]]
 
 
@@ -38,9 +40,9 @@ def tokenizer() -> Any:
     return models.demo_tokenizer()
 
 
-def watch(engine: Engine) -> list[tuple[int, Optional[Call]]]:
+def watch(engine: Engine) -> Seen:
     """A list that grows by (new tokens, call) with every call of the model."""
-    seen: list[tuple[int, Optional[Call]]] = []
+    seen: Seen = []
     begin = engine.begin
 
     def spy(batch: int, new: int, cache: Any, training: bool) -> Optional[Call]:
@@ -52,48 +54,47 @@ def watch(engine: Engine) -> list[tuple[int, Optional[Call]]]:
     return seen
 
 
-def plans(seen: list[tuple[int, Optional[Call]]]) -> Planned:
+def plans(seen: Seen) -> Planned:
     """What was planned for the calls of more than one token."""
     return [(new, call.plan if call else None) for new, call in seen if new > 1]
 
 
-def tokens_of(responses: Iterator[Any]) -> list[int]:
-    return [r.token for r in responses]
+def said(responses: Iterable[Any]) -> Said:
+    """Tokens and log-probabilities of a stream."""
+    listed = list(responses)
+    return [r.token for r in listed], np.stack([np.array(r.logprobs) for r in listed])
 
 
-def by_hand(model: nn.Module, prompt: list[int], n: int) -> list[int]:
-    """Greedy tokens from mlx-lm's way of reading a prompt: all but the last token, then it."""
-    _, cache = models.prefill(model, prompt[:-1])
-    out = prompt[-1:]
-    for _ in range(n):
-        logits, _ = models.prefill(model, out[-1:], cache)
-        out.append(int(logits[-1].argmax()))
-    return out[1:]
+def assert_same(got: Said, wanted: Said) -> None:
+    assert got[0] == wanted[0]
+    assert models.distance(got[1], wanted[1]) < 1e-4
+
+
+def assert_other(got: Said, wanted: Said) -> None:
+    """The first token's probabilities differ; greedy tokens of a random model may not."""
+    assert models.distance(got[1][0], wanted[1][0]) > 3e-3
 
 
 @pytest.mark.parametrize("name", NAMES)
 def test_stream_generate(name: str, tokenizer: Any) -> None:
-    """The tokens are those of the hand-written sparse prefill and a dense continuation."""
+    """The output is that of the hand-written sparse prefill and a dense continuation."""
     model, prompt = models.tiny(name), models.token_ids(TOKENS)
-    hand = models.by_hand(model, name, BLOCK, 8 * BLOCK, models.FFN // 2)
-    plain = by_hand(model, prompt, 12)
+    dense = models.decode(model, prompt, 8)
+    hand = models.by_hand(model, name, BLOCK, 8 * BLOCK, FFN // 2)
     _, cache = models.prefill(hand, prompt[:-1])
-    wanted = prompt[-1:]
-    for _ in range(12):
-        logits, _ = models.prefill(model, wanted[-1:], cache)
-        wanted.append(int(logits[-1].argmax()))
+    wanted = models.continue_from(model, prompt[-1], 8, cache)
     seen = watch(attach(model, models.settings(selector="oracle")))
-    got = tokens_of(mlx_lm.stream_generate(model, tokenizer, prompt, 12))
-    assert got == wanted[1 : 1 + len(got)] and len(got) == 12
+    got = said(mlx_lm.stream_generate(model, tokenizer, prompt, 8))
     assert plans(seen) == [(TOKENS - 1, Plan(BLOCK, 7, BLOCK, BLOCK))]
-    assert got != plain
+    assert_same(got, wanted)
+    assert_other(got, dense)
 
 
 def test_generate_returns_the_text_of_the_same_tokens(tokenizer: Any) -> None:
     model, prompt = models.tiny("llama"), models.token_ids(TOKENS)
     attach(model, models.settings())
     text = mlx_lm.generate(model, tokenizer, prompt, max_tokens=12)
-    assert text == tokenizer.decode(by_hand(model, prompt, 12))
+    assert text == tokenizer.decode(models.decode(model, prompt, 12)[0])
     detach(model)
     assert text != mlx_lm.generate(model, tokenizer, prompt, max_tokens=12)
 
@@ -116,10 +117,10 @@ def test_saved_and_loaded_prompt_cache(tokenizer: Any, tmp_path: Path) -> None:
     loaded = load_prompt_cache(str(tmp_path / "c.safetensors"))
     for a, b in zip(models.cached_arrays(loaded), models.cached_arrays(cache)):
         np.testing.assert_array_equal(a, b)
-    got = tokens_of(
+    got = said(
         mlx_lm.stream_generate(model, tokenizer, prompt[-1:], 8, prompt_cache=loaded)
     )
-    assert got == by_hand(model, prompt, 8)
+    assert_same(got, models.decode(model, prompt, 8))
 
 
 @pytest.mark.parametrize("selector", SELECTORS)
@@ -165,17 +166,15 @@ def test_quantised_kv_cache(tokenizer: Any, selector: str, step: int) -> None:
     logprobs = []
     for more in ({}, dict(kv_bits=8, kv_group_size=32, quantized_kv_start=0)):
         cache = make_prompt_cache(model)
-        first = next(
-            mlx_lm.stream_generate(
-                model,
-                tokenizer,
-                prompt,
-                prompt_cache=cache,
-                prefill_step_size=step,
-                **more,
-            )
+        responses = mlx_lm.stream_generate(
+            model,
+            tokenizer,
+            prompt,
+            prompt_cache=cache,
+            prefill_step_size=step,
+            **more,
         )
-        logprobs.append(np.array(first.logprobs))
+        logprobs.append(np.array(next(responses).logprobs))
         assert isinstance(cache[0], QuantizedKVCache) == bool(more)
     assert 0 < models.distance(logprobs[1], logprobs[0]) < 0.05
 
@@ -185,24 +184,22 @@ def test_first_block_is_remembered_when_the_kv_cache_is_quantised(
 ) -> None:
     """mlx-lm replaces the cache objects between two chunks; the prompt stays the same."""
     model = models.tiny("llama", hidden_size=128)
-    engine = attach(model, models.settings(selector="first-block"))
-    seen = watch(engine)
-    list(
-        mlx_lm.stream_generate(
-            model,
-            tokenizer,
-            models.token_ids(2 * TOKENS),
-            max_tokens=1,
-            prefill_step_size=TOKENS,
-            kv_bits=8,
-            kv_group_size=32,
-            quantized_kv_start=0,
-        )
+    seen = watch(attach(model, models.settings(selector="first-block")))
+    responses = mlx_lm.stream_generate(
+        model,
+        tokenizer,
+        models.token_ids(2 * TOKENS),
+        max_tokens=1,
+        prefill_step_size=TOKENS,
+        kv_bits=8,
+        kv_group_size=32,
+        quantized_kv_start=0,
     )
+    list(responses)
     first, second = [call for new, call in seen if new > 1]
     assert first is not None and second is not None
     for a, b in zip(first.memory[:-1], second.memory[:-1]):
-        np.testing.assert_array_equal(np.array(a["scores"]), np.array(b["scores"]))
+        np.testing.assert_array_equal(np.array(b["scores"]), np.array(a["scores"]))
 
 
 def test_max_kv_size(tokenizer: Any) -> None:
@@ -211,46 +208,57 @@ def test_max_kv_size(tokenizer: Any) -> None:
     seen = watch(attach(model, models.settings()))
     cache = make_prompt_cache(model, 32)
     assert isinstance(cache[0], RotatingKVCache)
-    got = tokens_of(mlx_lm.stream_generate(model, tokenizer, prompt, 8, max_kv_size=32))
-    _, cache = models.prefill(model, prompt[:-1], cache)
-    wanted = prompt[-1:]
-    for _ in range(8):
-        logits, _ = models.prefill(model, wanted[-1:], cache)
-        wanted.append(int(logits[-1].argmax()))
-    assert got == wanted[1:]
+    got = said(mlx_lm.stream_generate(model, tokenizer, prompt, 8, max_kv_size=32))
     assert plans(seen)[0] == (TOKENS - 1, Plan(BLOCK, 7, BLOCK, BLOCK))
-    assert got != by_hand(model, prompt, 8)  # the window is felt
+    assert_same(got, models.decode(model, prompt, 8, cache))
+    assert_other(got, models.decode(model, prompt, 8))  # the window is felt
+    detach(model)
+    assert_other(got, models.decode(model, prompt, 8, make_prompt_cache(model, 32)))
 
 
 @pytest.mark.parametrize("selector", SELECTORS)
 @pytest.mark.parametrize("name", NAMES)
 def test_each_row_of_a_batch_equals_its_own_run(name: str, selector: str) -> None:
+    """Two calls over plain caches, the second without a dense head."""
     model = models.tiny(name)
     attach(model, models.settings(selector=selector))
     rows = [models.token_ids(TOKENS, seed=s) for s in range(3)]
     more = [models.token_ids(TOKENS, seed=s) for s in range(5, 8)]
     cache = make_prompt_cache(model)
-    batch = [np.array(model(mx.array(r), cache=cache)) for r in (rows, more)]
+    first = np.array(model(mx.array(rows), cache=cache))
+    second = np.array(model(mx.array(more), cache=cache))
     for i in range(3):
-        _, own = models.prefill(model, rows[i])
-        for got, ids in zip(batch, (rows[i], more[i])):
-            wanted, _ = models.prefill(model, ids, own if ids is more[i] else None)
-            assert models.distance(got[i], wanted) < 1e-4
+        wanted, own = models.prefill(model, rows[i])
+        assert models.distance(first[i], wanted) < 1e-4
+        wanted, _ = models.prefill(model, more[i], own)
+        assert models.distance(second[i], wanted) < 1e-4
     detach(model)
-    plain, _ = models.prefill(model, rows[1])
-    assert models.distance(batch[0][1], plain) > 0.02
+    dense, _ = models.prefill(model, rows[1])
+    assert models.distance(first[1], dense) > 0.02
 
 
-def batch_tokens(model: nn.Module, prompts: list[list[int]], n: int, **more: Any):
+def batched(
+    model: nn.Module, prompts: list[list[int]], n: int | list[int], **more: Any
+) -> list[tuple[list[int], list[float]]]:
+    """Tokens of each row of mlx-lm's batch_generate and their log-probabilities."""
     response = batch_generate(
         model,
         models.demo_tokenizer(),
         prompts,
         max_tokens=n,
         return_token_ids=True,
+        return_logprobs=True,
         **more,
     )
-    return response.token_ids
+    assert response.token_ids is not None and response.logprobs is not None
+    return list(zip(response.token_ids, response.logprobs))
+
+
+def assert_row(got: tuple[list[int], list[float]], wanted: Said) -> None:
+    tokens, logprobs = wanted
+    assert got[0] == tokens
+    best = logprobs[np.arange(len(tokens)), tokens]
+    np.testing.assert_allclose(got[1], best, rtol=1e-3, atol=1e-4)
 
 
 @pytest.mark.parametrize("selector", SELECTORS)
@@ -259,90 +267,100 @@ def test_batch_generate_with_equal_lengths(name: str, selector: str) -> None:
     model = models.tiny(name)
     seen = watch(attach(model, models.settings(selector=selector)))
     prompts = [models.token_ids(TOKENS, seed=s) for s in range(3)]
-    got = batch_tokens(model, prompts, 8)
+    got = batched(model, prompts, 5)
     assert plans(seen) == [(TOKENS - 1, Plan(BLOCK, 7, BLOCK, BLOCK))]
-    for ids, prompt in zip(got, prompts):
-        assert ids == by_hand(model, prompt, 8)
+    for row, prompt in zip(got, prompts):
+        assert_row(row, models.decode(model, prompt, 5))
+
+
+RAGGED = [TOKENS, TOKENS - 13, 4 * BLOCK + 1]
 
 
 @pytest.mark.parametrize("name", ["llama", "gemma3_text"])
 def test_batch_generate_hides_right_padding(name: str) -> None:
-    """mlx-lm pads the shorter prompts of a batch: those rows must not vote for neurons."""
+    """mlx-lm pads the shorter prompts of a batch; the selectors are told where."""
     model = models.tiny(name)
     seen = watch(attach(model, models.settings()))
-    lengths = [TOKENS, TOKENS - 13, 4 * BLOCK + 1]
-    prompts = [models.token_ids(n, seed=n) for n in lengths]
-    got = batch_tokens(model, prompts, 4)
-    assert [len(ids) for ids in got] == [4, 4, 4]
+    batched(model, [models.token_ids(n, seed=n) for n in RAGGED], 1)
     (call,) = [call for new, call in seen if new > 1]
     assert call is not None and call.valid is not None
-    wanted = [[1.0] * (n - 1) + [0.0] * (TOKENS - n) for n in lengths]
+    wanted = [[1.0] * (n - 1) + [0.0] * (TOKENS - n) for n in RAGGED]
     assert np.array(call.valid).tolist() == wanted
+
+
+@pytest.mark.parametrize("name", ["llama", "gemma3_text"])
+def test_batch_generate_with_ragged_lengths(name: str) -> None:
+    """Blocks of a padded row are chosen by its real tokens alone, as the oracle by hand does.
+
+    All rows share one plan, so the shorter rows' ends are not dense as in a run of their own.
+    """
+    model = models.tiny(name)
+    hand = models.by_hand(model, name, BLOCK, 8 * BLOCK, FFN // 2)
+    prompts = [models.token_ids(n, seed=n) for n in RAGGED]
+    wanted = []
+    for prompt in prompts:
+        _, cache = models.prefill(hand, prompt[:-1])
+        wanted.append(models.continue_from(model, prompt[-1], 5, cache))
+    attach(model, models.settings(selector="oracle"))
+    for row, by_hand in zip(batched(model, prompts, 5), wanted):
+        assert_row(row, by_hand)
+
+
+def batch_caches(model: nn.Module, rows: int) -> list[Any]:
+    """Empty caches for a batch, as mlx-lm's server makes them."""
+    return [
+        (
+            BatchRotatingKVCache(c.max_size, [0] * rows)
+            if isinstance(c, RotatingKVCache)
+            else BatchKVCache([0] * rows)
+        )
+        for c in make_prompt_cache(model)
+    ]
 
 
 @pytest.mark.parametrize("selector", SELECTORS)
 @pytest.mark.parametrize("name", ["llama", "gemma3_text"])
-def test_padding_of_a_batch_changes_no_choice(name: str, selector: str) -> None:
-    """Keys of a padded row equal those of its single run up to where both are sparse."""
+def test_what_the_padding_holds_changes_nothing(name: str, selector: str) -> None:
     model = models.tiny(name)
     attach(model, models.settings(selector=selector))
-    lengths = [TOKENS, TOKENS - 2 * BLOCK]
-    prompts = [models.token_ids(n, seed=n) for n in lengths]
-    cache = [
-        (
-            BatchRotatingKVCache(c.max_size, [0, 0])
-            if isinstance(c, RotatingKVCache)
-            else BatchKVCache([0, 0])
-        )
-        for c in make_prompt_cache(model)
-    ]
-    padded = [p + [0] * (TOKENS - len(p)) for p in prompts]
-    for c in cache:
-        c.prepare(lengths=lengths, right_padding=[0, 2 * BLOCK])
-    batch = np.array(model(mx.array(padded), cache=cache))
-    shared = lengths[1] - BLOCK - 1  # then comes the single run's tail
-    if selector == "probe":  # its dense tokens differ: other tails vote
-        shared = 2 * BLOCK
-    wanted, _ = models.prefill(model, prompts[1])
-    if selector != "probe":
-        assert models.distance(batch[1][:shared], wanted[:shared]) < 1e-4
-    whole, _ = models.prefill(model, prompts[0])
-    assert models.distance(batch[0], whole) < 1e-4
-
-
-@pytest.mark.parametrize("selector", SELECTORS)
-def test_batch_generate_ragged_is_close_to_single_runs(selector: str) -> None:
-    """The padded row keeps its first tokens of greedy text on a model that is not shaky.
-
-    Its tail is sparse where the single run's is dense, so logits agree only roughly: far better
-    than with a dense run of another prompt.
-    """
-    model = models.tiny("llama")
-    attach(model, models.settings(selector=selector, sparsity=0.25))
-    prompts = [models.token_ids(n, seed=n) for n in (TOKENS, TOKENS - 6)]
-    response = batch_tokens(model, prompts, 3)
-    assert response[0] == by_hand(model, prompts[0], 3)
-    assert response[1][0] == by_hand(model, prompts[1], 1)[0]
+    lengths = [n - 1 for n in RAGGED]
+    padding = [lengths[0] - n for n in lengths]
+    rows = [models.token_ids(n, seed=n) for n in lengths]
+    outs = []
+    for fill in (0, 50):
+        cache = batch_caches(model, len(rows))
+        for c in cache:
+            c.prepare(lengths=lengths, right_padding=padding)
+        ids = [row + [fill] * n for row, n in zip(rows, padding)]
+        outs.append(np.array(model(mx.array(ids), cache=cache)))
+    for i, n in enumerate(lengths):
+        assert models.distance(outs[0][i, :n], outs[1][i, :n]) < 1e-5
+    assert models.distance(outs[0][2], outs[1][2]) > 0.02  # the padding itself differs
+    single, _ = models.prefill(model, rows[0])
+    assert models.distance(outs[0][0], single) < 1e-4
 
 
 def test_batch_generate_with_short_prompts_is_dense() -> None:
     model, plain = models.tiny("llama"), models.tiny("llama")
     seen = watch(attach(model, models.settings()))
     prompts = [models.token_ids(n, seed=n) for n in (5, 20, 24)]
-    assert batch_tokens(model, prompts, 6) == batch_tokens(plain, prompts, 6)
+    assert batched(model, prompts, 6) == batched(plain, prompts, 6)
     assert plans(seen) == [(23, None)]
 
 
-def test_more_prompts_than_fit_in_one_batch() -> None:
+def test_prompts_that_join_a_running_batch_get_a_dense_head() -> None:
+    """Over mlx-lm's batch caches: a slot that another prompt left is empty again."""
     model = models.tiny("llama")
-    attach(model, models.settings())
+    seen = watch(attach(model, models.settings()))
     prompts = [models.token_ids(TOKENS, seed=s) for s in range(4)]
     lengths = [2, 7, 5, 3]
-    got = batch_tokens(
+    got = batched(
         model, prompts, lengths, prefill_batch_size=2, completion_batch_size=2
     )
-    for ids, prompt, n in zip(got, prompts, lengths):
-        assert ids == by_hand(model, prompt, n)
+    whole = (TOKENS - 1, Plan(BLOCK, 7, BLOCK, BLOCK))
+    assert plans(seen) == [whole] * len(plans(seen)) and len(plans(seen)) > 1
+    for row, prompt, n in zip(got, prompts, lengths):
+        assert_row(row, models.decode(model, prompt, n))
 
 
 @pytest.mark.parametrize("selector", ["first-block", "oracle"])
@@ -352,11 +370,11 @@ def test_sparse_decode_in_batches_that_grow_and_shrink(selector: str) -> None:
     attach(model, models.settings(selector=selector, sparse_decode=True))
     prompts = [models.token_ids(TOKENS, seed=s) for s in range(4)]
     lengths = [2, 9, 6, 8]
-    got = batch_tokens(
+    got = batched(
         model, prompts, lengths, prefill_batch_size=2, completion_batch_size=2
     )
-    for ids, prompt, n in zip(got, prompts, lengths):
-        assert ids == by_hand(model, prompt, n)
+    for row, prompt, n in zip(got, prompts, lengths):
+        assert_row(row, models.decode(model, prompt, n))
 
 
 @pytest.mark.parametrize("drafts", [1, 4])
@@ -365,52 +383,56 @@ def test_speculative_decoding(tokenizer: Any, drafts: int, same: bool) -> None:
     """Greedy output is the target's own, whatever the draft proposes."""
     model, prompt = models.tiny("llama"), models.token_ids(TOKENS)
     draft = models.tiny("llama", seed=0 if same else 7)
-    seen = watch(attach(model, models.settings()))
+    engine = attach(model, models.settings())
+    wanted = models.decode(model, prompt, 12)
+    seen = watch(engine)
     responses = list(
         mlx_lm.stream_generate(
             model, tokenizer, prompt, 12, draft_model=draft, num_draft_tokens=drafts
         )
     )
-    assert [r.token for r in responses] == by_hand(model, prompt, 12)
+    assert_same(said(responses), wanted)
     assert any(r.from_draft for r in responses) or not same
-    prefill, *verify = plans(seen)[:-1]
-    assert prefill == (TOKENS - 1, Plan(BLOCK, 7, BLOCK, BLOCK))
-    assert all(p == (drafts + 1, None) for p in verify)
+    assert plans(seen)[0] == (TOKENS - 1, Plan(BLOCK, 7, BLOCK, BLOCK))
+    assert max(new for new, _ in seen[1:]) == drafts + 1
+    assert all(call is None for _, call in seen[1:])
 
 
 def test_speculative_decoding_through_our_stream_generate(tokenizer: Any) -> None:
-    """The last prompt token comes with the first drafts: more tokens than the prompt has left."""
+    """The last prompt token comes with the first drafts: more than the prompt has left."""
     model, prompt = models.tiny("llama"), models.token_ids(TOKENS)
     engine = attach(model, models.settings())
+    alone = list(ff.stream_generate(model, tokenizer, prompt, 12))
     seen = watch(engine)
-    draft = models.tiny("llama", seed=7)
     responses = list(
         ff.stream_generate(
-            model, tokenizer, prompt, 12, draft_model=draft, num_draft_tokens=4
+            model,
+            tokenizer,
+            prompt,
+            12,
+            draft_model=models.tiny("llama", seed=7),
+            num_draft_tokens=4,
         )
     )
-    got = [r.token for r in responses]
-    assert plans(seen)[:2] == [(TOKENS - 1, Plan(BLOCK, 8, BLOCK, 0)), (5, None)] or (
-        plans(seen)[:2] == [(TOKENS - 1, Plan(BLOCK, 7, BLOCK, BLOCK)), (5, None)]
-    )
     assert engine.remaining is None
-    assert got == tokens_of(ff.stream_generate(model, tokenizer, prompt, 12))
+    assert plans(seen)[0] == (TOKENS - 1, Plan(BLOCK, 7, BLOCK, BLOCK))
+    assert seen[1] == (5, None) and all(call is None for _, call in seen[1:])
+    assert_same(said(responses), said(alone))
+    assert responses[0].ffn_sparsity == pytest.approx(alone[0].ffn_sparsity, abs=0.02)
     assert responses[0].ffn_sparsity > 0.2
 
 
-CHUNKS: list[tuple[Callable[..., Any], list[int], Planned]] = [
+CHUNKS: list[tuple[Callable[..., Any], Planned]] = [
     (  # nobody tells the model that more follows: each chunk has its own tail
         mlx_lm.stream_generate,
-        [40, 40, 24],
         [
             (40, Plan(8, 3, 8, 8)),
             (40, Plan(0, 4, 8, 8)),
             (24, Plan(0, 2, 8, 8)),
         ],
     ),
-    (  # only the true end is dense: the 8 last tokens, of which one goes alone
+    (  # only the true end is dense: eight tokens, of which the last goes alone
         ff.stream_generate,
-        [40, 40, 24],
         [
             (40, Plan(8, 4, 8, 0)),
             (40, Plan(0, 5, 8, 0)),
@@ -420,11 +442,9 @@ CHUNKS: list[tuple[Callable[..., Any], list[int], Planned]] = [
 ]
 
 
-@pytest.mark.parametrize("generate, sizes, wanted", CHUNKS, ids=["mlx_lm", "ours"])
-def test_chunked_prefill(
-    tokenizer: Any, generate: Any, sizes: list[int], wanted: Planned
-) -> None:
-    model, prompt = models.tiny("llama"), models.token_ids(sum(sizes) + 1)
+@pytest.mark.parametrize("generate, wanted", CHUNKS, ids=["mlx_lm", "ours"])
+def test_chunked_prefill(tokenizer: Any, generate: Any, wanted: Planned) -> None:
+    model, prompt = models.tiny("llama"), models.token_ids(40 + 40 + 24 + 1)
     seen = watch(attach(model, models.settings()))
     next(generate(model, tokenizer, prompt, prefill_step_size=40))
     assert plans(seen) == wanted
@@ -438,20 +458,18 @@ def test_chunked_prefill_keeps_the_end_of_every_prompt_dense(
     total = 80 + tail
     model = models.tiny("llama", num_hidden_layers=2)
     seen = watch(attach(model, models.settings()))
-    next(
-        ff.stream_generate(
-            model, tokenizer, models.token_ids(total), prefill_step_size=40
-        )
-    )
-    sparse, start = [], 0
-    for new, call in seen[: -(-(total - 1) // 40) + 1]:
+    prompt = models.token_ids(total)
+    next(ff.stream_generate(model, tokenizer, prompt, prefill_step_size=40))
+    sparse: list[int] = []
+    start = 0
+    for new, call in seen:
         if call is not None:
             sparse += range(start + call.plan.start, start + call.plan.stop)
         start += new
-    assert start == total
-    assert sparse[0] == BLOCK and sparse[-1] < total - BLOCK
-    assert len(sparse) > total - 4 * BLOCK
-    assert sparse[-1] >= total - 3 * BLOCK
+    assert start == total + 1  # and one step of decoding
+    assert sparse[0] == BLOCK
+    assert total - 3 * BLOCK <= sparse[-1] < total - BLOCK
+    assert len(sparse) >= total - 4 * BLOCK
 
 
 def test_two_turns_over_one_cache(tokenizer: Any) -> None:
@@ -460,36 +478,29 @@ def test_two_turns_over_one_cache(tokenizer: Any) -> None:
     seen = watch(attach(model, models.settings(selector="oracle")))
     first, second = models.token_ids(TOKENS), models.token_ids(TOKENS, seed=1)
     cache = make_prompt_cache(model)
-    said = tokens_of(
+    answer, _ = said(
         mlx_lm.stream_generate(model, tokenizer, first, 5, prompt_cache=cache)
     )
     assert cache[0].offset == TOKENS + 5
-    got = tokens_of(
-        mlx_lm.stream_generate(model, tokenizer, second, 6, prompt_cache=cache)
-    )
+    got = said(mlx_lm.stream_generate(model, tokenizer, second, 6, prompt_cache=cache))
     assert plans(seen) == [
         (TOKENS - 1, Plan(BLOCK, 7, BLOCK, BLOCK)),
         (TOKENS - 1, Plan(0, 8, BLOCK, BLOCK)),
     ]
     detach(model)
-    hand = models.by_hand(model, "llama", BLOCK, 8 * BLOCK, models.FFN // 2)
+    hand = models.by_hand(model, "llama", BLOCK, 8 * BLOCK, FFN // 2)
     _, cache = models.prefill(hand, first[:-1])
-    for token in [first[-1], *said]:
+    for token in [first[-1], *answer]:
         models.prefill(model, [token], cache)
-    hand = models.by_hand(model, "llama", 0, 8 * BLOCK, models.FFN // 2)
+    hand = models.by_hand(model, "llama", 0, 8 * BLOCK, FFN // 2)
     models.prefill(hand, second[:-1], cache)
-    wanted = second[-1:]
-    for _ in range(6):
-        logits, _ = models.prefill(model, wanted[-1:], cache)
-        wanted.append(int(logits[-1].argmax()))
-    assert got == wanted[1:]
+    assert_same(got, models.continue_from(model, second[-1], 6, cache))
 
 
-def test_first_block_serves_later_calls_of_the_same_cache(tokenizer: Any) -> None:
+def test_first_block_serves_later_calls_of_the_same_cache() -> None:
     """GRIFFIN's neurons are those of the prompt's first block, in every later chunk."""
     model = models.tiny("llama")
-    engine = attach(model, models.settings(selector="first-block"))
-    seen = watch(engine)
+    seen = watch(attach(model, models.settings(selector="first-block")))
     cache = make_prompt_cache(model)
     models.prefill(model, models.token_ids(TOKENS), cache)
     models.prefill(model, models.token_ids(TOKENS, seed=1), cache)

@@ -63,9 +63,8 @@ class LoadProblem(FastForwardError):
     """A model that cannot be loaded."""
 
 
-def load_model(name: Optional[str], adapter: Optional[str] = None, **kwargs: Any):
+def load_model(name: Optional[str], **kwargs: Any) -> tuple[Any, Any]:
     """ff.load with its many errors told in one line. ``name`` None is the demo model."""
-    from ..adapter import find_adapter
     from ..loading import load
 
     name = str(demo.MODEL) if name is None else name
@@ -74,10 +73,8 @@ def load_model(name: Optional[str], adapter: Optional[str] = None, **kwargs: Any
         raise LoadProblem(f"{name} is a file; expected a model folder or repository.")
     if path.is_dir() and not (path / "config.json").is_file():
         raise LoadProblem(f"{name} holds no config.json; expected a model folder.")
-    with load_problems(adapter or name):
-        side = find_adapter(name, adapter)
     with load_problems(name):
-        return load(name, adapter=side, **kwargs)
+        return load(name, **kwargs)
 
 
 @contextlib.contextmanager
