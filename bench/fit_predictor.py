@@ -105,12 +105,13 @@ def train(
     """x: (layers, blocks, N, d), norms: (layers, blocks, f)."""
     layers, blocks, _, d = x.shape
     net = Predictors(layers, d, rank, norms.shape[-1])
+    warm_up = max(1, steps // 20)
     schedule = optim.join_schedules(
         [
-            optim.linear_schedule(0.0, 3e-3, steps // 20),
-            optim.cosine_decay(3e-3, steps - steps // 20),
+            optim.linear_schedule(0.0, 3e-3, warm_up),
+            optim.cosine_decay(3e-3, steps - warm_up),
         ],
-        [steps // 20],
+        [warm_up],
     )
     adam = optim.Adam(learning_rate=schedule)
     step = nn.value_and_grad(net, loss_fn)
@@ -174,7 +175,7 @@ def main(
     ]
     xs = mx.stack([mx.concatenate(x) for x in zip(*(p[0] for p in pairs))])
     norms = mx.stack([mx.concatenate(n) for n in zip(*(p[1] for p in pairs))])
-    held = xs.shape[1] // 20
+    held = max(1, xs.shape[1] // 20)
     fitted = train(xs[:, held:], norms[:, held:], steps, rank, batch, console)
     recalls = recall(fitted, xs[:, :held], norms[:, :held])
     family = family_of(net)

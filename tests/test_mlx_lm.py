@@ -363,11 +363,28 @@ def test_prompts_that_join_a_running_batch_get_a_dense_head() -> None:
         assert_row(row, models.decode(model, prompt, n))
 
 
+@pytest.mark.parametrize("selector", ["probe", "oracle"])
+def test_batch_generate_over_histories_of_different_lengths(selector: str) -> None:
+    """As the server does with prompt caches: the shorter history is padded on the left."""
+    model = models.tiny("llama")
+    engine = attach(model, models.settings(selector=selector))
+    prompts = [models.token_ids(TOKENS, seed=s) for s in range(2)]
+    caches = [
+        models.prefill(model, models.token_ids(n, seed=n))[1] for n in (21, 4 * BLOCK)
+    ]
+    seen = watch(engine)
+    got = batched(model, prompts, 5, prompt_caches=copy.deepcopy(caches))
+    assert plans(seen) == [(TOKENS - 1, Plan(0, 8, BLOCK, BLOCK))]
+    for row, prompt, cache in zip(got, prompts, caches):
+        assert_row(row, models.decode(model, prompt, 5, cache))
+
+
 @pytest.mark.parametrize("selector", ["first-block", "oracle"])
 def test_sparse_decode_in_batches_that_grow_and_shrink(selector: str) -> None:
     """Rows come and go while others decode: each must keep its own neurons."""
     model = models.tiny("llama")
-    attach(model, models.settings(selector=selector, sparse_decode=True))
+    settings = models.settings(selector=selector, sparse_decode=True, dense_head=False)
+    attach(model, settings)
     prompts = [models.token_ids(TOKENS, seed=s) for s in range(4)]
     lengths = [2, 9, 6, 8]
     got = batched(
