@@ -1,7 +1,11 @@
 """Tiny models of every supported architecture, and the sparse forward pass written out by hand."""
 
 import copy
+import dataclasses
 import functools
+import json
+import shutil
+from pathlib import Path
 from typing import Any, Callable, Optional, Sequence
 
 import mlx.core as mx
@@ -14,7 +18,8 @@ from mlx_lm.models.cache import make_prompt_cache
 from mlx_lm.tokenizer_utils import TokenizerWrapper
 from mlx_lm.utils import load_tokenizer
 
-from mlx_fastforward import PrefillConfig
+from mlx_fastforward import PrefillConfig, save_adapter
+from mlx_fastforward.adapter import fingerprint
 from mlx_fastforward.demo import MODEL as DEMO
 
 HIDDEN, FFN, LAYERS, VOCAB, BLOCK, WINDOW = 32, 128, 4, 96, 8, 24
@@ -253,3 +258,42 @@ def by_hand(model: nn.Module, name: str, start: int, stop: int, keep: int) -> nn
 
 def _float64(w: mx.array) -> np.ndarray:
     return np.array(w.astype(mx.float32)).astype(np.float64)
+
+
+def save_folder(
+    model: nn.Module, path: Path, chat_template: bool = True, **config: Any
+) -> Path:
+    """A model folder as mlx-lm loads it, with the demo tokenizer."""
+    path.mkdir(parents=True)
+    args = {**dataclasses.asdict(model.args), "eos_token_id": 1, **config}
+    args = {k: v for k, v in args.items() if v is not None}
+    (path / "config.json").write_text(json.dumps(args))
+    model.save_weights(str(path / "model.safetensors"))
+    shutil.copy(DEMO / "tokenizer.json", path)
+    tokenizer = json.loads((DEMO / "tokenizer_config.json").read_text())
+    if not chat_template:
+        del tokenizer["chat_template"]
+    (path / "tokenizer_config.json").write_text(json.dumps(tokenizer))
+    return path
+
+
+def save_random_adapter(model: nn.Module, path: Path, rank: int = 4) -> Path:
+    """Untrained predictors for a model, as a side file."""
+    layers = len(model.layers)
+    shapes = {"query": (HIDDEN,), "w1": (HIDDEN, rank), "w2": (rank, FFN)}
+    key = mx.random.key(11)
+    tensors = {}
+    for i in range(layers):
+        for name, shape in shapes.items():
+            key, now = mx.random.split(key)
+            tensors[f"layers.{i}.predictor.{name}"] = mx.random.normal(shape, key=now)
+    norms = [layer.input_layernorm.weight for layer in model.layers]
+    base = {
+        "name": "tiny",
+        "layers": layers,
+        "hidden_size": HIDDEN,
+        "ffn_size": FFN,
+        "fingerprint": fingerprint(norms),
+    }
+    save_adapter(path, {"base_model": base, "predictor": {"rank": rank}}, tensors)
+    return path

@@ -110,7 +110,7 @@ def test_a_predictor_learns_which_neurons_fire() -> None:
     norms = mx.stack([half, 1 - half])[kind][None] + 0.01 * mx.random.uniform(
         shape=(1, 64, 40)
     )
-    net = fit_predictor.train(x, norms, 400, 8, 16, Console(quiet=True))
+    net = fit_predictor.train(x, norms, 800, 16, 16, Console(quiet=True))
     assert fit_predictor.recall(net, x, norms)[0] > 0.95
 
 
