@@ -3,9 +3,9 @@
 Two measures, because they rank selectors differently:
 - continuation: KL(dense || sparse) and top-1 agreement on the 64 tokens after long prompts of
   held-out prose; the prompt is prefilled sparsely, everything after it runs dense;
-- retrieval (with --tasks): share of exact answers about facts planted in long texts.
+- retrieval: share of exact answers about facts planted in long texts.
 
-    python -m mlx_fastforward.bench.quality --text heldout.txt --tasks keyval.jsonl
+    python -m mlx_fastforward.bench.quality --selectors probe,oracle --sparsities 0.4,0.5
 """
 
 import json
@@ -31,6 +31,7 @@ from ..loading import load
 from .environment import describe
 
 CHUNK = 2048
+DATA = Path(__file__).parent / "data"
 
 
 @dataclass
@@ -161,10 +162,14 @@ def measure(
 
 
 def main(
-    text: Annotated[Path, typer.Option(help="Held-out prose, UTF-8.")],
+    text: Annotated[
+        Path, typer.Option(help="Held-out prose, UTF-8. Default: bundled.")
+    ] = DATA
+    / "heldout.txt",
     tasks: Annotated[
-        Optional[Path], typer.Option(help="JSONL with messages and questions.")
-    ] = None,
+        Path, typer.Option(help="JSONL with messages and questions. Default: bundled.")
+    ] = DATA
+    / "keyval.jsonl",
     model: Annotated[
         Optional[str], typer.Option(help="Default: the demo model.")
     ] = None,
@@ -189,7 +194,7 @@ def main(
     net.set_dtype(getattr(mx, dtype))
     side = load_adapter(adapter) if adapter else None
     texts = passages(text.read_text(encoding="utf-8"), tokenizer, prompts, tokens + 64)
-    jobs = [json.loads(x) for x in tasks.read_text().splitlines()] if tasks else []
+    jobs = [json.loads(x) for x in tasks.read_text().splitlines()]
     dense = [continuation(net, t, tokens, None) for t in texts]
     right = [r for t in jobs for r in ask(net, tokenizer, t, None)]
     rows = [Row("dense", 0.0, 0.0, 0.0, 0.0, 1.0, _share(right))]

@@ -531,6 +531,18 @@ def test_first_block_serves_later_calls_of_the_same_cache() -> None:
         assert models.distance(a, b) > 0.02
 
 
+def test_a_cache_trimmed_to_nothing_remembers_nothing() -> None:
+    """Another prompt in the same cache objects gets its own first block's neurons."""
+    model = models.tiny("llama")
+    attach(model, models.settings(selector="first-block", dense_head=False))
+    first, second = models.token_ids(TOKENS), models.token_ids(TOKENS, seed=1)
+    _, cache = models.prefill(model, first)
+    trim_prompt_cache(cache, TOKENS)
+    again, _ = models.prefill(model, second, cache)
+    fresh, _ = models.prefill(model, second)
+    np.testing.assert_array_equal(again, fresh)
+
+
 def test_memory_dies_with_its_cache() -> None:
     model = models.tiny("llama")
     engine = attach(model, models.settings(selector="first-block"))
