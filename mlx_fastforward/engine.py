@@ -2,11 +2,11 @@
 
 import contextlib
 import warnings
-import weakref
 from dataclasses import dataclass, field
 from typing import Any, Iterator, Optional, Sequence
 
 import mlx.core as mx
+from mlx_lm.models.cache import QuantizedKVCache
 
 from .compensators import Compensator
 from .config import PrefillConfig
@@ -15,6 +15,7 @@ from .plan import Plan, plan_call, shortest_sparse
 from .selectors import Seen, Selector, at_least_one, top_neurons
 
 Cache = Optional[Sequence[Any]]
+Memory = list[dict[str, mx.array]]
 
 # Larger blocks do not need a larger dense head and tail: 128 tokens are the paper's block.
 EDGE = 128
@@ -25,7 +26,7 @@ class Call:
     """One call of the model: what its layers share."""
 
     plan: Plan
-    memory: list[dict[str, mx.array]]
+    memory: Memory
     valid: Optional[mx.array] = None
 
 
@@ -43,18 +44,28 @@ class Tally:
 
 
 class CacheMemory:
-    """Per-prompt memory of the selectors, alive as long as the prompt's KV cache."""
+    """Per-prompt memory of the selectors, kept on the prompt's first KV cache.
+
+    There it dies with the prompt and is copied with it. mlx-lm swaps cache objects when it
+    quantises them: the memory of the call before is handed on. The rows of batch caches come and
+    go, so nothing is kept there.
+    """
 
     def __init__(self, layers: int):
         self.layers = layers
-        self.kept: weakref.WeakKeyDictionary[Any, list] = weakref.WeakKeyDictionary()
+        self.last: Optional[Memory] = None
 
-    def of(self, cache: Cache, fresh: bool) -> list[dict[str, mx.array]]:
-        if not cache or cache[0] is None:
+    def of(self, cache: Cache, fresh: bool) -> Memory:
+        first: Any = cache[0] if cache else None
+        if first is None or hasattr(first, "left_padding"):
             return [{} for _ in range(self.layers)]
-        if fresh or cache[0] not in self.kept:
-            self.kept[cache[0]] = [{} for _ in range(self.layers)]
-        return self.kept[cache[0]]
+        memory = None if fresh else first.__dict__.get("_fastforward")
+        if memory is None and not fresh and isinstance(first, QuantizedKVCache):
+            memory = self.last
+        if memory is None:
+            memory = [{} for _ in range(self.layers)]
+        first._fastforward = self.last = memory
+        return memory
 
 
 @dataclass
@@ -121,8 +132,10 @@ class Engine:
             self._count(batch, new, plan)
         if plan is None:
             return None
-        valid = valid_tokens(cache, batch, new)
-        return Call(plan, self.memory.of(cache, empty), valid)
+        memory = self.memory.of(cache, empty)
+        if new == 1 and self.selector.remembers and not any(memory):
+            return None
+        return Call(plan, memory, valid_tokens(cache, batch, new))
 
     def drop_unsupported(self) -> None:
         """Keep layers dense whose projections cannot be sliced, and say so once."""
@@ -240,24 +253,30 @@ class Split:
 
 def is_empty(cache: Cache) -> bool:
     """Whether nothing is cached; never waits for the device."""
-    if not cache or cache[0] is None:
+    first = cache[0] if cache else None
+    if first is None:
         return True
-    offset = getattr(cache[0], "offset", None)
-    return offset == 0 if isinstance(offset, int) else cache[0].empty()
+    for name in ("offset", "_offset", "_idx"):  # batch caches have an array as offset
+        if isinstance(place := getattr(first, name, None), int):
+            return place == 0
+    return first.empty()
 
 
 def valid_tokens(cache: Cache, batch: int, new: int) -> Optional[mx.array]:
     """1 for tokens, 0 for padding (B, L); None where the cache cannot hold padding.
 
-    Batch caches know their padding as arrays. Right padding is counted from the end of the whole
-    batch, so an earlier chunk may hide a few real tokens too: only from the statistics.
+    Batch caches know their padding as arrays, and count positions from the first real token. A
+    plain one counts right padding from the end of the whole batch, so an earlier chunk may hide a
+    few real tokens too: only from the statistics.
     """
-    left = getattr(cache[0], "left_padding", None) if cache else None
-    if batch == 1 or left is None or cache is None:
+    first: Any = cache[0] if cache else None
+    if batch == 1 or not hasattr(first, "left_padding"):
         return None
-    place = mx.arange(new)[None]
-    valid = place >= (left - getattr(cache[0], "_idx", 0))[:, None]
-    right = getattr(cache[0], "_right_padding", None)
-    if right is not None:
-        valid = valid & (place < (new - right)[:, None])
+    chunk = mx.arange(new)[None]
+    place = first.offset[:, None] + chunk
+    valid = place >= 0
+    if (lengths := getattr(first, "_lengths", None)) is not None:
+        valid = valid & (place < lengths[:, None])
+    if (right := getattr(first, "_right_padding", None)) is not None:
+        valid = valid & (chunk < (new - right)[:, None])
     return valid.astype(mx.float32)

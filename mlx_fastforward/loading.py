@@ -3,6 +3,7 @@
 from pathlib import Path
 from typing import Any, Optional
 
+import mlx.core as mx
 import mlx.nn as nn
 from mlx_lm.utils import load as mlx_lm_load
 
@@ -49,11 +50,13 @@ def load(
         tokenizer_config=tokenizer_config,
         model_config=model_config,
         adapter_path=adapter_path,
-        lazy=lazy,
+        lazy=True,  # an adapter for another model is refused before weights are read
         return_config=return_config,
         revision=revision,
         trust_remote_code=trust_remote_code,
     )
     assert isinstance(model, nn.Module)
     attach(model, config, adapter=adapter)
+    if not lazy:
+        mx.eval(model.parameters())
     return (model, *rest)

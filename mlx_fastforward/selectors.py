@@ -37,9 +37,14 @@ class Seen:
 
 
 class Selector(Protocol):
-    """probe_every > 0 asks the engine to run every so-manieth token densely beforehand."""
+    """What the engine asks of a selector.
+
+    probe_every > 0: run every so-manieth token of a block densely beforehand.
+    remembers: decode steps need what the prompt left in ``Seen.memory``.
+    """
 
     probe_every: int
+    remembers: bool
 
     def __call__(self, layer: int, ffn: GatedFFN, seen: Seen) -> mx.array:
         """Scores (M, f), larger is more wanted."""
@@ -102,6 +107,7 @@ class Probe:
 
     sharpness = 32.0
     sample = 4
+    remembers = False
 
     def __init__(self, score: str, probe_every: int):
         self.score = score
@@ -134,19 +140,18 @@ class FirstBlock:
     """GRIFFIN: the neurons of the first block serve the whole prompt."""
 
     probe_every = 0
+    remembers = True
 
     def __init__(self, score: str):
         self.score = score
 
     def __call__(self, layer: int, ffn: GatedFFN, seen: Seen) -> mx.array:
-        m, n, _ = seen.blocks.shape
-        batch = len(seen.x)
+        m, batch = len(seen.blocks), len(seen.x)
         scores = seen.memory.get("scores")
         if seen.head or scores is None or len(scores) != batch:
             z, valid = self._first(ffn, seen)
             scores = neuron_scores(z, ffn, self.score, valid)
-            if n > 1:  # a decode step is no statistic for what follows
-                seen.memory["scores"] = scores
+            seen.memory["scores"] = scores
         return mx.repeat(scores, m // batch, axis=0)
 
     def _first(self, ffn: GatedFFN, seen: Seen) -> tuple[mx.array, Optional[mx.array]]:
@@ -169,6 +174,7 @@ class Oracle:
     """The dense FFN first, then the best neurons of the block. Saves nothing: for measuring."""
 
     probe_every = 0
+    remembers = False
 
     def __init__(self, score: str):
         self.score = score
@@ -195,6 +201,7 @@ class Trained:
     """The paper's expert predictor (eq. 12-13), one set of weights per layer."""
 
     probe_every = 0
+    remembers = False
 
     def __init__(self, layers: Sequence[PredictorWeights]):
         self.layers = layers

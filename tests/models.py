@@ -1,4 +1,4 @@
-"""Tiny models of every supported architecture, and the sparse forward pass written out by hand."""
+"""Tiny models of every supported architecture, and the sparse forward by hand."""
 
 import copy
 import dataclasses
@@ -113,8 +113,8 @@ WITH_EMBEDDINGS = [n for n in NAMES if n not in WITHOUT_EMBEDDINGS]
 def tiny(name: str, seed: int = 0, vocab: int = VOCAB, **more: Any) -> nn.Module:
     """A random model of one architecture; ``more`` overrides sizes of llama and qwen2.
 
-    The weights are large enough for the FFNs to matter: mlx's own initialisation leaves them so
-    small that dropping half of the neurons would hardly show.
+    The weights are large enough for the FFNs to matter: with mlx's own initialisation,
+    dropping half of the neurons would hardly show.
     """
     model = BUILDERS[name](vocab, **more)
     offset = 0.0 if "gemma" in name else 1.0  # Gemma's norms multiply by 1 + weight
@@ -173,7 +173,7 @@ def prefill(
 def decode(
     model: nn.Module, prompt: list[int], n: int, cache: Optional[list] = None
 ) -> tuple[list[int], np.ndarray]:
-    """n greedy tokens and their log-probabilities (n, vocabulary), as mlx-lm reads a prompt.
+    """n greedy tokens and their log-probabilities (n, vocabulary), read as by mlx-lm.
 
     That is, all but its last token in one call, and then one token at a time.
     """
@@ -206,16 +206,16 @@ def distance(a: np.ndarray, b: np.ndarray) -> float:
 class OracleMLP(nn.Module):
     """A layer's FFN under the per-block oracle, in float64 and from the equations.
 
-    Everything is computed densely; in each sparse block all but the K best neurons are set to 0.
+    Everything is computed densely; in each sparse block only the K best neurons count.
     """
 
     def __init__(self, mlp: nn.Module, gelu: bool, start: int, stop: int, keep: int):
         super().__init__()
         self.act = reference.gelu_tanh if gelu else reference.silu
         if "gate_up_proj" in mlp:
-            names = ("gate_up_proj", "down_proj")
+            names = ["gate_up_proj", "down_proj"]
         else:
-            names = ("gate_proj", "up_proj", "down_proj")
+            names = ["gate_proj", "up_proj", "down_proj"]
         w = [_float64(mlp[n].weight) for n in names]
         b = [_float64(mlp[n].bias) if "bias" in mlp[n] else None for n in names]
         if len(w) == 2:
@@ -246,7 +246,7 @@ class OracleMLP(nn.Module):
 
 
 def by_hand(model: nn.Module, name: str, start: int, stop: int, keep: int) -> nn.Module:
-    """A copy of a plain model that prefills tokens start..stop sparsely, without the package.
+    """A copy of a plain model that prefills tokens start..stop sparsely, by itself.
 
     The last layer stays dense.
     """

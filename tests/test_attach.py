@@ -37,7 +37,7 @@ def paths(model: nn.Module) -> dict[str, mx.array]:
 
 
 def train_lora(model: nn.Module, seed: int = 5) -> None:
-    """LoRA as mlx-lm loads it, with B trained: at its initial zeros it would not show."""
+    """LoRA as mlx-lm loads it, with B trained: its initial zeros would not show."""
     linear_to_lora_layers(model, LAYERS, LORA)
     key = mx.random.key(seed)
     for _, m in model.named_modules():
@@ -220,7 +220,7 @@ def test_refused_settings_leave_a_plain_model_alone() -> None:
 
 
 def test_refused_settings_leave_an_attached_model_as_it_was() -> None:
-    """attach() promises that its errors come before anything of the model is touched."""
+    """attach() promises errors before anything of the model is touched."""
     model = models.tiny("llama")
     engine = attach(model, models.settings())
     with pytest.raises(ConfigError):
@@ -495,7 +495,7 @@ def test_saved_weights_are_those_of_the_plain_model(name: str, tmp_path: Path) -
 
 
 def test_layers_that_keep_everything_stay_dense() -> None:
-    """Budgets of 1 make no sense to gather: algorithm 1 gives them to important layers."""
+    """Algorithm 1 gives important layers a budget of 1: nothing to gather there."""
     model = models.tiny("llama")
     engine = attach(model, models.settings(), importances=[8.0, 1.0, 1.0, 5.0])
     assert engine.keep[0] is None and engine.keep[-1] is None

@@ -311,7 +311,7 @@ USAGE = [
     (["--compensator", "mlp"], "compensator mlp needs an adapter"),
     (["--schedule", "layerwise"], "schedule layerwise needs importances"),
     (["--sparse-decode"], "sparse_decode needs the selector trained"),
-    (["--max-tokens", "0"], "--max-tokens must not be 0"),
+    (["--max-tokens", "0"], "--max-tokens must be above 0"),
     (
         ["--prefill-step-size", "64"],
         r"--prefill-step-size \(64\) must be at least --block-size \(128\)",
@@ -589,7 +589,7 @@ def test_chat_dense_and_sparse(tiny: Path) -> None:
 
 
 def test_chat_compare(tiny: Path) -> None:
-    """Both answers, both TTFTs; and the conversation goes on as if nothing had happened."""
+    """Both answers, both TTFTs; then the conversation goes on as before."""
     base = ["--model", str(tiny), "--block-size", "8", "--selector", "oracle"]
     sparse = chat(f"{STORY}\n", *base).stdout
     dense = chat(f"{STORY}\n", *base, "--sparsity", "0").stdout
@@ -697,7 +697,7 @@ def test_process_errors_go_to_stderr() -> None:
 def test_process_input_that_is_not_text(
     command: list[str], errors: str, tiny: Path
 ) -> None:
-    """Python decodes strictly in most locales, and smuggles bytes through in C and POSIX."""
+    """Python decodes strictly in most locales; in C and POSIX it lets bytes through."""
     done = python(
         *command,
         "--model",

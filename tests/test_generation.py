@@ -225,7 +225,7 @@ def test_ffn_sparsity_of_a_layerwise_schedule() -> None:
 
 
 def test_ffn_sparsity_of_chunks_counts_the_whole_prompt() -> None:
-    """40 + 40 + 20 tokens and the last one: only the prompt's own head and tail are dense."""
+    """40 + 40 + 20 tokens and the last one: one head and one tail are dense."""
     model = models.tiny("llama")
     attach(model, models.settings(selector="first-block"))
     got = responses(model, models.token_ids(TOKENS), prefill_step_size=40)
@@ -265,7 +265,7 @@ def test_cached_tokens_and_new_tokens() -> None:
 
 
 def test_a_warm_cache_needs_no_dense_head() -> None:
-    """49 tokens of 50 in one call: five blocks from the first on, and nine for the tail."""
+    """49 tokens of 50 in one call: five blocks from the first on, then the tail."""
     model = models.tiny("llama")
     attach(model, models.settings(selector="first-block"))
     cache = make_prompt_cache(model)

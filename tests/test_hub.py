@@ -138,7 +138,7 @@ def hub(repos: dict[str, Path]) -> Iterator[Hub]:
 def generate(
     hub: Hub, home: Path, *flags: str, **env: str
 ) -> subprocess.CompletedProcess:
-    """A generate command whose Hugging Face home is ``home``, and whose hub is ``hub``."""
+    """A generate command with a Hugging Face home and a hub of its own."""
     inherited = {
         k: v
         for k, v in os.environ.items()

@@ -22,7 +22,7 @@ OTHER = "He sailed for some time in the island steamers, and steered a boat. " *
 
 
 def session_of(name: str = "llama", sparsity: float = 0.0, **more: Any) -> Session:
-    """A session with a tiny attached model; its answers are gibberish of a fixed length."""
+    """A session with a tiny attached model; its answers are gibberish."""
     model = models.tiny(name, vocab=VOCAB)
     attach(model, models.settings(sparsity=sparsity, selector="oracle"))
     return Session(model, models.demo_tokenizer(), **more)
@@ -41,7 +41,7 @@ def text_of(responses: list[Any]) -> str:
 
 
 def read_anew(session: Session, text: str, n: int = 6) -> np.ndarray:
-    """Log-probabilities that a plain model gives after reading the whole conversation."""
+    """Log-probabilities of a plain model that reads the whole conversation."""
     plain = copy.deepcopy(session.model)
     detach(plain)
     return models.decode(plain, session.render(text), n)[1]
@@ -78,7 +78,7 @@ def test_the_messages_hold_what_was_said() -> None:
 
 @pytest.fixture(scope="module")
 def demo() -> Any:
-    """The bundled model: its answers are text that tokenises back to the same tokens."""
+    """The bundled model: its answers tokenise back to the same tokens."""
     return load(str(DEMO))
 
 
@@ -383,11 +383,14 @@ def test_warming_up_leaves_no_trace() -> None:
     session = session_of(sparsity=0.5)
     engine = engine_of(session.model)
     assert engine is not None
-    lengths = []
+    lengths: list[tuple[int, bool]] = []
     begin = engine.begin
-    engine.begin = lambda b, n, c, t: lengths.append(  # type: ignore[method-assign]
-        (n, engine.enabled)
-    ) or begin(b, n, c, t)
+
+    def spy(batch: int, new: int, cache: Any, training: bool) -> Any:
+        lengths.append((new, engine.enabled))
+        return begin(batch, new, cache, training)
+
+    engine.begin = spy  # type: ignore[method-assign]
     session.warm_up()
     assert {enabled for n, enabled in lengths if n > 3 * BLOCK} == {True, False}
     assert session.messages == [] and session.cached == []

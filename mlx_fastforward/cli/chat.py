@@ -10,7 +10,7 @@ from rich.text import Text
 
 from . import options as o
 from .common import (
-    check_step,
+    check_lengths,
     fail,
     load_model,
     one_line_errors,
@@ -65,9 +65,7 @@ def chat(
       echo "Who was Alice?" | mlx_fastforward chat > answer.txt
     """
     with one_line_errors():
-        if max_tokens == 0:
-            fail("--max-tokens must not be 0; -1 means no limit.", 2)
-        check_step(prefill_step_size, block_size)
+        check_lengths(max_tokens, prefill_step_size, block_size)
         document = read_text(file) if file is not None else None
         net, tokenizer = load_model(
             model,

@@ -13,7 +13,7 @@ from ..config import ConfigError, FastForwardError
 
 def fail(message: str, code: int = 1) -> NoReturn:
     """Print one line to stderr and leave; 2 is for wrong usage, 1 for failure."""
-    print(f"mlx_fastforward: {message}", file=sys.stderr)
+    print(f"mlx_fastforward: {' '.join(message.split())}", file=sys.stderr)
     raise typer.Exit(code)
 
 
@@ -28,7 +28,11 @@ def one_line_errors() -> Iterator[None]:
         fail(str(e))
 
 
-def check_step(prefill_step_size: int, block_size: int) -> None:
+def check_lengths(max_tokens: int, prefill_step_size: int, block_size: int) -> None:
+    if max_tokens == 0 or max_tokens < -1:
+        raise ConfigError(
+            f"--max-tokens must be above 0, or -1 for no limit; got {max_tokens}."
+        )
     if prefill_step_size < block_size:
         raise ConfigError(
             f"--prefill-step-size ({prefill_step_size}) must be at least --block-size "
@@ -38,9 +42,9 @@ def check_step(prefill_step_size: int, block_size: int) -> None:
 
 def read_text(path: Path) -> str:
     """A UTF-8 document, or one line that says why not."""
-    if path.is_dir():
-        raise FileProblem(f"{path} is a folder; expected a text file.")
     try:
+        if path.is_dir():
+            raise FileProblem(f"{path} is a folder; expected a text file.")
         text = path.expanduser().read_text(encoding="utf-8")
     except FileNotFoundError:
         raise FileProblem(f"{path} does not exist; expected a text file.") from None
@@ -48,8 +52,9 @@ def read_text(path: Path) -> str:
         raise FileProblem(
             f"{path} is not UTF-8 text; convert it to plain text first."
         ) from None
-    except OSError as e:
-        raise FileProblem(f"{path} cannot be read: {e.strerror}.") from None
+    except (OSError, ValueError) as e:  # ValueError: a name that no file can have
+        reason = getattr(e, "strerror", None) or e
+        raise FileProblem(f"{path} cannot be read: {reason}.") from None
     if not text.strip():
         raise FileProblem(f"{path} is empty.")
     return text.strip()
@@ -63,10 +68,20 @@ class LoadProblem(FastForwardError):
     """A model that cannot be loaded."""
 
 
+def decoded(text: bytes) -> str:
+    """Standard input as text, whatever the locale; raises FileProblem."""
+    try:
+        return text.decode("utf-8")
+    except UnicodeDecodeError:
+        raise FileProblem("standard input is not UTF-8 text.") from None
+
+
 def load_model(name: Optional[str], **kwargs: Any) -> tuple[Any, Any]:
     """ff.load with its many errors told in one line. ``name`` None is the demo model."""
     from ..loading import load
 
+    if name == "":
+        raise ConfigError("--model must be a folder or repository name, got nothing.")
     name = str(demo.MODEL) if name is None else name
     path = Path(name)
     if path.is_file():
@@ -111,11 +126,11 @@ def load_problems(name: str) -> Iterator[None]:
     except (LocalEntryNotFoundError, OfflineModeIsEnabled, ConnectionError):
         raise _offline(name) from None
     except HfHubHTTPError as e:
-        raise LoadProblem(f"{name}: the hub answered {_first_line(e)}") from None
+        raise LoadProblem(f"{name}: the hub answered {_brief(e)}") from None
     except Exception as e:
         if type(e).__module__.partition(".")[0] in ("httpx", "httpx2", "httpcore"):
             raise _offline(name) from None
-        raise LoadProblem(f"{name} cannot be loaded: {_first_line(e)}") from e
+        raise LoadProblem(f"{name} cannot be loaded: {_brief(e)}") from e
 
 
 def _offline(name: str) -> LoadProblem:
@@ -125,9 +140,9 @@ def _offline(name: str) -> LoadProblem:
     )
 
 
-def _first_line(e: Exception) -> str:
-    text = str(e).strip()
-    return text.splitlines()[0] if text else type(e).__name__
+def _brief(e: Exception) -> str:
+    text = " ".join(str(e).split())
+    return text[:300] or type(e).__name__
 
 
 def sampling(

@@ -4,7 +4,7 @@ from rich.console import Console
 from rich.table import Table
 
 from . import options as o
-from .common import check_step, load_model, one_line_errors
+from .common import check_lengths, load_model, one_line_errors
 
 
 def demo(
@@ -16,7 +16,7 @@ def demo(
     from .. import demo as data
 
     with one_line_errors():
-        check_step(2048, block_size)
+        check_lengths(40, 2048, block_size)
         model, tokenizer = load_model(
             None, sparsity=sparsity, block_size=block_size, selector=selector
         )

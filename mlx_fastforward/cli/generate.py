@@ -9,7 +9,8 @@ from rich.console import Console
 
 from . import options as o
 from .common import (
-    check_step,
+    check_lengths,
+    decoded,
     fail,
     load_model,
     one_line_errors,
@@ -107,9 +108,7 @@ def generate(
     """
     with one_line_errors():
         text = _prompt(prompt, prompt_option, file)
-        if max_tokens == 0:
-            fail("--max-tokens must not be 0; -1 means no limit.", 2)
-        check_step(prefill_step_size, block_size)
+        check_lengths(max_tokens, prefill_step_size, block_size)
         settings = {
             "sparsity": sparsity,
             "block_size": block_size,
@@ -162,7 +161,7 @@ def _prompt(prompt: Optional[str], option: Optional[str], file: Any) -> str:
         fail("give the prompt once: as argument or with --prompt.", 2)
     asked = prompt if prompt is not None else option
     if asked == "-":
-        asked = sys.stdin.read().strip()
+        asked = decoded(sys.stdin.buffer.read()).strip()
     document = read_text(file) if file is not None else None
     text = "\n\n".join(t for t in (document, asked) if t)
     if not text:

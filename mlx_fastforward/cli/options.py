@@ -130,7 +130,7 @@ XtcThreshold = Annotated[
     ),
 ]
 Seed = Annotated[
-    Optional[int], typer.Option(help="PRNG seed.", rich_help_panel=SAMPLING)
+    Optional[int], typer.Option(min=0, help="PRNG seed.", rich_help_panel=SAMPLING)
 ]
 SystemPrompt = Annotated[
     Optional[str],

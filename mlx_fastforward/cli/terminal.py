@@ -8,6 +8,8 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
+from .common import decoded
+
 LONG_PROMPT = 512
 
 
@@ -19,12 +21,7 @@ class Lines:
 
     def read(self) -> Optional[str]:
         if self.session is None:
-            try:
-                line = sys.stdin.readline()
-            except UnicodeDecodeError:
-                print("mlx_fastforward: the input is not UTF-8 text.", file=sys.stderr)
-                return None
-            return line or None
+            return decoded(sys.stdin.buffer.readline()) or None
         while True:
             try:
                 return self.session.prompt("› ")
