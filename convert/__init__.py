@@ -1,0 +1,1 @@
+"""Trained checkpoints of other frameworks become adapters here; nothing is converted yet."""
