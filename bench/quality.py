@@ -183,15 +183,16 @@ def main(
     prompts: int = 32,
     tokens: int = 1900,
     dtype: Annotated[
-        str, typer.Option(help="float32, bfloat16, or float16.")
-    ] = "float32",
+        Optional[str], typer.Option(help="Default: the model's own.")
+    ] = None,
     json_file: Annotated[Optional[Path], typer.Option("--json")] = None,
 ) -> None:
     """Measure quality after a sparse prefill."""
     console = Console(stderr=True)
     net, tokenizer = load(model or str(demo.MODEL), sparsity=0.0)
     detach(net)
-    net.set_dtype(getattr(mx, dtype))
+    if dtype:
+        net.set_dtype(getattr(mx, dtype))
     side = load_adapter(adapter) if adapter else None
     texts = passages(text.read_text(encoding="utf-8"), tokenizer, prompts, tokens + 64)
     jobs = [json.loads(x) for x in tasks.read_text().splitlines()]
@@ -233,7 +234,7 @@ def main(
         "block_size": block_size,
         "probe_every": probe_every,
         "score": score,
-        "dtype": dtype,
+        "dtype": dtype or "the model's own",
         "questions": len(right),
     }
     show(rows, settings)

@@ -170,20 +170,21 @@ def main(
     probe_every: int = 8,
     rounds: int = 5,
     dtype: Annotated[
-        str, typer.Option(help="float32, bfloat16 or float16.")
-    ] = "float32",
+        Optional[str], typer.Option(help="Default: the model's own; random: float32.")
+    ] = None,
     json_file: Annotated[Optional[Path], typer.Option("--json")] = None,
 ) -> None:
     """Measure TTFT, sparse against stock."""
     if random is not None:
         if random not in SHAPES:
             raise typer.BadParameter(f"--random knows {', '.join(SHAPES)}.")
-        net = random_model(random, layers, getattr(mx, dtype))
+        net = random_model(random, layers, getattr(mx, dtype or "float32"))
         tokenizer = load_tokenizer(demo.MODEL)
     else:
         net, tokenizer = load(model or str(demo.MODEL), sparsity=0.0)
         detach(net)
-        net.set_dtype(getattr(mx, dtype))
+        if dtype:
+            net.set_dtype(getattr(mx, dtype))
     side = load_adapter(adapter) if adapter else None
     engines = []
     for s in selectors.split(","):
@@ -206,7 +207,7 @@ def main(
     name = random or model or "demo model"
     settings = {
         "model": f"{name}, {len(net.layers)} layers",
-        "dtype": dtype,
+        "dtype": dtype or ("float32" if random else "the model's own"),
         "probe_every": probe_every,
         "rounds": rounds,
     }
