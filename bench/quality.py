@@ -8,6 +8,7 @@ Two measures, because they rank selectors differently:
     python -m mlx_fastforward.bench.quality --selectors probe,oracle --sparsities 0.4,0.5
 """
 
+import copy
 import json
 import re
 from dataclasses import asdict, dataclass
@@ -28,6 +29,7 @@ from ..attachment import attach, detach
 from ..config import PrefillConfig
 from ..engine import Engine
 from ..loading import load
+from ..session import switched
 from .environment import describe
 
 CHUNK = 2048
@@ -64,7 +66,9 @@ def continuation(
     else:
         with engine.prompt(prompt):
             prefill(model, tokens[: prompt - 1], cache)
-    logits = model(tokens[None, prompt - 1 : -1], cache=cache)[0].astype(mx.float32)
+    with switched(model, sparse=False):
+        logits = model(tokens[None, prompt - 1 : -1], cache=cache)[0]
+    logits = logits.astype(mx.float32)
     logprobs = logits - mx.logsumexp(logits, axis=-1, keepdims=True)
     mx.eval(logprobs)
     return logprobs
@@ -107,7 +111,7 @@ def ask(
         with engine.prompt(longest):
             prefill(model, mx.array(prompts[0][:shared]), cache)
     for ids, (_, answer) in zip(prompts, task["questions"]):
-        got = _greedy(model, tokenizer, mx.array(ids[shared:]), cache)
+        got = _greedy(model, tokenizer, mx.array(ids[shared:]), copy.deepcopy(cache))
         right.append(_normal(got) == _normal(answer))
     return right
 
@@ -115,17 +119,14 @@ def ask(
 def _greedy(
     model: nn.Module, tokenizer: Any, ids: mx.array, cache: Any, limit: int = 40
 ) -> str:
-    fed, out = 0, []
+    out: list[int] = []
     while len(out) < limit:
         logits = model(ids[None], cache=cache)
-        fed += ids.size
         token = int(mx.argmax(logits[0, -1]).item())
         if token in tokenizer.eos_token_ids:
             break
         out.append(token)
         ids = mx.array([token])
-    for c in cache:
-        c.trim(fed)
     return tokenizer.decode(out)
 
 

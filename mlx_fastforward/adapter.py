@@ -79,7 +79,7 @@ def fingerprint(norms: Sequence[mx.array]) -> str:
 
 def load_adapter(path: str | Path) -> Adapter:
     """Read a side file lazily (weights are mapped, not read); raises AdapterError."""
-    path = Path(path)
+    path = Path(path).expanduser()
     info, tensors = _read(path)
     base = _section(path, info, "base_model")
     whole = functools.partial(_whole, path, info)

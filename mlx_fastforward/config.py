@@ -31,7 +31,8 @@ class PrefillConfig:
             neuron's down column, "griffin" the norm of row-normalised activations.
         dense_head: Keep the first block (128 tokens at most) of an empty cache dense: attention sinks.
         dense_tail: Keep at least the last block (128 tokens at most) of the prompt dense.
-        sparse_decode: Also run single-token steps sparsely (the paper's table 3).
+        sparse_decode: Also run single-token steps sparsely (the paper's table 3): to measure what it
+            does to answers, slower than dense decoding.
         probe_every: The probe selector runs every so-manieth token densely.
     """
 

@@ -93,12 +93,16 @@ class Engine:
         """Tokens of the dense head, and of the dense tail at least."""
         return min(self.config.block_size, EDGE)
 
+    @property
+    def shortest(self) -> int:
+        """Prompts of fewer tokens stay dense."""
+        return shortest_sparse(self.config.block_size, self.edge)
+
     @contextlib.contextmanager
     def prompt(self, tokens: int) -> Iterator[Tally]:
         """The next ``tokens`` tokens are one whole prompt, however it is chunked."""
         self.tally = Tally()
-        shortest = shortest_sparse(self.config.block_size, self.edge)
-        self.remaining = tokens if tokens >= shortest else None
+        self.remaining = tokens if tokens >= self.shortest else None
         try:
             yield self.tally
         finally:

@@ -84,7 +84,7 @@ class DownRows:
 
     Quantised down projections are packed along the neurons, so single columns cannot be taken:
     the matrix is dequantised for the chunk and dropped after it. Extra memory while a chunk is
-    in this layer: one float copy of the down projection.
+    in this layer: two float copies of the down projection, besides one block's gathered weights.
     """
 
     def __init__(self, linear: nn.Module, dtype: mx.Dtype):
@@ -176,7 +176,12 @@ class GatedFFN:
     def sparse(self, x: mx.array, neurons: mx.array) -> mx.array:
         """The FFN over chosen neurons. x: (M, n, d), neurons: (M, K) -> (M, n, d)."""
         down = DownRows(self.down, x.dtype)
-        return mx.stack([self._block(b, i, down) for b, i in zip(x, neurons)])
+        out: list[mx.array] = []
+        for block, kept in zip(x, neurons):
+            if out:  # one block's gathered weights at a time, whatever the scheduler
+                kept = mx.depends([kept], [out[-1]])[0]
+            out.append(self._block(block, kept, down))
+        return mx.stack(out)
 
     def _block(self, x: mx.array, neurons: mx.array, down: DownRows) -> mx.array:
         if self.family.fused:

@@ -19,7 +19,7 @@ class Response(GenerationResponse):
     """What mlx-lm yields, plus the prefill's statistics.
 
     Args:
-        ttft: Seconds from the call to the first token, tokenisation included.
+        ttft: Seconds from the call to the first token; tokenisation is in it where the prompt is text.
         cached_tokens: Prompt tokens found in the prompt cache; prompt_tokens counts the others.
         prefill_tps: New prompt tokens per second until the first token.
         ffn_sparsity: Share of the prompt's FFN FLOPs that was skipped: dense head and tail counted,

@@ -27,15 +27,23 @@ def common_prefix(a: list[int], b: list[int]) -> int:
     return min(len(a), len(b))
 
 
-def render(tokenizer: Any, messages: list[dict[str, str]]) -> list[int]:
-    """Token ids of a conversation, ready for the assistant's turn."""
+def render(
+    tokenizer: Any, messages: list[dict[str, str]], template: dict[str, Any] = {}
+) -> list[int]:
+    """Token ids of a conversation, ready for the assistant's turn.
+
+    ``template`` goes to the chat template, e.g. {"enable_thinking": False}.
+    """
     if not tokenizer.has_chat_template:
         raise TemplateError(
             "the model's tokenizer has no chat template; use an instruct model, or "
             "mlx_fastforward generate --ignore-chat-template."
         )
     try:
-        return list(tokenizer.apply_chat_template(messages, add_generation_prompt=True))
+        ids = tokenizer.apply_chat_template(
+            messages, add_generation_prompt=True, **template
+        )
+        return list(ids)
     except Exception as e:  # jinja2 raises whatever the template asks for
         reason = str(e).splitlines()[0] if str(e) else type(e).__name__
         raise TemplateError(f"the model's chat template refused: {reason}") from e
@@ -54,11 +62,13 @@ class Session:
         tokenizer: Any,
         system_prompt: Optional[str] = None,
         max_kv_size: Optional[int] = None,
+        template: Optional[dict[str, Any]] = None,
     ):
         self.model = model
         self.tokenizer = tokenizer
         self.max_kv_size = max_kv_size
         self.system_prompt = system_prompt
+        self.template = template or {}
         self.reset()
 
     def reset(self) -> None:
@@ -76,7 +86,7 @@ class Session:
     def render(self, text: Optional[str] = None) -> list[int]:
         """Token ids of the conversation, with ``text`` as a new user message."""
         new = [] if text is None else [{"role": "user", "content": text}]
-        return render(self.tokenizer, self.messages + new)
+        return render(self.tokenizer, self.messages + new, self.template)
 
     def answer(self, text: str, **kwargs: Any) -> Iterator[Response]:
         """Add a user message and stream the answer; closing the stream keeps what was said."""
@@ -108,7 +118,7 @@ class Session:
         Dense means stock mlx-lm: the engine steps aside for the whole answer.
         """
         last = max(i for i, m in enumerate(self.messages) if m["role"] == "user")
-        ids = render(self.tokenizer, self.messages[: last + 1])
+        ids = render(self.tokenizer, self.messages[: last + 1], self.template)
         with switched(self.model, sparse):
             cache = make_prompt_cache(self.model, self.max_kv_size)
             yield from stream_generate(
@@ -118,8 +128,7 @@ class Session:
     def warm_up(self) -> None:
         """Run both paths once on a short prompt, so that a comparison times no first calls."""
         engine = engine_of(self.model)
-        blocks = 3 * engine.config.block_size + 2 if engine else 2
-        ids = [i % 64 for i in range(blocks)]
+        ids = [i % 64 for i in range(engine.shortest + 1 if engine else 2)]
         for sparse in (True, False):
             with switched(self.model, sparse):
                 for _ in stream_generate(self.model, self.tokenizer, ids, 2):
@@ -139,12 +148,19 @@ class Session:
         return keep
 
     def _settle(self, tokens: list[int]) -> None:
-        """Note what the cache holds; an answer that stopped inside a forward pass voids it."""
-        offsets = {c.offset for c in self.cache}
-        if len(offsets) == 1 and (n := offsets.pop()) <= len(tokens):
-            self.cached = tokens[:n]
-        else:
+        """Note what the cache holds.
+
+        mlx-lm runs one step ahead of what it yields: a stopped answer leaves a token in the cache
+        that nobody has seen, and, stopped inside a forward pass, layers of different lengths.
+        """
+        known = min(len(tokens), *(c.offset for c in self.cache))
+        surplus = [c.offset - known for c in self.cache]
+        if any(surplus) and not can_trim_prompt_cache(self.cache):
             self.forget_cache()
+            return
+        for c, extra in zip(self.cache, surplus):
+            c.trim(extra)
+        self.cached = tokens[:known]
 
 
 @contextlib.contextmanager

@@ -1,5 +1,6 @@
 """The commands: what they print where, and that every mistake is one line on stderr."""
 
+import importlib
 import json
 import os
 import re
@@ -170,6 +171,7 @@ def test_generate_json(demo: Any) -> None:
     assert got["decode_tps"] > 0 and got["peak_memory_gb"] > 0
     assert got["settings"] == {
         "sparsity": 0.4,
+        "adapter": None,
         "block_size": 16,
         "selector": "auto",
         "compensator": "auto",
@@ -314,7 +316,7 @@ USAGE = [
     (["--max-tokens", "0"], "--max-tokens must be above 0"),
     (
         ["--prefill-step-size", "64"],
-        r"--prefill-step-size \(64\) must be at least --block-size \(128\)",
+        r"--prefill-step-size \(64\) must hold the dense head and a block",
     ),
 ]
 
@@ -467,10 +469,10 @@ def test_a_negative_seed_is_refused() -> None:
 # chat
 
 
-def chat(lines: str, *flags: str) -> Result:
-    """A chat over pipes; it must end with code 0 and print no escape codes."""
+def chat(lines: str, *flags: str, code: int = 0) -> Result:
+    """A chat over pipes; 1 if it could not do something, and no escape codes."""
     done = run("chat", "--max-tokens", "8", *flags, stdin=lines)
-    assert done.exit_code == 0, done.output
+    assert done.exit_code == code, done.output
     assert "\x1b" not in done.output and "›" not in done.output
     return done
 
@@ -528,14 +530,14 @@ def test_chat_goes_on_after_an_unusable_file(
     kind: str, tmp_path: Path, tiny: Path
 ) -> None:
     path, message = problem_files(tmp_path)[kind]
-    done = chat(f"/file {path}\nHello\n", "--model", str(tiny))
+    done = chat(f"/file {path}\nHello\n", "--model", str(tiny), code=1)
     assert one_line(done.stderr).startswith(f"{path} {message}")
     assert done.stdout == chat("Hello\n", "--model", str(tiny)).stdout != ""
 
 
 def test_chat_goes_on_after_a_file_name_that_cannot_be(tiny: Path) -> None:
     done = run("chat", "-m", "8", "--model", str(tiny), stdin="/file a\0b\nHello\n")
-    assert done.exit_code == 0, repr(done.exception)
+    assert done.exit_code == 1, repr(done.exception)
     assert one_line(done.stderr)
     assert done.stdout != ""
 
@@ -550,7 +552,7 @@ PROBLEMS = [
 
 @pytest.mark.parametrize("command, message", PROBLEMS)
 def test_chat_commands_that_cannot_work(command: str, message: str, tiny: Path) -> None:
-    done = chat(f"{command}\n", "--model", str(tiny))
+    done = chat(f"{command}\n", "--model", str(tiny), code=1)
     assert (done.stdout, one_line(done.stderr)) == ("", message)
 
 
@@ -580,7 +582,7 @@ def test_chat_dense_and_sparse(tiny: Path) -> None:
     assert sparse != dense
     assert chat(f"/dense\n{STORY}\n", *base).stdout == dense
     assert chat(f"/dense\n/sparse\n{STORY}\n", *base).stdout == sparse
-    done = chat("/sparse\n/dense\n/compare\n", *base, "--sparsity", "0")
+    done = chat("/sparse\n/dense\n/compare\n", *base, "--sparsity", "0", code=1)
     assert done.stdout == ""
     assert done.stderr.splitlines() == [
         "mlx_fastforward: this chat was started with --sparsity 0; start it with more.",
@@ -606,7 +608,7 @@ def test_chat_compare(tiny: Path) -> None:
 
 def test_chat_compare_needs_sparsity(tiny: Path) -> None:
     flags = ["--model", str(tiny), "--sparsity", "0"]
-    done = chat("Hello\n/compare\n", *flags)
+    done = chat("Hello\n/compare\n", *flags, code=1)
     line = "this chat was started with --sparsity 0: both would be dense."
     assert one_line(done.stderr) == line
 
@@ -631,17 +633,30 @@ def test_chat_system_prompt(tiny: Path) -> None:
 def test_chat_without_a_template_says_so(tmp_path: Path) -> None:
     model = models.tiny("llama", vocab=4096)
     folder = models.save_folder(model, tmp_path / "base", chat_template=False)
-    done = chat("Hello\n", "--model", str(folder))
+    done = chat("Hello\n", "--model", str(folder), code=1)
     assert done.stdout == ""
     assert "has no chat template" in one_line(done.stderr)
 
 
+def test_chat_ctrl_c_ends_a_script(monkeypatch: pytest.MonkeyPatch, tiny: Path) -> None:
+    """Nobody at the keyboard could ask again."""
+    from mlx_fastforward import session
+
+    def stopped(*args: Any, **kwargs: Any) -> Any:
+        raise KeyboardInterrupt
+        yield
+
+    monkeypatch.setattr(session, "stream_generate", stopped)
+    assert chat(f"{STORY}\nHello\n", "--model", str(tiny), code=130).stdout == ""
+
+
 def test_chat_ctrl_c_stops_the_answer_not_the_chat(
-    monkeypatch: pytest.MonkeyPatch, tiny: Path
+    monkeypatch: pytest.MonkeyPatch, tiny: Path, capsys: pytest.CaptureFixture
 ) -> None:
     """And what was not said is not part of the conversation."""
     from mlx_fastforward import session
 
+    module = importlib.import_module("mlx_fastforward.cli.chat")
     real, calls = session.stream_generate, 0
 
     def stopped(*args: Any, **kwargs: Any) -> Any:
@@ -651,11 +666,39 @@ def test_chat_ctrl_c_stops_the_answer_not_the_chat(
             raise KeyboardInterrupt
         yield from real(*args, **kwargs)
 
-    alone = chat("Hello\n", "--model", str(tiny)).stdout
+    lines = iter([STORY, "Hello", None])
+    reader = types.SimpleNamespace(read=lambda: next(lines))
+    monkeypatch.setattr(module, "Lines", lambda interactive: reader)
     monkeypatch.setattr(session, "stream_generate", stopped)
-    done = chat(f"{STORY}\nHello\n", "--model", str(tiny))
+    model, tokenizer = load(str(tiny))
+    attach(model)
+    loop = module.Chat(session.Session(model, tokenizer), None, max_tokens=8)
+    loop.interactive = True
+    loop.run()
     assert calls == 2
-    assert done.stdout == "\n" + alone
+    assert "(stopped)" in capsys.readouterr().out
+    roles = [m["role"] for m in loop.session.messages]
+    assert roles == ["user", "assistant"]
+    assert loop.session.messages[0]["content"] == "Hello"
+
+
+def test_chat_paths_as_terminals_paste_them(tmp_path: Path, tiny: Path) -> None:
+    document = tmp_path / "my story.txt"
+    document.write_text(STORY)
+    base = ["--model", str(tiny)]
+    wanted = chat("Hello\n", "--file", str(document), *base).stdout
+    assert wanted != chat("Hello\n", *base).stdout
+    escaped = str(document).replace(" ", "\\ ")
+    for typed in (str(document), f"'{document}'", escaped):
+        assert chat(f"/file {typed}\nHello\n", *base).stdout == wanted
+
+
+def test_chat_template_config_reaches_the_template(tiny: Path) -> None:
+    base = ["Hello", "-m", "1", "--model", str(tiny)]
+    assert good("generate", *base, "--chat-template-config", "{}")
+    for wrong in ("{", "[1]"):
+        line = bad(2, "generate", *base, "--chat-template-config", wrong)
+        assert "must be a JSON object" in line
 
 
 # Real processes
@@ -680,7 +723,7 @@ def test_process_generate_reads_a_pipe(tiny: Path) -> None:
 def test_process_chat_over_pipes() -> None:
     lines = f"{FACTS} {MABEL}\n/nonsense\n{FELIX}\nq\nnever read\n"
     done = python("chat", "-m", "8", stdin=lines.encode())
-    assert done.returncode == 0
+    assert done.returncode == 1  # for the unknown command
     assert [a.strip() for a in done.stdout.decode().splitlines()] == ["7306", "4821"]
     assert one_line(done.stderr.decode()).startswith("unknown command /nonsense")
     assert b"\x1b" not in done.stdout + done.stderr

@@ -392,7 +392,7 @@ def test_warming_up_leaves_no_trace() -> None:
 
     engine.begin = spy  # type: ignore[method-assign]
     session.warm_up()
-    assert {enabled for n, enabled in lengths if n > 3 * BLOCK} == {True, False}
+    assert {enabled for n, enabled in lengths if n >= 3 * BLOCK} == {True, False}
     assert session.messages == [] and session.cached == []
     assert session.cache[0].offset == 0 and engine.enabled is True
 
@@ -431,3 +431,29 @@ def test_common_prefix() -> None:
     assert common_prefix([1, 2, 3], [1, 2]) == 2
     assert common_prefix([1, 2, 3], [1, 5, 3]) == 1
     assert common_prefix([1, 2], [1, 2]) == 2
+
+
+def test_an_answer_stopped_inside_a_step_keeps_the_cache(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """mlx-lm is a token ahead of what it yields: Ctrl-C must not cost a second reading."""
+    from mlx_fastforward import session as module
+
+    def stopped(*args: Any, **kwargs: Any) -> Any:
+        responses = stream_generate(*args, **kwargs)
+        yield next(responses)
+        yield next(responses)
+        next(responses)  # dispatched, never seen
+        raise KeyboardInterrupt
+
+    session = session_of()
+    monkeypatch.setattr(module, "stream_generate", stopped)
+    with pytest.raises(KeyboardInterrupt):
+        ask(session, LONG)
+    monkeypatch.undo()
+    assert [m["role"] for m in session.messages] == ["user", "assistant"]
+    assert {c.offset for c in session.cache} == {len(session.cached)}
+    kept = len(session.cached)
+    assert kept > len(models.demo_tokenizer().encode(LONG))
+    responses = assert_right(session, OTHER)
+    assert responses[0].cached_tokens > len(models.demo_tokenizer().encode(LONG))

@@ -1,22 +1,25 @@
 """mlx_fastforward chat: the loop, its commands and what they print."""
 
 import contextlib
+import shlex
 import sys
 from pathlib import Path
 from typing import Any, Iterator, Optional
 
+import typer
 from rich.console import Console
 from rich.text import Text
 
 from . import options as o
 from .common import (
     check_lengths,
-    fail,
+    length_warning,
     load_model,
     one_line_errors,
     read_text,
     sampling,
     status_line,
+    template_config,
 )
 from .terminal import Lines, prefill_progress, show_compared
 
@@ -51,6 +54,7 @@ def chat(
     xtc_threshold: o.XtcThreshold = 0.1,
     seed: o.Seed = 0,
     system_prompt: o.SystemPrompt = None,
+    chat_template_config: o.ChatTemplateConfig = None,
     max_kv_size: o.MaxKvSize = None,
     prefill_step_size: o.PrefillStepSize = 2048,
 ) -> None:
@@ -66,6 +70,7 @@ def chat(
     """
     with one_line_errors():
         check_lengths(max_tokens, prefill_step_size, block_size)
+        template = template_config(chat_template_config)
         document = read_text(file) if file is not None else None
         net, tokenizer = load_model(
             model,
@@ -89,7 +94,7 @@ def chat(
         if seed is not None:
             mx.random.seed(seed)
         loop = Chat(
-            Session(net, tokenizer, system_prompt, max_kv_size),
+            Session(net, tokenizer, system_prompt, max_kv_size, template),
             document,
             max_tokens=max_tokens,
             sampler=sampling(
@@ -115,6 +120,7 @@ class Chat:
         self.interactive = sys.stdin.isatty() and sys.stdout.isatty()
         self.console = Console(highlight=False, soft_wrap=True)
         self.last: Optional[str] = None
+        self.failed = False
 
     @property
     def engine(self) -> Any:
@@ -130,6 +136,11 @@ class Chat:
             self.console.print(Text(text, style="dim"))
 
     def problem(self, text: str) -> None:
+        """Something that was asked for did not happen."""
+        self.failed = True
+        self.say(text)
+
+    def say(self, text: str) -> None:
         if self.interactive:
             self.console.print(Text(text, style="yellow"))
         else:
@@ -160,15 +171,17 @@ class Chat:
         self.note("/help lists the commands")
 
     def run(self) -> None:
+        """Until the end of the input; in a pipe, a problem on the way makes it a failure."""
         lines = Lines(self.interactive)
         while (line := lines.read()) is not None:
             text = line.strip()
-            if not text:
-                continue
             if text in ("/quit", "/exit", "q"):
-                return
-            if not self.command(text):
-                self.turn(text)
+                break
+            with stopped_by_ctrl_c(self):
+                if text and not self.command(text):
+                    self.turn(text)
+        if self.failed and not self.interactive:
+            raise typer.Exit(1)
 
     def command(self, text: str) -> bool:
         """Run an in-chat command; False if the text is a message."""
@@ -207,10 +220,8 @@ class Chat:
         if not name:
             self.problem("usage: /file PATH")
             return
-        if len(name) > 1 and name[0] == name[-1] and name[0] in "'\"":
-            name = name[1:-1]
         try:
-            self.document = read_text(Path(name))
+            self.document = read_text(typed_path(name))
         except FastForwardError as e:
             self.problem(str(e))
             return
@@ -224,9 +235,13 @@ class Chat:
 
         message = f"{self.document}\n\n{text}" if self.document else text
         try:
-            self.warn_length(len(self.session.render(message)))
+            tokens = len(self.session.render(message))
+            if warning := length_warning(self.session.model, tokens):
+                self.say(warning)
             done = self.stream(self.session.answer, message)
-        except FastForwardError as e:
+        except typer.Exit:  # a RuntimeError, too
+            raise
+        except (FastForwardError, ValueError, RuntimeError) as e:  # mlx's own as well
             self.problem(str(e))
             return
         if done:
@@ -267,15 +282,14 @@ class Chat:
             results.append(last)
         show_compared(self.console, *results)
 
-    def warn_length(self, tokens: int) -> None:
-        from ..families import context_length
 
-        limit = context_length(self.session.model)
-        if limit and tokens > limit:
-            self.problem(
-                f"{tokens:,} tokens, but the model was made for {limit:,}: "
-                "expect a poor answer; /reset or a shorter document helps."
-            )
+def typed_path(name: str) -> Path:
+    """A path as typed, quoted, or dragged into a terminal, which escapes its spaces."""
+    with contextlib.suppress(OSError, ValueError):
+        words = shlex.split(name)
+        if not Path(name).exists() and len(words) == 1:
+            return Path(words[0])
+    return Path(name)
 
 
 @contextlib.contextmanager
@@ -284,4 +298,6 @@ def stopped_by_ctrl_c(chat: Chat) -> Iterator[None]:
     try:
         yield
     except KeyboardInterrupt:
+        if not chat.interactive:
+            raise typer.Exit(130) from None
         chat.note("\n(stopped)")

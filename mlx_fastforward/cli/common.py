@@ -1,6 +1,7 @@
 """What the commands share: one-line errors, loading, reading files, the sampler."""
 
 import contextlib
+import json
 import sys
 from pathlib import Path
 from typing import Any, Callable, Iterator, NoReturn, Optional
@@ -33,11 +34,35 @@ def check_lengths(max_tokens: int, prefill_step_size: int, block_size: int) -> N
         raise ConfigError(
             f"--max-tokens must be above 0, or -1 for no limit; got {max_tokens}."
         )
-    if prefill_step_size < block_size:
+    if prefill_step_size < block_size + min(block_size, 128):
         raise ConfigError(
-            f"--prefill-step-size ({prefill_step_size}) must be at least --block-size "
-            f"({block_size}): a sparse block cannot span two steps."
+            f"--prefill-step-size ({prefill_step_size}) must hold the dense head and a block: "
+            f"--block-size ({block_size}) plus up to 128."
         )
+
+
+def template_config(text: Optional[str]) -> dict[str, Any]:
+    """The object of --chat-template-config."""
+    try:
+        config = json.loads(text) if text else {}
+    except ValueError:
+        config = None
+    if not isinstance(config, dict):
+        raise ConfigError(f"--chat-template-config must be a JSON object, got {text}.")
+    return config
+
+
+def length_warning(model: Any, tokens: int) -> Optional[str]:
+    """What to say of a prompt that is longer than the model was made for."""
+    from ..families import context_length
+
+    limit = context_length(model)
+    if not limit or tokens <= limit:
+        return None
+    return (
+        f"{tokens:,} tokens, but the model was made for {limit:,}: expect a poor answer; "
+        "use a shorter document or another --model."
+    )
 
 
 def read_text(path: Path) -> str:

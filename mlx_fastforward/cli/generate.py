@@ -12,11 +12,14 @@ from .common import (
     check_lengths,
     decoded,
     fail,
+    length_warning,
     load_model,
+    load_problems,
     one_line_errors,
     read_text,
     sampling,
     status_line,
+    template_config,
 )
 from .terminal import prefill_progress
 
@@ -54,6 +57,7 @@ def generate(
     xtc_threshold: o.XtcThreshold = 0.1,
     seed: o.Seed = None,
     system_prompt: o.SystemPrompt = None,
+    chat_template_config: o.ChatTemplateConfig = None,
     ignore_chat_template: Annotated[
         bool,
         typer.Option(
@@ -119,6 +123,9 @@ def generate(
             "dense_tail": dense_tail,
             "sparse_decode": sparse_decode,
         }
+        template = template_config(chat_template_config)
+        if draft_model is not None and max_tokens < 0:
+            fail("--max-tokens -1 does not go with --draft-model; give a number.", 2)
         net, tokenizer = load_model(
             model,
             adapter=adapter,
@@ -129,11 +136,13 @@ def generate(
         )
         more: dict[str, Any] = {}
         if draft_model is not None:
-            more["draft_model"], _ = load_model(draft_model, sparsity=0.0)
+            more["draft_model"] = _draft(draft_model, tokenizer)
             more["num_draft_tokens"] = num_draft_tokens
         else:
             more["max_kv_size"] = max_kv_size
-        ids = _render(tokenizer, text, system_prompt, ignore_chat_template)
+        ids = _render(tokenizer, text, system_prompt, ignore_chat_template, template)
+        if warning := length_warning(net, len(ids)):
+            print(f"mlx_fastforward: {warning}", file=sys.stderr)
         import mlx.core as mx
 
         if seed is not None:
@@ -142,7 +151,7 @@ def generate(
             net,
             tokenizer,
             ids,
-            {**settings, "model": model or "demo"},
+            {**settings, "model": model or "demo", "adapter": adapter},
             json_output,
             max_tokens=max_tokens,
             sampler=sampling(
@@ -169,14 +178,34 @@ def _prompt(prompt: Optional[str], option: Optional[str], file: Any) -> str:
     return text
 
 
-def _render(tokenizer: Any, text: str, system: Optional[str], raw: bool) -> list[int]:
+def _draft(name: str, tokenizer: Any) -> Any:
+    """A draft model; it never prefills sparsely, so any model of mlx-lm will do."""
+    from mlx_lm.utils import load
+
+    with load_problems(name):
+        model, theirs, *_ = load(name)
+    if theirs.vocab_size != tokenizer.vocab_size:
+        fail(
+            f"{name} has {theirs.vocab_size} tokens, the model {tokenizer.vocab_size}: "
+            "a draft model needs the same tokenizer."
+        )
+    return model
+
+
+def _render(
+    tokenizer: Any,
+    text: str,
+    system: Optional[str],
+    raw: bool,
+    template: dict[str, Any],
+) -> list[int]:
     from ..generation import encode_prompt
     from ..session import render
 
     if raw or not tokenizer.has_chat_template:
         return [int(i) for i in encode_prompt(tokenizer, text)]
     messages = [{"role": "system", "content": system}] if system else []
-    return render(tokenizer, [*messages, {"role": "user", "content": text}])
+    return render(tokenizer, [*messages, {"role": "user", "content": text}], template)
 
 
 def _run(

@@ -87,7 +87,8 @@ SparseDecode = Annotated[
     bool,
     typer.Option(
         "--sparse-decode",
-        help="Generate sparsely too (needs trained predictors or first-block).",
+        help="Decode sparsely too, to measure what it does: slower. "
+        "Needs trained predictors or first-block.",
         rich_help_panel=SPARSE,
     ),
 ]
@@ -135,6 +136,13 @@ Seed = Annotated[
 SystemPrompt = Annotated[
     Optional[str],
     typer.Option(help="System prompt for the chat template.", rich_help_panel=SAMPLING),
+]
+ChatTemplateConfig = Annotated[
+    Optional[str],
+    typer.Option(
+        help="JSON object for the chat template, e.g. '{\"enable_thinking\": false}'.",
+        rich_help_panel=SAMPLING,
+    ),
 ]
 MaxKvSize = Annotated[
     Optional[int],
