@@ -3,15 +3,12 @@
 import os
 from typing import Annotated
 
-os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
-os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+import typer
 
-import typer  # noqa: E402
-
-from ..version import __version__  # noqa: E402
-from .chat import chat  # noqa: E402
-from .demo import demo  # noqa: E402
-from .generate import generate  # noqa: E402
+from ..version import __version__
+from .chat import chat
+from .demo import demo
+from .generate import generate
 
 app = typer.Typer(
     help="A shorter time to first token with mlx-lm: block-wise FFN-sparse prefill.",
@@ -37,7 +34,9 @@ def _root(
         ),
     ] = False,
 ) -> None:
-    pass
+    # Read when a command imports transformers: it would comment on long prompts otherwise.
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 
 app.command()(chat)
