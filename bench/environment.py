@@ -42,7 +42,9 @@ def blas() -> str:
     if platform.system() == "Darwin":
         return "Accelerate"
     try:
-        maps = Path("/proc/self/maps").read_text()
+        maps = Path("/proc/self/maps").read_text().splitlines()
     except OSError:
         return "unknown"
-    return "OpenBLAS (preloaded)" if "openblas" in maps else "as in the mlx wheel"
+    # NumPy's wheel brings an OpenBLAS of its own, which mlx does not use.
+    found = any("openblas" in m and "numpy.libs" not in m for m in maps)
+    return "OpenBLAS (preloaded)" if found else "as in the mlx wheel"
