@@ -1,31 +1,36 @@
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
-STAMP := $(VENV)/.installed
+INSTALLED := $(VENV)/.installed
+DEV := $(VENV)/.installed-dev
 
 .PHONY: demo test lint format clean
 
-demo: $(STAMP)
+demo: $(INSTALLED)
 	$(BIN)/mlx_fastforward demo
 	@echo "(first: source $(BIN)/activate)"
 
-test: $(STAMP)
+test: $(DEV)
 	$(BIN)/python -m pytest -q
 
-lint: $(STAMP)
+lint: $(DEV)
 	$(BIN)/black --check -q .
 	$(BIN)/isort --check -q .
 	$(BIN)/mypy
 
-format: $(STAMP)
+format: $(DEV)
 	$(BIN)/isort -q .
 	$(BIN)/black -q .
 
-$(STAMP): pyproject.toml
+$(INSTALLED): pyproject.toml
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install -qq --upgrade pip
+	$(BIN)/python -m pip install -qq -e .
+	touch $@
+
+$(DEV): $(INSTALLED)
 	$(BIN)/python -m pip install -qq -e '.[dev]'
-	touch $(STAMP)
+	touch $@
 
 clean:
 	rm -rf $(VENV) build *.egg-info

@@ -11,6 +11,7 @@ import json
 import math
 import random
 import time
+from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated, Any, Optional
 
@@ -22,9 +23,9 @@ from rich.console import Console
 from rich.progress import track
 
 from .. import demo
-from ..adapter import fingerprint, save_adapter
+from ..adapter import BaseModel, save_adapter
 from ..attachment import detach
-from ..families import family_of, layer_mlps, layer_norm_weights
+from ..families import family_of, layer_mlps
 from ..ffn import GatedFFN
 from ..loading import load
 from ..session import render
@@ -178,22 +179,14 @@ def main(
     held = max(1, xs.shape[1] // 20)
     fitted = train(xs[:, held:], norms[:, held:], steps, rank, batch, console)
     recalls = recall(fitted, xs[:, :held], norms[:, :held])
-    family = family_of(net)
-    ffns = [GatedFFN(m, family) for m in layer_mlps(net, family)]
-    d, f = ffns[0].shape
+    layers = len(net.layers)
     tensors = {}
-    for i in range(len(ffns)):  # the last layer never runs sparsely; it gets a copy
-        j = min(i, len(ffns) - 2)
+    for i in range(layers):  # the last layer never runs sparsely; it gets a copy
+        j = min(i, layers - 2)
         for name in ("query", "w1", "w2"):
             tensors[f"layers.{i}.predictor.{name}"] = fitted[name][j]
     info = {
-        "base_model": {
-            "name": model or "demo model",
-            "layers": len(ffns),
-            "hidden_size": d,
-            "ffn_size": f,
-            "fingerprint": fingerprint(layer_norm_weights(net, family)),
-        },
+        "base_model": asdict(BaseModel.of(net, model or "demo model")),
         "predictor": {"kind": "pooled", "rank": rank},
         "block_size": block_size,
         "calibration": {"tokens": sum(t.size for t in data), "recall": recalls},

@@ -1,1 +1,1 @@
-"""Trained checkpoints of other frameworks become adapters here; nothing is converted yet."""
+"""Trained PyTorch checkpoints -> adapters: files (reading), naming (what is what), conversion."""

@@ -3,25 +3,28 @@
 A folder with ``fastforward.json`` (what it is) and ``fastforward.safetensors`` (the weights).
 """
 
-import functools
+import contextlib
 import hashlib
 import json
 import os
 import tempfile
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Optional, Sequence
+from typing import Any, Iterable, Optional, Sequence
 
 import mlx.core as mx
+import mlx.nn as nn
 import numpy as np
-from huggingface_hub import snapshot_download
-from huggingface_hub.errors import HFValidationError
 
-from .compensators import ACTIVATIONS, Compensator, MLPCompensator, MLPWeights
+from .compensators import ACTIVATIONS, MLPCompensator, MLPWeights
 from .config import FastForwardError
-from .selectors import PredictorWeights
+from .families import family_of, layer_mlps, layer_norm_weights
+from .ffn import GatedFFN
+from .selectors import QUANTIZATION_BITS, PredictorWeights, group_size
+from .tensor_file import TensorFileError, open_tensors
 
 FORMAT = 1
+PREDICTOR, COMPENSATOR = "pooled", "mlp"
 JSON_NAME = "fastforward.json"
 TENSORS_NAME = "fastforward.safetensors"
 
@@ -30,38 +33,68 @@ class AdapterError(FastForwardError, ValueError):
     """An adapter that is missing, damaged or made for another model."""
 
 
+@dataclass(frozen=True)
+class BaseModel:
+    """The model that an adapter is for. ``name`` is for people, the rest is compared."""
+
+    name: str
+    model_type: str
+    layers: int
+    hidden_size: int
+    ffn_size: int
+    fingerprint: str
+
+    @classmethod
+    def of(cls, model: nn.Module, name: str = "") -> "BaseModel":
+        """Describe a loaded model, lazily loaded or not; raises UnsupportedModel."""
+        family = family_of(model)
+        mlps = layer_mlps(model, family)
+        d, f = GatedFFN(mlps[0], family).shape
+        kind = str(getattr(model, "model_type", type(model).__name__))
+        norms = layer_norm_weights(model, family)
+        return cls(name, kind, len(mlps), d, f, fingerprint(norms))
+
+
 @dataclass
 class Adapter:
     """A loaded side file.
 
     Args:
-        base: base_model of the JSON: layers, hidden_size, ffn_size, fingerprint, and names.
+        base: The model that it is for.
         predictors: One per layer, or None.
         compensator: Ready to use, or None.
         importances: s_l per layer (eq. 23), or None.
-        details: Everything else in the JSON (calibration summary, versions).
+        details: The whole JSON (calibration summary, versions).
+        source: Where it was found.
     """
 
-    base: dict[str, Any]
+    base: BaseModel
     predictors: Optional[list[PredictorWeights]] = None
-    compensator: Optional[Compensator] = None
+    compensator: Optional[MLPCompensator] = None
     importances: Optional[list[float]] = None
-    details: Optional[dict[str, Any]] = None
+    details: dict[str, Any] = field(default_factory=dict)
+    source: str = ""
 
-    def check(self, norms: Sequence[mx.array], d: int, f: int) -> None:
+    def check(self, model: BaseModel) -> None:
         """Refuse a model that this adapter was not made for; raises AdapterError."""
-        found = {"layers": len(norms), "hidden_size": d, "ffn_size": f}
-        for key, value in found.items():
-            if self.base[key] != value:
+        for key in ("layers", "hidden_size", "ffn_size"):
+            made_for, found = getattr(self.base, key), getattr(model, key)
+            if made_for != found:
                 raise AdapterError(
-                    f"the adapter was made for a model with {key} {self.base[key]}, "
-                    f"this model has {value}."
+                    f"the adapter was made for a model with {key} {made_for}, "
+                    f"this model has {found}."
                 )
-        if self.base["fingerprint"] != fingerprint(norms):
+        if self.base.fingerprint != model.fingerprint:
             raise AdapterError(
-                f"the adapter was made for {self.base.get('name', 'another model')!r}: "
+                f"the adapter was made for {self.base.name!r}: "
                 "the shapes agree, but the weights of this model do not."
             )
+
+    def arrays(self) -> list[mx.array]:
+        """All weights, to evaluate them before they are needed."""
+        parts: list[Any] = list(self.predictors or [])
+        parts += self.compensator.layers if self.compensator else []
+        return [w for p in parts for w in vars(p).values() if isinstance(w, mx.array)]
 
 
 def fingerprint(norms: Sequence[mx.array]) -> str:
@@ -81,37 +114,117 @@ def load_adapter(path: str | Path) -> Adapter:
     """Read a side file lazily (weights are mapped, not read); raises AdapterError."""
     path = Path(path).expanduser()
     info, tensors = _read(path)
-    base = _section(path, info, "base_model")
-    whole = functools.partial(_whole, path, info)
-    layers = whole("base_model", "layers")
-    d, f = whole("base_model", "hidden_size"), whole("base_model", "ffn_size")
-    if not isinstance(base.get("fingerprint"), str):
-        raise AdapterError(f"{path / JSON_NAME} lacks base_model.fingerprint.")
-    take = functools.partial(_per_layer, path, tensors, layers)
+    base = _base(path, info)
+    file = _File(path, tensors, base.layers)
     predictors = compensator = importances = None
     if info.get("predictor"):
-        r = whole("predictor", "rank")
-        parts = [
-            take("predictor.query", (d,)),
-            take("predictor.w1", (d, r)),
-            take("predictor.w2", (r, f)),
-        ]
-        predictors = [PredictorWeights(*w) for w in zip(*parts)]
+        predictors = _predictors(file, info, base)
     if info.get("compensator"):
-        h = whole("compensator", "rank")
-        activation = info["compensator"].get("activation", "relu")
-        if activation not in list(ACTIVATIONS):
-            raise AdapterError(
-                f"{path / JSON_NAME}: expected a compensator activation of "
-                f"{', '.join(ACTIVATIONS)}; found {activation!r}."
-            )
-        parts = [take("compensator.w1", (d, h)), take("compensator.w2", (h, d))]
-        weights = [MLPWeights(*w) for w in zip(*parts)]
-        compensator = MLPCompensator(weights, activation)
+        compensator = _mlp_compensator(file, info, base)
     if "importance" in tensors:
-        weight = _float(path, tensors, "importance", (layers,))
+        weight = file.get("importance", (base.layers,))
         importances = np.array(weight.astype(mx.float32)).tolist()
-    return Adapter(base, predictors, compensator, importances, info)
+    return Adapter(base, predictors, compensator, importances, info, str(path))
+
+
+def _base(path: Path, info: dict[str, Any]) -> BaseModel:
+    base = _section(path, info, "base_model")
+    layers, d, f = (
+        _whole(path, info, "base_model", key)
+        for key in ("layers", "hidden_size", "ffn_size")
+    )
+    if not isinstance(mark := base.get("fingerprint"), str):
+        raise AdapterError(f"{path / JSON_NAME} lacks base_model.fingerprint.")
+    name, kind = base.get("name"), base.get("model_type")
+    return BaseModel(
+        name if isinstance(name, str) and name else "another model",
+        kind if isinstance(kind, str) else "",
+        layers,
+        d,
+        f,
+        mark,
+    )
+
+
+def _predictors(
+    file: "_File", info: dict[str, Any], base: BaseModel
+) -> list[PredictorWeights]:
+    path, d, f = file.path, base.hidden_size, base.ffn_size
+    _kind(path, info, "predictor", PREDICTOR)
+    ranks = _ranks(path, info, "predictor", base.layers)
+    bits = 0
+    if info["predictor"].get("quantization") is not None:
+        where = {"quantization": info["predictor"]["quantization"]}
+        bits = _whole(path, where, "quantization", "bits")
+        if bits not in QUANTIZATION_BITS or not group_size(f):
+            raise AdapterError(
+                f"{path / JSON_NAME}: expected a predictor in {_words(QUANTIZATION_BITS)} bits "
+                f"and a multiple of 32 neurons; found {bits} bits and {f} neurons."
+            )
+    queries = file.layers("predictor.query", [(d,)] * base.layers)
+    w1 = file.layers("predictor.w1", [(d, r) for r in ranks])
+    if not bits:
+        w2 = file.layers("predictor.w2", [(r, f) for r in ranks])
+        return [PredictorWeights(*w) for w in zip(queries, w1, w2)]
+    shapes = [(r, f * bits // 32) for r in ranks]
+    groups = [(r, f // group_size(f)) for r in ranks]
+    w2 = file.layers("predictor.w2", shapes, mx.uint32)
+    scales = file.layers("predictor.w2.scales", groups)
+    biases = file.layers("predictor.w2.biases", groups)
+    return [
+        PredictorWeights(q, first, second, scale, bias, bits)
+        for q, first, second, scale, bias in zip(queries, w1, w2, scales, biases)
+    ]
+
+
+def _mlp_compensator(
+    file: "_File", info: dict[str, Any], base: BaseModel
+) -> MLPCompensator:
+    path, d = file.path, base.hidden_size
+    _kind(path, info, "compensator", COMPENSATOR)
+    ranks = _ranks(path, info, "compensator", base.layers)
+    activation = info["compensator"].get("activation", "relu")
+    if activation not in list(ACTIVATIONS):
+        raise AdapterError(
+            f"{path / JSON_NAME}: expected a compensator activation of "
+            f"{', '.join(ACTIVATIONS)}; found {activation!r}."
+        )
+    w1 = file.layers("compensator.w1", [(d, h) for h in ranks])
+    w2 = file.layers("compensator.w2", [(h, d) for h in ranks])
+    return MLPCompensator([MLPWeights(*w) for w in zip(w1, w2)], activation)
+
+
+def packed(name: str, w: mx.array, bits: int) -> dict[str, mx.array]:
+    """A predictor's w2 (r, f) quantised along the neurons, under the names of the side file."""
+    weight, scales, biases = mx.quantize(
+        w, group_size=group_size(w.shape[1]), bits=bits
+    )
+    return {name: weight, f"{name}.scales": scales, f"{name}.biases": biases}
+
+
+def _kind(path: Path, info: dict[str, Any], section: str, known: str) -> None:
+    kind = _section(path, info, section).get("kind", known)
+    if kind != known:
+        raise AdapterError(
+            f"{path / JSON_NAME}: expected a {section} of kind {known!r}, found {kind!r}; "
+            "a newer mlx-fastforward may know it."
+        )
+
+
+def _ranks(path: Path, info: dict[str, Any], section: str, layers: int) -> list[int]:
+    """One rank per layer: most adapters have one for all."""
+    rank = _section(path, info, section).get("rank")
+    if not isinstance(rank, list):
+        return [_whole(path, info, section, "rank")] * layers
+    if len(rank) != layers:
+        raise AdapterError(
+            f"{path / JSON_NAME}: expected {layers} numbers in {section}.rank, found {len(rank)}."
+        )
+    return [_whole(path, {section: {"rank": r}}, section, "rank") for r in rank]
+
+
+def _words(numbers: Sequence[int]) -> str:
+    return " or ".join(map(str, numbers))
 
 
 def _section(path: Path, info: dict[str, Any], name: str) -> dict[str, Any]:
@@ -133,34 +246,40 @@ def _whole(path: Path, info: dict[str, Any], section: str, key: str) -> int:
     return value
 
 
-def _float(
-    path: Path, tensors: dict[str, mx.array], key: str, shape: tuple[int, ...]
-) -> mx.array:
-    """A tensor of this name and shape and a float dtype, or AdapterError."""
-    if key not in tensors:
-        raise AdapterError(f"{path / TENSORS_NAME} lacks the tensor {key}.")
-    tensor = tensors[key]
-    if tuple(tensor.shape) != shape:
-        raise AdapterError(
-            f"{path / TENSORS_NAME}: {key} should have shape {shape}, "
-            f"found {tuple(tensor.shape)}."
-        )
-    if not mx.issubdtype(tensor.dtype, mx.floating):
-        raise AdapterError(
-            f"{path / TENSORS_NAME}: {key} should be float, found {tensor.dtype}."
-        )
-    return tensor
+@dataclass(frozen=True)
+class _File:
+    """The tensors of a side file, each checked as it is asked for."""
 
+    path: Path
+    tensors: dict[str, mx.array]
+    count: int
 
-def _per_layer(
-    path: Path,
-    tensors: dict[str, mx.array],
-    layers: int,
-    name: str,
-    shape: tuple[int, ...],
-) -> list[mx.array]:
-    keys = (f"layers.{i}.{name}" for i in range(layers))
-    return [_float(path, tensors, key, shape) for key in keys]
+    def get(
+        self, key: str, shape: tuple[int, ...], dtype: Optional[mx.Dtype] = None
+    ) -> mx.array:
+        """A tensor of this name and shape, float or of the dtype given, or AdapterError."""
+        file = self.path / TENSORS_NAME
+        if key not in self.tensors:
+            raise AdapterError(f"{file} lacks the tensor {key}.")
+        tensor = self.tensors[key]
+        if tuple(tensor.shape) != shape:
+            raise AdapterError(
+                f"{file}: {key} should have shape {shape}, found {tuple(tensor.shape)}."
+            )
+        if not mx.issubdtype(tensor.dtype, dtype or mx.floating):
+            raise AdapterError(
+                f"{file}: {key} should be {dtype or 'float'}, found {tensor.dtype}."
+            )
+        return tensor
+
+    def layers(
+        self,
+        name: str,
+        shapes: Iterable[tuple[int, ...]],
+        dtype: Optional[mx.Dtype] = None,
+    ) -> list[mx.array]:
+        """This part of every layer."""
+        return [self.get(f"layers.{i}.{name}", s, dtype) for i, s in enumerate(shapes)]
 
 
 def _read(path: Path) -> tuple[dict[str, Any], dict[str, mx.array]]:
@@ -179,10 +298,9 @@ def _read(path: Path) -> tuple[dict[str, Any], dict[str, mx.array]]:
             f"{path / JSON_NAME}: expected format {FORMAT}, found {found!r}."
         )
     try:
-        tensors = mx.load(str(path / TENSORS_NAME))
-    except (RuntimeError, ValueError, OSError) as e:
+        tensors = open_tensors(path / TENSORS_NAME)
+    except TensorFileError as e:
         raise AdapterError(f"{path / TENSORS_NAME} cannot be read: {e}") from e
-    assert isinstance(tensors, dict)
     return info, tensors
 
 
@@ -191,30 +309,20 @@ def save_adapter(
 ) -> None:
     """Write a side file; the JSON, without which nothing loads, appears last."""
     path = Path(path)
+    made = not path.exists()
     path.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=path) as tmp:
-        mx.save_safetensors(f"{tmp}/{TENSORS_NAME}", tensors)
-        text = json.dumps({"format": FORMAT, **info}, indent=2)
-        Path(tmp, JSON_NAME).write_text(text + "\n", encoding="utf-8")
-        (path / JSON_NAME).unlink(missing_ok=True)  # never old JSON with new weights
-        for name in (TENSORS_NAME, JSON_NAME):
-            os.replace(f"{tmp}/{name}", path / name)
-
-
-def find_adapter(model: str, named: Optional[str | Path] = None) -> Optional[Adapter]:
-    """The adapter that a user named (folder or repository), else the one beside a local model."""
-    if named is None:
-        beside = Path(model)
-        return load_adapter(beside) if (beside / JSON_NAME).is_file() else None
-    local = str(named).startswith((".", "/", "~")) or str(named).count("/") != 1
-    if local or Path(named).exists():
-        return load_adapter(named)
     try:
-        files = [JSON_NAME, TENSORS_NAME]
-        folder = snapshot_download(str(named), allow_patterns=files)
-    except (HFValidationError, OSError) as e:  # hub and connection errors are OSErrors
-        reason = str(e).splitlines()[0] if str(e) else type(e).__name__
-        raise AdapterError(
-            f"adapter {str(named)!r} is not a local folder and could not be downloaded: {reason}"
-        ) from e
-    return load_adapter(folder)
+        with tempfile.TemporaryDirectory(dir=path, prefix=".writing-") as tmp:
+            mx.save_safetensors(f"{tmp}/{TENSORS_NAME}", tensors)
+            text = json.dumps({"format": FORMAT, **info}, indent=2)
+            Path(tmp, JSON_NAME).write_text(text + "\n", encoding="utf-8")
+            (path / JSON_NAME).unlink(
+                missing_ok=True
+            )  # never old JSON with new weights
+            for name in (TENSORS_NAME, JSON_NAME):
+                os.replace(f"{tmp}/{name}", path / name)
+    except BaseException:
+        if made:
+            with contextlib.suppress(OSError):
+                path.rmdir()
+        raise

@@ -10,11 +10,11 @@ from typing import Any, Optional, Sequence
 import mlx.core as mx
 import mlx.nn as nn
 
-from .adapter import Adapter
+from .adapter import Adapter, BaseModel
 from .compensators import Compensator
 from .config import ConfigError, PrefillConfig
 from .engine import Engine
-from .families import family_of, layer_mlps, layer_norm_weights
+from .families import family_of, layer_mlps
 from .ffn import GatedFFN
 from .schedule import layerwise, neurons_kept, uniform
 from .selectors import FirstBlock, Oracle, Probe, Selector, Trained
@@ -50,14 +50,14 @@ def attach(
     family = family_of(model)
     ffns = [GatedFFN(mlp, family) for mlp in layer_mlps(model, family)]
     if adapter is not None:
-        norms = layer_norm_weights(model, family)
-        adapter.check(norms, *ffns[0].shape)
+        adapter.check(BaseModel.of(model))
     engine = Engine(
         config,
         ffns,
         _budgets(config, ffns, adapter, importances),
         _selector(config, adapter),
         _compensator(config, adapter),
+        adapter=adapter.source if adapter is not None else None,
     )
     engine.drop_unsupported()
     detach(model)

@@ -55,4 +55,5 @@ class MLPCompensator:
         return (act(x.astype(w.w1.dtype) @ w.w1) @ w.w2).astype(x.dtype)
 
     def flops(self, tokens: int, d: int) -> float:
-        return 4.0 * tokens * d * self.layers[0].w1.shape[1]
+        ranks = [w.w1.shape[1] for w in self.layers]
+        return 4.0 * tokens * d * sum(ranks) / len(ranks)

@@ -73,6 +73,7 @@ class Engine:
     """Shared by an attached model and its FFNs.
 
     ``keep[i]`` neurons of layer i survive in a sparse block; None keeps the layer dense.
+    ``adapter`` says where the trained weights came from.
     """
 
     config: PrefillConfig
@@ -80,6 +81,7 @@ class Engine:
     keep: list[Optional[int]]
     selector: Selector
     compensator: Optional[Compensator] = None
+    adapter: Optional[str] = None
     enabled: bool = True
     call: Optional[Call] = None
     remaining: Optional[int] = None

@@ -7,9 +7,10 @@ import mlx.core as mx
 import mlx.nn as nn
 from mlx_lm.utils import load as mlx_lm_load
 
-from .adapter import Adapter, find_adapter
+from .adapter import Adapter, BaseModel
 from .attachment import attach
 from .config import PrefillConfig
+from .finding import adapter_for, named_adapter
 
 
 def load(
@@ -31,8 +32,8 @@ def load(
     Args:
         path_or_hf_repo: Local folder or Hugging Face repository.
         sparsity: Share of FFN neurons dropped in sparse blocks; 0 is stock mlx-lm.
-        adapter: Trained predictors: a folder or repository, or one loaded already. Default: the
-            one beside the model, if there is one.
+        adapter: Trained predictors: a folder or repository, or one loaded already; "none" for
+            none. Default: the one beside the model, else the user's newest one for it.
         adapter_path: LoRA weights, as in mlx_lm.
         settings: Further fields of PrefillConfig.
 
@@ -43,8 +44,9 @@ def load(
         ConfigError, AdapterError, UnsupportedModel, and what mlx_lm.load raises.
     """
     config = PrefillConfig.from_kwargs(sparsity=sparsity, **settings)
-    if not isinstance(adapter, Adapter):
-        adapter = find_adapter(path_or_hf_repo, adapter)
+    searching = adapter is None
+    if isinstance(adapter, (str, Path)):
+        adapter = named_adapter(adapter)
     model, *rest = mlx_lm_load(
         path_or_hf_repo,
         tokenizer_config=tokenizer_config,
@@ -56,7 +58,9 @@ def load(
         trust_remote_code=trust_remote_code,
     )
     assert isinstance(model, nn.Module)
+    if searching:
+        adapter = adapter_for(path_or_hf_repo, BaseModel.of(model), revision)
     attach(model, config, adapter=adapter)
     if not lazy:
-        mx.eval(model.parameters())
+        mx.eval(model.parameters(), adapter.arrays() if adapter else [])
     return (model, *rest)

@@ -188,13 +188,43 @@ class Oracle:
         return 4.0 * block * d * f
 
 
+QUANTIZATION_BITS = (4, 8)
+
+
+def group_size(f: int) -> int:
+    """Neurons that share a scale in a quantised w2; 0 where f allows none."""
+    return next((g for g in (64, 32) if f % g == 0), 0)
+
+
 @dataclass(frozen=True)
 class PredictorWeights:
-    """One layer's expert predictor: query (d,), w1 (d, r), w2 (r, f)."""
+    """One layer's expert predictor: query (d,), w1 (d, r), w2 (r, f).
+
+    With ``bits`` w2 is packed along the neurons, and has scales and biases.
+    """
 
     query: mx.array
     w1: mx.array
     w2: mx.array
+    scales: Optional[mx.array] = None
+    biases: Optional[mx.array] = None
+    bits: int = 0
+
+    def scores(self, pooled: mx.array) -> mx.array:
+        """ReLU(a W1) W2 (eq. 13). (M, d) -> (M, f)."""
+        hidden = mx.maximum(pooled @ self.w1, 0)
+        if not self.bits:
+            return hidden @ self.w2
+        assert self.scales is not None
+        return mx.quantized_matmul(
+            hidden,
+            self.w2,
+            scales=self.scales,
+            biases=self.biases,
+            transpose=False,
+            group_size=self.w2.shape[1] * 32 // self.bits // self.scales.shape[1],
+            bits=self.bits,
+        )
 
 
 class Trained:
@@ -214,8 +244,9 @@ class Trained:
             logits = mx.where(seen.valid[0] > 0, logits, -mx.inf)
         attention = mx.softmax(logits, axis=-1, precise=True)
         pooled = (attention[:, None, :] @ x)[:, 0]
-        return mx.maximum(pooled @ w.w1, 0) @ w.w2
+        return w.scores(pooled)
 
     def flops(self, block: int, dense: int, d: int, f: int) -> float:
-        r = self.layers[0].w1.shape[1]
+        ranks = [w.w1.shape[1] for w in self.layers]
+        r = sum(ranks) / len(ranks)
         return 4.0 * block * d + 2.0 * r * (d + f)

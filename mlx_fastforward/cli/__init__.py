@@ -6,9 +6,12 @@ from typing import Annotated
 import typer
 
 from ..version import __version__
+from .adapters import adapters
 from .chat import chat
+from .convert import convert
 from .demo import demo
 from .generate import generate
+from .upload import upload
 
 app = typer.Typer(
     help="A shorter time to first token with mlx-lm: block-wise FFN-sparse prefill.",
@@ -42,6 +45,9 @@ def _root(
 app.command()(chat)
 app.command()(generate)
 app.command()(demo)
+app.command()(convert)
+app.command()(adapters)
+app.command()(upload)
 
 
 def main() -> None:

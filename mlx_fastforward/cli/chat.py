@@ -168,6 +168,8 @@ class Chat:
         else:
             self.console.print(Text(f"model    {model}"))
         self.console.print(Text(f"prefill  {mode}"))
+        if self.engine.adapter is not None:
+            self.console.print(Text(f"adapter  {self.engine.adapter}"))
         self.note("/help lists the commands")
 
     def run(self) -> None:

@@ -29,6 +29,16 @@ def one_line_errors() -> Iterator[None]:
         fail(str(e))
 
 
+@contextlib.contextmanager
+def interruptible() -> Iterator[None]:
+    """Ctrl-C leaves quietly, with the shell's code for it."""
+    try:
+        yield
+    except KeyboardInterrupt:
+        print("mlx_fastforward: stopped.", file=sys.stderr)
+        raise typer.Exit(130) from None
+
+
 def check_lengths(max_tokens: int, prefill_step_size: int, block_size: int) -> None:
     if max_tokens == 0 or max_tokens < -1:
         raise ConfigError(
@@ -101,10 +111,8 @@ def decoded(text: bytes) -> str:
         raise FileProblem("standard input is not UTF-8 text.") from None
 
 
-def load_model(name: Optional[str], **kwargs: Any) -> tuple[Any, Any]:
-    """ff.load with its many errors told in one line. ``name`` None is the demo model."""
-    from ..loading import load
-
+def checked_name(name: Optional[str]) -> str:
+    """A --model that may name one; None is the demo model."""
     if name == "":
         raise ConfigError("--model must be a folder or repository name, got nothing.")
     name = str(demo.MODEL) if name is None else name
@@ -113,8 +121,34 @@ def load_model(name: Optional[str], **kwargs: Any) -> tuple[Any, Any]:
         raise LoadProblem(f"{name} is a file; expected a model folder or repository.")
     if path.is_dir() and not (path / "config.json").is_file():
         raise LoadProblem(f"{name} holds no config.json; expected a model folder.")
+    return name
+
+
+def load_model(name: Optional[str], **kwargs: Any) -> tuple[Any, Any]:
+    """ff.load with its many errors told in one line. ``name`` None is the demo model."""
+    from ..loading import load
+
+    name = checked_name(name)
     with load_problems(name):
         return load(name, **kwargs)
+
+
+def describe_base(name: Optional[str], trust_remote_code: bool) -> tuple[Any, str]:
+    """The base model of an adapter, and its float dtype by name; its weights are not read."""
+    from mlx_lm.utils import _download, load_model
+
+    from ..adapter import BaseModel
+    from ..families import family_of, layer_norm_weights
+
+    shown = "demo model" if name is None else name
+    name = checked_name(name)
+    with load_problems(name):
+        folder = _download(name)
+        model, _ = load_model(folder, lazy=True, trust_remote_code=trust_remote_code)
+        dtype = layer_norm_weights(model, family_of(model))[0].dtype
+        if Path(shown).exists():
+            shown = Path(shown).resolve().name
+        return BaseModel.of(model, shown), str(dtype).removeprefix("mlx.core.")
 
 
 @contextlib.contextmanager
@@ -153,9 +187,15 @@ def load_problems(name: str) -> Iterator[None]:
     except HfHubHTTPError as e:
         raise LoadProblem(f"{name}: the hub answered {_brief(e)}") from None
     except Exception as e:
-        if type(e).__module__.partition(".")[0] in ("httpx", "httpx2", "httpcore"):
+        if is_connection_error(e):
             raise _offline(name) from None
         raise LoadProblem(f"{name} cannot be loaded: {_brief(e)}") from e
+
+
+def is_connection_error(e: Exception) -> bool:
+    """Whether the network failed below huggingface_hub."""
+    library = type(e).__module__.partition(".")[0]
+    return isinstance(e, ConnectionError) or library in ("httpx", "httpx2", "httpcore")
 
 
 def _offline(name: str) -> LoadProblem:

@@ -145,13 +145,17 @@ def generate(
             print(f"mlx_fastforward: {warning}", file=sys.stderr)
         import mlx.core as mx
 
+        from ..attachment import engine_of
+
+        engine = engine_of(net)
+        assert engine is not None
         if seed is not None:
             mx.random.seed(seed)
         _run(
             net,
             tokenizer,
             ids,
-            {**settings, "model": model or "demo", "adapter": adapter},
+            {**settings, "model": model or "demo", "adapter": engine.adapter},
             json_output,
             max_tokens=max_tokens,
             sampler=sampling(

@@ -52,7 +52,7 @@ Adapter = Annotated[
     Optional[str],
     typer.Option(
         help="Trained predictors (fastforward.json and .safetensors): folder or repository. "
-        "Default: those beside the model.",
+        "Default: those beside the model, else your newest for it; none for none.",
         show_default=False,
         rich_help_panel=SPARSE,
     ),

@@ -1,0 +1,79 @@
+"""How many of the truly best neurons an adapter's predictors pick, per layer, on held-out prose.
+
+python -m mlx_fastforward.bench.recall --adapter adapter
+"""
+
+from pathlib import Path
+from typing import Annotated, Optional
+
+import mlx.core as mx
+import mlx.nn as nn
+import typer
+from rich.progress import track
+
+from .. import demo
+from ..adapter import BaseModel, load_adapter
+from ..families import family_of, layer_mlps
+from ..ffn import GatedFFN
+from ..loading import load
+from ..selectors import Oracle, Seen, Trained, top_neurons
+from .environment import describe
+from .fit_predictor import capture
+from .quality import DATA, passages
+
+
+def hits(scores: mx.array, truth: mx.array, keep: int) -> mx.array:
+    """Share of the best ``keep`` neurons of ``truth`` among those of ``scores``. (M, f) -> (M,)."""
+
+    def chosen(s: mx.array) -> mx.array:
+        blank = mx.zeros(s.shape)
+        return mx.put_along_axis(blank, top_neurons(s, keep), mx.array(1.0), axis=-1)
+
+    return (chosen(scores) * chosen(truth)).sum(axis=-1) / keep
+
+
+def per_layer(
+    model: nn.Module, trained: Trained, texts: list[mx.array], block: int, keep: int
+) -> list[float]:
+    """Mean recall per layer over all blocks; the last layer never runs sparsely."""
+    family = family_of(model)
+    ffns = [GatedFFN(m, family) for m in layer_mlps(model, family)][:-1]
+    oracle = Oracle("weighted")
+    found: list[list[mx.array]] = [[] for _ in ffns]
+    for ids in track(texts, "measuring", transient=True):
+        for i, (ffn, x) in enumerate(zip(ffns, capture(model, ids, block)[0])):
+            seen = Seen(x.astype(mx.float32), x[:, :0], x[:, :0])
+            found[i].append(hits(trained(i, ffn, seen), oracle(i, ffn, seen), keep))
+        mx.eval(found)
+    return [mx.concatenate(f).mean().item() for f in found]
+
+
+def main(
+    adapter: Annotated[list[Path], typer.Option(help="One or more adapters.")],
+    model: Annotated[
+        Optional[str], typer.Option(help="Default: the demo model.")
+    ] = None,
+    text: Annotated[Path, typer.Option(help="Prose, UTF-8.")] = DATA / "heldout.txt",
+    prompts: int = 32,
+    tokens: int = 1900,
+    block_size: int = 128,
+    sparsity: float = 0.5,
+) -> None:
+    """Top-K recall against the oracle."""
+    net, tokenizer = load(model or str(demo.MODEL), sparsity=0.0, adapter="none")
+    net.set_dtype(mx.float32)
+    texts = passages(text.read_text(encoding="utf-8"), tokenizer, prompts, tokens)
+    print(", ".join(f"{k} {v}" for k, v in describe().items()))
+    for folder in adapter:
+        side = load_adapter(folder)
+        side.check(BaseModel.of(net))
+        if not side.predictors:
+            raise typer.BadParameter(f"{folder} has no predictors.")
+        keep = round((1 - sparsity) * side.base.ffn_size)
+        found = per_layer(net, Trained(side.predictors), texts, block_size, keep)
+        layers = " ".join(f"{r:.4f}" for r in found)
+        print(f"{folder}: mean {sum(found) / len(found):.4f}, per layer {layers}")
+
+
+if __name__ == "__main__":
+    typer.run(main)

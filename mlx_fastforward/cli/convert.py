@@ -1,0 +1,256 @@
+"""mlx_fastforward convert: a trained checkpoint becomes an adapter."""
+
+import time
+from pathlib import Path
+from typing import Annotated, Any, Optional
+
+import typer
+from rich.console import Console
+from rich.progress import track
+
+from ..config import ConfigError
+from . import options as o
+from .common import describe_base, fail, interruptible, one_line_errors
+
+DTYPES = ("float32", "float16", "bfloat16")
+
+
+def convert(
+    checkpoint: Annotated[
+        str,
+        typer.Argument(
+            help="Trained weights: .safetensors, .pt, .pth, .bin or .npz file, a folder of "
+            "them, or a Hugging Face repository.",
+            show_default=False,
+        ),
+    ],
+    model: o.Model = None,
+    out: Annotated[
+        Optional[Path],
+        typer.Option(
+            help="Folder of the adapter. Default: your adapters' folder, where chat looks.",
+            show_default=False,
+        ),
+    ] = None,
+    map_file: Annotated[
+        Optional[Path],
+        typer.Option(
+            "--map",
+            help='Names of another layout, JSON: {"REGEX": "layers.\\\\1.predictor.w1"}.',
+            show_default=False,
+        ),
+    ] = None,
+    list_only: Annotated[
+        bool,
+        typer.Option(
+            "--list", help="Print the tensors and what they match; write nothing."
+        ),
+    ] = False,
+    dtype: Annotated[
+        Optional[str],
+        typer.Option(
+            help="float32, float16 or bfloat16. Default: the model's own.",
+            show_default=False,
+        ),
+    ] = None,
+    quantize: Annotated[
+        Optional[int],
+        typer.Option(
+            "--quantize",
+            "-q",
+            help="Bits for the predictor's large matrix: 8 or 4.",
+            show_default=False,
+        ),
+    ] = None,
+    activation: Annotated[
+        Optional[str],
+        typer.Option(
+            help="The compensator's activation: relu, silu or gelu. Default: what the "
+            "checkpoint's fastforward.json says, else relu.",
+            show_default=False,
+        ),
+    ] = None,
+    overwrite: Annotated[
+        bool, typer.Option("--overwrite", help="Replace an adapter that is there.")
+    ] = False,
+    trust_remote_code: o.TrustRemoteCode = False,
+) -> None:
+    """Convert trained predictors and compensators into an adapter.
+
+    Everything is checked against the model before anything is written.
+
+    Examples:
+
+      mlx_fastforward convert checkpoint.pt --model mlx-community/Llama-3.2-3B-Instruct-4bit
+
+      mlx_fastforward convert checkpoint.safetensors --list
+
+      mlx_fastforward convert folder --map names.json --dtype float16 --quantize 8 --out adapter
+    """
+    with one_line_errors(), interruptible():
+        from ..compensators import ACTIVATIONS
+        from ..convert.naming import read_map
+        from ..selectors import QUANTIZATION_BITS
+
+        _choice("--dtype", dtype, DTYPES)
+        _choice("--quantize", quantize, QUANTIZATION_BITS)
+        _choice("--activation", activation, tuple(ACTIVATIONS))
+        rules = read_map(map_file) if map_file else []
+        source = _open(checkpoint)
+        if list_only:
+            _list(source, rules)
+            return
+        _convert(
+            source,
+            rules,
+            model,
+            out,
+            dtype,
+            quantize,
+            activation,
+            overwrite,
+            trust_remote_code,
+        )
+
+
+def _choice(flag: str, value: Any, known: tuple) -> None:
+    if value is not None and value not in known:
+        names = ", ".join(map(str, known))
+        raise ConfigError(f"{flag} must be one of {names}; got {value}.")
+
+
+def _open(checkpoint: str) -> Any:
+    from ..convert.files import KINDS, open_checkpoint
+    from ..finding import download, looks_like_a_repository
+
+    if not looks_like_a_repository(checkpoint):
+        return open_checkpoint(Path(checkpoint))
+    for suffixes in KINDS.values():  # one kind only: many repositories hold two
+        patterns = ["*.json", *("*" + s for s in suffixes)]
+        folder = download(checkpoint, patterns, "checkpoint")
+        if any(p.suffix in suffixes for p in folder.iterdir()):
+            break
+    opened = open_checkpoint(folder)
+    opened.name = checkpoint
+    return opened
+
+
+def _list(source: Any, rules: list) -> None:
+    """Every tensor, and what its name was taken for."""
+    from ..convert.conversion import lay_out
+
+    layout = lay_out(source, rules)
+    rows = [("tensor", "shape", "dtype", "taken as")]
+    for name, entry in source.entries.items():
+        taken = layout.matched.get(name, "(ignored)")
+        if name in layout.unknown:
+            taken = "unknown: name it with --map, or leave it out with null"
+        shape = str(list(entry.shape))
+        rows.append((_printable(name), shape, entry.dtype, taken))
+    widths = [max(len(row[i]) for row in rows) for i in range(3)]
+    for row in rows:
+        print("  ".join([*(c.ljust(w) for c, w in zip(row, widths)), row[3]]))
+
+
+def _printable(name: str) -> str:
+    """A name from a file without the letters that drive a terminal."""
+    return "".join(c if c.isprintable() else "�" for c in name)
+
+
+def _convert(
+    source: Any,
+    rules: list,
+    model: Optional[str],
+    out: Optional[Path],
+    dtype: Optional[str],
+    bits: Optional[int],
+    activation: Optional[str],
+    overwrite: bool,
+    trust_remote_code: bool,
+) -> None:
+    from ..adapter import JSON_NAME, save_adapter
+    from ..convert import conversion
+    from ..convert.files import describe
+    from ..finding import default_folder
+
+    start = time.perf_counter()
+    base, own_dtype = describe_base(model, trust_remote_code)
+    out = (out or default_folder(base)).expanduser()
+    if out.exists() and not out.is_dir():
+        fail(f"{out} is a file; expected a folder to write to.")
+    if (out / JSON_NAME).exists() and not overwrite:
+        fail(
+            f"{out} holds an adapter: --overwrite replaces it, --out puts the new one elsewhere."
+        )
+    plan = conversion.plan(source, base, rules)
+    _check_bits(bits, plan)
+    dtype = dtype or own_dtype
+    act, told = conversion.activation(source, activation)
+    steps = conversion.tensors(plan, conversion.DTYPES[dtype], bits)
+    total = len(plan.sources) + bool(plan.importance)
+    console = Console(stderr=True)
+    tensors = {}
+    for _, made in track(steps, "converting", total, console=console, transient=True):
+        tensors.update(made)
+    info = conversion.information(plan, source, act, bits)
+    try:
+        save_adapter(out, info, tensors)
+    except (OSError, RuntimeError) as e:
+        fail(f"{out} cannot be written: {getattr(e, 'strerror', None) or e}.")
+    size = sum(t.nbytes for t in tensors.values())
+    rows = {
+        "checkpoint": describe(source),
+        "ignored": _ignored(plan.ignored),
+        "model": f"{base.name}: {base.model_type}, {base.layers} layers, "
+        f"hidden {base.hidden_size:,}, FFN {base.ffn_size:,}",
+        "predictor": _summary("predictor", plan, act, told, bits),
+        "compensator": _summary("compensator", plan, act, told, bits),
+        "importances": "one per layer" if plan.importance else "none",
+        "note": "; ".join(plan.remarks),
+        "adapter": f"{out} ({dtype}, {size / 1e6:,.1f} MB, {time.perf_counter() - start:.1f} s)",
+    }
+    for key, value in rows.items():
+        if value:
+            print(f"{key:<12} {_printable(value)}")
+
+
+def _ignored(names: list[str]) -> str:
+    """Tensors that were left out: the base model's, an optimizer's."""
+    if not names:
+        return ""
+    dots = ", ..." if len(names) > 3 else ""
+    return f"{len(names)} other tensors ({', '.join(names[:3])}{dots})"
+
+
+def _check_bits(bits: Optional[int], plan: Any) -> None:
+    from ..selectors import group_size
+
+    if bits and "predictor" not in plan.ranks:
+        fail("--quantize is for predictors, and the checkpoint has none.", 2)
+    if bits and not group_size(plan.base.ffn_size):
+        fail(
+            f"--quantize needs a multiple of 32 neurons, the model has {plan.base.ffn_size}.",
+            2,
+        )
+
+
+def _summary(kind: str, plan: Any, act: str, told: bool, bits: Optional[int]) -> str:
+    ranks = plan.ranks.get(kind)
+    if not ranks:
+        return "none"
+    low, high = min(ranks), max(ranks)
+    text = (
+        f"rank {low}"
+        if low == high
+        else f"ranks {low} to {high}, not the same in all layers"
+    )
+    sources = [s for n, s in plan.sources.items() if f".{kind}.w" in n]
+    turned = sum(s.transpose for s in sources)
+    text += f", {turned} of {len(sources)} matrices transposed"
+    if kind == "compensator":
+        text += f", {act}" + (
+            "" if told else " (the checkpoint does not say: see --activation)"
+        )
+    elif bits:
+        text += f", w2 in {bits} bits"
+    return text

@@ -1,0 +1,91 @@
+"""An adapter goes to the Hugging Face hub, with a model card."""
+
+from pathlib import Path
+from typing import Any
+
+from huggingface_hub import CommitOperationAdd, HfApi, ModelCardData
+
+from .adapter import JSON_NAME, TENSORS_NAME, Adapter, load_adapter
+from .version import __version__
+
+CARD = "README.md"
+
+
+def model_card(adapter: Adapter, repo: str) -> str:
+    """The card of an adapter's repository: what it is for, how to use it, how it was made."""
+    base = adapter.base
+    known = base.name if base.name.count("/") == 1 else None
+    data = ModelCardData(
+        library_name="mlx",
+        base_model=known,
+        tags=["mlx", "mlx-fastforward"],
+        pipeline_tag="text-generation",
+    )
+    model = known or "MODEL"
+    return f"""---
+{data.to_yaml()}
+---
+
+# {repo}
+
+Weights for a shorter time to first token with
+[mlx-lm](https://github.com/ml-explore/mlx-lm): predictors and compensators that let
+mlx-fastforward run the FFNs of {known or base.name} sparsely while it reads a prompt. They are
+no model of their own.
+
+```bash
+pip install mlx-fastforward
+mlx_fastforward chat --model {model} --adapter {repo} --sparsity 0.5
+```
+
+| | |
+|---|---|
+{_table(adapter)}
+
+Any quantisation of the base model will do; another model is refused.
+"""
+
+
+def _table(adapter: Adapter) -> str:
+    base, info = adapter.base, adapter.details
+    shape = f"{base.layers} layers, hidden {base.hidden_size:,}, FFN {base.ffn_size:,}"
+    rows: list[tuple[str, Any]] = [("base model", f"{base.name} ({shape})")]
+    for kind in ("predictor", "compensator"):
+        section = info.get(kind)
+        if isinstance(section, dict):
+            rows.append((kind, ", ".join(f"{k} {v}" for k, v in section.items())))
+    rows.append(("importances", "yes" if adapter.importances else "no"))
+    calibration = info.get("calibration")
+    if isinstance(calibration, dict):
+        rows += [(str(k), v) for k, v in calibration.items()]
+    rows.append(("made with", f"mlx-fastforward {__version__}"))
+    return "\n".join(f"| {_cell(k)} | {_cell(v)} |" for k, v in rows)
+
+
+def _cell(value: Any) -> str:
+    if isinstance(value, list) and all(isinstance(v, float) for v in value):
+        value = ", ".join(f"{v:.3f}" for v in value)
+    return " ".join(str(value).replace("|", "\\|").split())
+
+
+def upload(folder: Path, repo: str, private: bool = False) -> str:
+    """Push an adapter to a repository, made if it is not there; returns its address.
+
+    A README.md in the folder goes along; without one a card is generated, unless the repository
+    has one already. Raises AdapterError, and the hub's errors.
+    """
+    adapter = load_adapter(folder)
+    api = HfApi()
+    address = api.create_repo(repo, private=private, exist_ok=True)
+    name = address.repo_id
+    operations = [
+        CommitOperationAdd(n, str(folder / n)) for n in (TENSORS_NAME, JSON_NAME)
+    ]
+    own = folder / CARD
+    if own.is_file():
+        operations.append(CommitOperationAdd(CARD, str(own)))
+    elif not api.file_exists(name, CARD):
+        card = model_card(adapter, name).encode()
+        operations.append(CommitOperationAdd(CARD, card))
+    api.create_commit(name, operations, commit_message="Upload adapter")
+    return str(address)

@@ -1,0 +1,109 @@
+"""Small adapters on disk, and the one line that refuses a bad one."""
+
+import json
+import os
+import struct
+from pathlib import Path
+from typing import Any, Callable, Optional
+
+import mlx.core as mx
+import mlx.nn as nn
+import numpy as np
+import pytest
+from mlx_lm.models import llama
+
+from mlx_fastforward.adapter import (
+    JSON_NAME,
+    AdapterError,
+    BaseModel,
+    fingerprint,
+    load_adapter,
+)
+from mlx_fastforward.families import family_of, layer_norm_weights
+
+LAYERS, D, F, R, H = 3, 32, 64, 2, 4
+PRINT = "0123456789abcdef"
+BASE = BaseModel("tiny", "llama", LAYERS, D, F, PRINT)
+
+
+def tiny_model(seed: int = 0, layers: int = LAYERS) -> nn.Module:
+    """A Llama whose norms are not all ones, as no trained model's are."""
+    mx.random.seed(seed)
+    args = llama.ModelArgs(
+        model_type="llama",
+        hidden_size=D,
+        num_hidden_layers=layers,
+        intermediate_size=F,
+        num_attention_heads=2,
+        rms_norm_eps=1e-5,
+        vocab_size=32,
+    )
+    model = llama.Model(args)
+    for layer in model.layers:
+        layer.input_layernorm.weight = mx.random.uniform(0.1, 2, (D,))
+    return model
+
+
+def norms(model: nn.Module) -> list[mx.array]:
+    return layer_norm_weights(model, family_of(model))
+
+
+def information(model: Optional[nn.Module] = None) -> dict[str, Any]:
+    """The JSON of an adapter for ``model``, or for ``BASE``."""
+    mark = fingerprint(norms(model)) if model else PRINT
+    base = {"layers": LAYERS, "hidden_size": D, "ffn_size": F, "fingerprint": mark}
+    return {
+        "base_model": {**base, "name": "tiny", "model_type": "llama"},
+        "predictor": {"kind": "pooled", "rank": R},
+        "compensator": {"kind": "mlp", "rank": H, "activation": "silu"},
+        "calibration": {"tokens": 1000},
+    }
+
+
+def weights(dtype: mx.Dtype = mx.float32) -> dict[str, mx.array]:
+    """The tensors that ``information`` describes."""
+    shapes = {
+        "predictor.query": (D,),
+        "predictor.w1": (D, R),
+        "predictor.w2": (R, F),
+        "compensator.w1": (D, H),
+        "compensator.w2": (H, D),
+    }
+    rng = np.random.default_rng(0)
+    tensors = {
+        f"layers.{i}.{name}": mx.array(rng.normal(size=shape)).astype(dtype)
+        for i in range(LAYERS)
+        for name, shape in shapes.items()
+    }
+    return {**tensors, "importance": mx.array([0.5, 0.25, 3.0])}
+
+
+def edit(folder: Path, change: Callable[[dict[str, Any]], Any]) -> None:
+    """Change the JSON of an adapter in place."""
+    info = json.loads((folder / JSON_NAME).read_text())
+    changed = change(info)
+    text = json.dumps(info if changed is None else changed)
+    (folder / JSON_NAME).write_text(text)
+
+
+def overwrite(path: Path) -> None:
+    """Make every float32 of a safetensors file 7; the file stays the same one."""
+    with open(path, "r+b") as file:
+        (header,) = struct.unpack("<Q", file.read(8))
+        start = 8 + header
+        size = file.seek(0, os.SEEK_END) - start
+        file.seek(start)
+        file.write(np.full(size // 4, 7, np.float32).tobytes())
+
+
+def one_line(error: BaseException) -> str:
+    text = str(error)
+    assert text and text == text.strip() and "\n" not in text
+    return text
+
+
+def refusal(folder: Path) -> str:
+    """Why the adapter in a folder is refused."""
+    with pytest.raises(AdapterError) as e:
+        load_adapter(folder)
+    return one_line(e.value)
