@@ -2,11 +2,11 @@
 
 import os
 import platform
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import mlx.core as mx
-import mlx_lm
 
 from ..version import __version__
 
@@ -18,8 +18,8 @@ def describe() -> dict[str, Any]:
         "cores": os.cpu_count(),
         "system": f"{platform.system()} {platform.release()}",
         "blas": blas(),
-        "mlx": mx.__version__,
-        "mlx_lm": mlx_lm.__version__,
+        "mlx": version("mlx"),
+        "mlx_lm": version("mlx-lm"),
         "mlx_fastforward": __version__,
     }
 

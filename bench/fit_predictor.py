@@ -137,7 +137,8 @@ def recall(net: Predictors, x: mx.array, norms: mx.array) -> list[float]:
         return mx.argsort(mx.argsort(-s, axis=-1), axis=-1) < half
 
     both = (top(scores) & top(norms)).astype(mx.float32)
-    return (mx.mean(mx.sum(both, axis=-1), axis=-1) / half).tolist()
+    found: Any = mx.mean(mx.sum(both, axis=-1), axis=-1) / half
+    return found.tolist()
 
 
 def main(
@@ -174,8 +175,8 @@ def main(
         capture(net, ids, block_size)
         for ids in track(data, "capturing", console=console)
     ]
-    xs = mx.stack([mx.concatenate(x) for x in zip(*(p[0] for p in pairs))])
-    norms = mx.stack([mx.concatenate(n) for n in zip(*(p[1] for p in pairs))])
+    xs = mx.stack([mx.concatenate(list(x)) for x in zip(*(p[0] for p in pairs))])
+    norms = mx.stack([mx.concatenate(list(n)) for n in zip(*(p[1] for p in pairs))])
     held = max(1, xs.shape[1] // 20)
     fitted = train(xs[:, held:], norms[:, held:], steps, rank, batch, console)
     recalls = recall(fitted, xs[:, :held], norms[:, :held])

@@ -122,7 +122,7 @@ def _greedy(
     out: list[int] = []
     while len(out) < limit:
         logits = model(ids[None], cache=cache)
-        token = int(mx.argmax(logits[0, -1]).item())
+        token: Any = mx.argmax(logits[0, -1]).item()
         if token in tokenizer.eos_token_ids:
             break
         out.append(token)
@@ -152,7 +152,9 @@ def measure(
     engine: Optional[Engine],
 ) -> tuple[mx.array, float, Optional[float], float]:
     """KL per prompt, top-1 agreement, share of exact answers, and FFN FLOPs skipped."""
-    kls, same, skipped = [], [], 0.0
+    kls: list[Any] = []
+    same: list[Any] = []
+    skipped = 0.0
     for tokens, p in zip(texts, dense):
         q = continuation(model, tokens, prompt, engine)
         kls.append(mx.mean(mx.sum(mx.exp(p) * (p - q), axis=-1)).item())
@@ -215,16 +217,15 @@ def main(
             net, tokenizer, texts, jobs, dense, tokens, engine
         )
         detach(net)
-        error = (
-            (mx.std(kl, ddof=1) / len(texts) ** 0.5).item() if len(texts) > 1 else 0.0
-        )
+        error: Any = mx.std(kl, ddof=1) / max(1, len(texts)) ** 0.5
+        mean: Any = kl.mean().item()
         rows.append(
             Row(
                 name,
                 sparsity,
                 skipped,
-                kl.mean().item(),
-                error,
+                mean,
+                error.item() if len(texts) > 1 else 0.0,
                 top1,
                 exact,
             )

@@ -4,7 +4,7 @@ python -m mlx_fastforward.bench.recall --adapter adapter
 """
 
 from pathlib import Path
-from typing import Annotated, Optional
+from typing import Annotated, Any, Optional
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -45,7 +45,8 @@ def per_layer(
             seen = Seen(x.astype(mx.float32), x[:, :0], x[:, :0])
             found[i].append(hits(trained(i, ffn, seen), oracle(i, ffn, seen), keep))
         mx.eval(found)
-    return [mx.concatenate(f).mean().item() for f in found]
+    means: list[Any] = [mx.concatenate(f).mean().item() for f in found]
+    return means
 
 
 def main(

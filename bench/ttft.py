@@ -79,7 +79,7 @@ def random_model(name: str, layers: Optional[int], dtype: mx.Dtype) -> nn.Module
         vocab_size=4096,
         rope_theta=500000.0,
         max_position_embeddings=131072,
-        **shape,
+        **shape,  # type: ignore[arg-type]
     )
     model = llama.Model(args)
     model.set_dtype(dtype)

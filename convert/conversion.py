@@ -50,12 +50,14 @@ class Layout:
         sources: Part -> layer -> where from. Importances: layer -1 where one tensor holds all.
         ignored: Names of tensors that belong to no adapter, such as the base model's.
         matched: Name -> canonical name, for --list.
+        problems: Name -> why it cannot be what its name says.
     """
 
     sources: dict[str, dict[int, Source]] = field(default_factory=dict)
     ignored: list[str] = field(default_factory=list)
     unknown: list[str] = field(default_factory=list)
     matched: dict[str, str] = field(default_factory=dict)
+    problems: dict[str, str] = field(default_factory=dict)
 
 
 @dataclass
@@ -71,7 +73,7 @@ class Plan:
 
 
 def lay_out(checkpoint: Checkpoint, rules: list[Rule]) -> Layout:
-    """Match every tensor by its name; raises CheckpointError where two claim one place."""
+    """Match every tensor by its name."""
     layout = Layout()
     for name, entry in checkpoint.entries.items():
         try:
@@ -82,16 +84,23 @@ def lay_out(checkpoint: Checkpoint, rules: list[Rule]) -> Layout:
         if found is None:
             layout.ignored.append(name)
             continue
+        stacked = found.layer is None and found.part != IMPORTANCE
+        layout.matched[name] = _canonical(found.part, "*" if stacked else found.layer)
+        if stacked and len(entry.shape) < 2:
+            layout.problems[name] = (
+                f"{name!r} has shape {entry.shape}; its name has no layer, so the first axis "
+                "should be the layers."
+            )
+            continue
         for layer, source in _spread(name, entry, found):
             taken = layout.sources.setdefault(found.part, {})
             if layer in taken:
-                raise CheckpointError(
+                twice = (
                     f"{_canonical(found.part, layer)} comes twice: from "
                     f"{taken[layer].name!r} and from {name!r}."
                 )
+                layout.problems.setdefault(name, twice)
             taken[layer] = source
-        stacked = found.layer is None and found.part != IMPORTANCE
-        layout.matched[name] = _canonical(found.part, "*" if stacked else found.layer)
     return layout
 
 
@@ -101,11 +110,6 @@ def _spread(name: str, entry: Entry, found: Match) -> Iterable[tuple[int, Source
         return [(found.layer, Source(name, entry, found))]
     if found.part == IMPORTANCE:
         return [(-1, Source(name, entry, found))]
-    if len(entry.shape) < 2:
-        raise CheckpointError(
-            f"{name} has shape {entry.shape}; its name has no layer, so the first axis should be "
-            "the layers."
-        )
     layers = range(min(entry.shape[0], MOST_LAYERS))
     return [(i, Source(name, entry, found, i)) for i in layers]
 
@@ -117,6 +121,8 @@ def _canonical(part: str, layer: Any) -> str:
 def plan(checkpoint: Checkpoint, base: BaseModel, rules: list[Rule]) -> Plan:
     """Check names, layers, shapes and dtypes against the base model; raises CheckpointError."""
     layout = lay_out(checkpoint, rules)
+    for problem in layout.problems.values():
+        raise CheckpointError(problem)
     if layout.unknown:
         raise CheckpointError(
             f"no known name: {_some(layout.unknown)}; predictors and compensators are query, w1 "
@@ -265,34 +271,39 @@ def tensors(
         if name.endswith("query"):
             w = w.reshape(-1)
         w = mx.contiguous(w)
-        _check_finite(source, w, dtype)
+        _check_finite(name, source, w, dtype)
         if bits and name.endswith("predictor.w2"):
-            yield name, packed(name, w, bits)
+            quantised = packed(name, w, bits)
+            for part in list(quantised.values())[1:]:
+                _check_finite(f"{name} in {bits} bits", source, part, dtype)
+            yield name, quantised
         else:
             yield name, {name: w}
     if plan.importance:
         parts = [s.read().astype(mx.float32).reshape(-1) for s in plan.importance]
         values = mx.concatenate(parts)
-        _check_finite(plan.importance[0], values, mx.float32)
-        if mx.any(values < 0).item() or mx.sum(values).item() <= 0:
+        _check_finite(IMPORTANCE, plan.importance[0], values, mx.float32)
+        if mx.any(values < 0).item() or not mx.any(values > 0).item():
             raise CheckpointError(
                 "importances must not be negative, nor all zero (eq. 23 is a share of attention)."
             )
         yield IMPORTANCE, {IMPORTANCE: values}
 
 
-def _check_finite(source: Source, w: mx.array, dtype: mx.Dtype) -> None:
+def _check_finite(name: str, source: Source, w: mx.array, dtype: mx.Dtype) -> None:
     if mx.all(mx.isfinite(w)).item():
         return
-    raw = source.read()
+    raw, shown = source.read(), source.name
+    if name not in shown:
+        shown = f"{name} ({shown!r})"
     if mx.all(mx.isfinite(raw)).item():
         raise CheckpointError(
-            f"{source.name} does not fit {str(dtype).removeprefix('mlx.core.')}: its largest "
+            f"{shown} does not fit {str(dtype).removeprefix('mlx.core.')}: its largest "
             f"value is {mx.max(mx.abs(raw)).item():.3g}; use another --dtype."
         )
     bad = mx.sum(mx.logical_not(mx.isfinite(raw))).item()
     raise CheckpointError(
-        f"{source.name} holds {bad:,} values that are NaN or infinite; the training went wrong."
+        f"{shown} holds {bad:,} values that are NaN or infinite, or beyond float32."
     )
 
 

@@ -6,7 +6,9 @@ tensors and plain containers), NumPy's npz, or a folder of one of these.
 
 import contextlib
 import functools
+import itertools
 import json
+import warnings
 import zipfile
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -15,17 +17,22 @@ from typing import Any, Callable, Iterable, Iterator, Mapping
 import mlx.core as mx
 import numpy as np
 from numpy.lib import format as npy
+from safetensors import safe_open
 
-from ..config import FastForwardError
-from ..tensor_file import TensorFileError, open_tensors
+from ..config import FastForwardError, expanded, printable
+from ..tensor_file import TensorFileError, safe_header
 
 TORCH = (".pt", ".pth", ".bin")
 KINDS = {"safetensors": (".safetensors",), "PyTorch": TORCH, "NumPy": (".npz",)}
+MOST_TENSORS = 100_000  # lists that hold each other could go on for ever
 EXPECTED = ".safetensors, .pt, .pth, .bin, .npz, or a folder of these"
 
 
 class CheckpointError(FastForwardError, ValueError):
-    """A checkpoint that cannot be converted, said in one line."""
+    """A checkpoint that cannot be converted, said in one printable line."""
+
+    def __init__(self, message: str):
+        super().__init__(printable(message))
 
 
 @dataclass(frozen=True)
@@ -57,10 +64,12 @@ class Checkpoint:
 
 def open_checkpoint(path: Path) -> Checkpoint:
     """List the tensors of a file or folder; raises CheckpointError."""
-    path = path.expanduser()
+    path = expanded(path)
     try:
         if not path.exists():
             raise CheckpointError(f"{path} does not exist; expected {EXPECTED}.")
+        if not path.is_dir() and not path.is_file():
+            raise CheckpointError(f"{path} is no file; expected {EXPECTED}.")
         files, kind = _files(path) if path.is_dir() else ([path], _kind(path))
         checkpoint = Checkpoint(path.resolve().name, kind)
         for file in files:
@@ -119,8 +128,7 @@ def _indexed(index: Path, suffixes: tuple[str, ...]) -> list[Path]:
     shards = _json_object(index).get("weight_map")
     if not isinstance(shards, dict) or not shards:
         raise CheckpointError(f"{index} has no weight_map object; it is no index.")
-    names = list(dict.fromkeys(shards.values()))
-    for name in names:
+    for name in shards.values():
         plain = isinstance(name, str) and Path(name).name == name and "\\" not in name
         if not plain or not name.endswith(suffixes):
             raise CheckpointError(
@@ -128,7 +136,7 @@ def _indexed(index: Path, suffixes: tuple[str, ...]) -> list[Path]:
             )
         if not (index.parent / name).is_file():
             raise CheckpointError(f"{index} names {name!r}, which is not there.")
-    return [index.parent / name for name in sorted(names)]
+    return [index.parent / name for name in sorted(set(shards.values()))]
 
 
 def _json_object(path: Path) -> dict[str, Any]:
@@ -147,23 +155,43 @@ def _side_information(path: Path) -> dict[str, Any]:
 
 def _safetensors(path: Path) -> dict[str, Entry]:
     try:
-        tensors = open_tensors(path)
+        with safe_header(path) as header:
+            parts = {name: header.get_slice(name) for name in header.keys()}
+            return {
+                name: Entry(
+                    tuple(part.get_shape()),
+                    _dtype(part.get_dtype()),
+                    functools.partial(_from_safetensors, path, name),
+                    path.name,
+                )
+                for name, part in parts.items()
+            }
     except TensorFileError as e:
         raise CheckpointError(f"{path} is no whole safetensors file: {e}.") from e
-    return {
-        name: Entry(
-            tuple(t.shape),
-            str(t.dtype).removeprefix("mlx.core."),
-            functools.partial(_mapped, path, name),
-            path.name,
-        )
-        for name, t in tensors.items()
-    }
 
 
-def _mapped(path: Path, name: str) -> mx.array:
-    """One tensor, mapped anew: once evaluated, a kept one would stay in memory."""
-    return mx.load(str(path), format="safetensors")[name]
+def _dtype(code: str) -> str:
+    """F32 -> float32, as the other formats say it."""
+    kinds = {"BF": "bfloat", "F": "float", "I": "int", "U": "uint"}
+    letters = code.rstrip("0123456789")
+    return kinds[letters] + code[len(letters) :] if letters in kinds else code.lower()
+
+
+def _from_safetensors(path: Path, name: str) -> mx.array:
+    """One tensor, read anew: a kept one would stay in memory."""
+    with _unreadable(path, "a safetensors file"):
+        with safe_open(path, "np") as file:
+            if file.get_slice(name).get_dtype() != "BF16":
+                return _from_numpy(file.get_tensor(name))
+        mapped: Any = mx.load(str(path), format="safetensors")
+        return mapped[name]  # NumPy has no bfloat16
+
+
+def _from_numpy(array: np.ndarray) -> mx.array:
+    """float64 as float32, which may make infinities of large values: they are refused later."""
+    with np.errstate(over="ignore"):
+        narrow = array.astype(np.float32) if array.dtype.itemsize == 8 else array
+    return mx.array(narrow.astype(narrow.dtype.newbyteorder("="), copy=False))
 
 
 @contextlib.contextmanager
@@ -192,12 +220,13 @@ def _pytorch(path: Path) -> dict[str, Entry]:
         ) from None
     import pickle
 
-    if not zipfile.is_zipfile(path):
-        raise CheckpointError(
-            f"{path} is not in PyTorch's zip format (torch.save since 1.6), or was cut short; "
-            "save it again with a current torch.save."
-        )
-    with _unreadable(path, "a PyTorch file"):
+    with _unreadable(path, "a PyTorch file"), warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of TorchScript files, which are refused
+        if not zipfile.is_zipfile(path):
+            raise CheckpointError(
+                f"{path} is not in PyTorch's zip format (torch.save since 1.6), or was cut "
+                "short; save it again with a current torch.save."
+            )
         try:
             loaded = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
         except pickle.UnpicklingError as e:
@@ -207,13 +236,13 @@ def _pytorch(path: Path) -> dict[str, Entry]:
                 f"{path} holds more than tensors{what}, which could run code and was not "
                 "loaded; save it with torch.save(module.state_dict(), ...)."
             ) from None
-        found_tensors = list(_flat(loaded, torch))
+        found_tensors = list(itertools.islice(_flat(loaded, torch), MOST_TENSORS))
     return _once(
         path,
         (
             (name, Entry(tuple(t.shape), _torch_dtype(t, torch), read, path.name))
             for name, t in found_tensors
-            for read in [functools.partial(_from_torch, t)]
+            for read in [functools.partial(_from_torch, path, t)]
         ),
     )
 
@@ -245,13 +274,14 @@ def _torch_dtype(t: Any, torch: Any) -> str:
     return name
 
 
-def _from_torch(t: Any) -> mx.array:
+def _from_torch(path: Path, t: Any) -> mx.array:
     import torch
 
-    t = t.contiguous()
-    if t.dtype == torch.bfloat16:  # NumPy has none: its bits travel as integers
-        return mx.array(t.view(torch.int16).numpy()).view(mx.bfloat16)
-    return mx.array((t.float() if t.dtype == torch.float64 else t).numpy())
+    with _unreadable(path, "a PyTorch file"):
+        t = t.resolve_conj().resolve_neg().contiguous()
+        if t.dtype == torch.bfloat16:  # NumPy has none: its bits travel as integers
+            return mx.array(t.view(torch.int16).numpy()).view(mx.bfloat16)
+        return _from_numpy(t.numpy())
 
 
 def _npz(path: Path) -> dict[str, Entry]:
@@ -281,8 +311,7 @@ def _from_npz(path: Path, member: str) -> mx.array:
     with _unreadable(path, "an npz file"), zipfile.ZipFile(path) as archive:
         with archive.open(member) as stream:
             array = npy.read_array(stream, allow_pickle=False)
-    narrow = array.astype(np.float32) if array.dtype == np.float64 else array
-    return mx.array(narrow.astype(narrow.dtype.newbyteorder("="), copy=False))
+    return _from_numpy(array)
 
 
 _READERS: dict[str, Callable[[Path], dict[str, Entry]]] = {

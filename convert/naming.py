@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Optional
 
+from ..config import expanded
 from .files import CheckpointError
 
 PARTS = (
@@ -63,15 +64,21 @@ def match(name: str) -> Optional[Match]:
     """
     words = [w for w in name.lower().split(".") if w not in WRAPPERS]
     if words and words[-1] in ("importance", "importances"):
-        return Match(IMPORTANCE, _layer(words[:-1]))
-    roles = [i for i, w in enumerate(words) if w in ROLES or w[:-1] in ROLES]
+        if any(_is_number(w) for w in words) and _layer(words) is None:
+            raise Unknown(name)
+        return Match(IMPORTANCE, _layer(words))
+    roles = [i for i, w in enumerate(words) if w.removesuffix("s") in ROLES]
     if not roles:
+        if any("predictor" in w or "compensator" in w for w in words):
+            raise Unknown(name)
         return None
     at = roles[-1]
-    role = ROLES.get(words[at]) or ROLES[words[at][:-1]]
+    role = ROLES[words[at].removesuffix("s")]
     before, after = words[:at], words[at + 1 :]
     layer = _layer(before)
-    if after and after[0].isdigit():  # predictors.3.w1
+    if layer is None and any(w.isdigit() for w in before):  # net.3.predictor
+        raise Unknown(name)
+    if after and _is_number(after[0]):  # predictors.3.w1
         if layer is not None:
             raise Unknown(name)
         layer, after = _number(after[0]), after[1:]
@@ -87,12 +94,18 @@ def match(name: str) -> Optional[Match]:
 
 def _layer(words: list[str]) -> Optional[int]:
     """The number after the last "layers"."""
-    pairs = [(a, b) for a, b in zip(words, words[1:]) if a in LAYERS and b.isdigit()]
-    return _number(pairs[-1][1]) if pairs else None
+    pairs = zip(words, words[1:])
+    numbers = [b for a, b in pairs if a in LAYERS and _is_number(b)]
+    return _number(numbers[-1]) if numbers else None
+
+
+def _is_number(word: str) -> bool:
+    return word.isascii() and word.isdigit()
 
 
 def _number(word: str) -> int:
-    return int(word[:9])  # int() of thousands of digits is slow; nine are wrong enough
+    """int() of thousands of digits is slow, and nine are wrong enough."""
+    return int(word.lstrip("0")[:9] or "0")
 
 
 @dataclass(frozen=True)
@@ -120,7 +133,7 @@ class Rule:
         if number is None and canonical[2] != IMPORTANCE:
             raise CheckpointError(f"the map turns {name!r} into {text!r}: no layers.N.")
         layer = None if number in (None, "*") else int(number)
-        return Match(canonical[2], layer, self.transpose)
+        return Match(canonical[2], layer, self.transpose, name.endswith(".weight"))
 
 
 def read_map(path: Path) -> list[Rule]:
@@ -130,7 +143,7 @@ def read_map(path: Path) -> list[Rule]:
     null to leave matching tensors out. The first expression that fits a whole name counts.
     """
     try:
-        lines = json.loads(path.expanduser().read_text(encoding="utf-8"))
+        lines = json.loads(expanded(path).read_text(encoding="utf-8"))
     except OSError as e:
         raise CheckpointError(f"map {path} cannot be read: {e.strerror or e}.") from e
     except (ValueError, RecursionError) as e:
@@ -159,7 +172,7 @@ def _rule(path: Path, pattern: str, value: Any) -> Rule:
         compiled = re.compile(pattern)
         if name is not None:
             compiled.sub(name, "")  # checks its \1 and the like
-    except (re.error, IndexError, RecursionError) as e:
+    except (re.error, IndexError, OverflowError, RecursionError) as e:
         raise CheckpointError(f"map {path}, {pattern!r}: {e}.") from e
     return Rule(compiled, name, transpose)
 

@@ -35,7 +35,7 @@ class AdapterError(FastForwardError, ValueError):
 
 @dataclass(frozen=True)
 class BaseModel:
-    """The model that an adapter is for. ``name`` is for people, the rest is compared."""
+    """The model that an adapter is for. Name and type are for people, the rest is compared."""
 
     name: str
     model_type: str
@@ -115,7 +115,11 @@ def load_adapter(path: str | Path) -> Adapter:
     path = Path(path).expanduser()
     info, tensors = _read(path)
     base = _base(path, info)
-    file = _File(path, tensors, base.layers)
+    if base.layers > max(1, len(tensors)):  # before anything is made as long as it says
+        raise AdapterError(
+            f"{path / TENSORS_NAME} lacks weights for {base.layers} layers."
+        )
+    file = _File(path, tensors)
     predictors = compensator = importances = None
     if info.get("predictor"):
         predictors = _predictors(file, info, base)
@@ -252,7 +256,6 @@ class _File:
 
     path: Path
     tensors: dict[str, mx.array]
-    count: int
 
     def get(
         self, key: str, shape: tuple[int, ...], dtype: Optional[mx.Dtype] = None
@@ -309,7 +312,7 @@ def save_adapter(
 ) -> None:
     """Write a side file; the JSON, without which nothing loads, appears last."""
     path = Path(path)
-    made = not path.exists()
+    made = [p for p in (path, *path.parents) if not p.exists()]
     path.mkdir(parents=True, exist_ok=True)
     try:
         with tempfile.TemporaryDirectory(dir=path, prefix=".writing-") as tmp:
@@ -322,7 +325,7 @@ def save_adapter(
             for name in (TENSORS_NAME, JSON_NAME):
                 os.replace(f"{tmp}/{name}", path / name)
     except BaseException:
-        if made:
-            with contextlib.suppress(OSError):
-                path.rmdir()
+        with contextlib.suppress(OSError):
+            for folder in made:
+                folder.rmdir()
         raise

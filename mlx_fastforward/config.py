@@ -1,6 +1,7 @@
 """What a user can set, checked once."""
 
 from dataclasses import dataclass, fields
+from pathlib import Path
 from typing import Any
 
 SELECTORS = ("auto", "trained", "probe", "first-block", "oracle")
@@ -15,6 +16,19 @@ class FastForwardError(Exception):
 
 class ConfigError(FastForwardError, ValueError):
     """A setting that cannot work, said in one line."""
+
+
+def printable(text: str) -> str:
+    """One line without the letters that drive a terminal: names from files may hold any."""
+    return "".join(c if c.isprintable() else "\ufffd" for c in " ".join(text.split()))
+
+
+def expanded(path: Path) -> Path:
+    """``path`` with ~ as the user's home; an unknown user is a FastForwardError."""
+    try:
+        return path.expanduser()
+    except RuntimeError:
+        raise FastForwardError(f"{path}: no such user; write the folder out.") from None
 
 
 @dataclass(frozen=True)

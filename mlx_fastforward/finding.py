@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Iterator, Optional
 
-from huggingface_hub import hf_hub_download, scan_cache_dir, snapshot_download
+from huggingface_hub import scan_cache_dir, snapshot_download
 from huggingface_hub.errors import CacheNotFound, HFValidationError
 
 from .adapter import (
@@ -29,7 +29,8 @@ def home() -> Path:
 
 def default_folder(base: BaseModel) -> Path:
     """Where an adapter for this model goes unless the user says otherwise."""
-    return home() / base.name.replace("/", "--").replace(" ", "-")
+    name = base.name.replace("/", "--").replace(" ", "-")
+    return home() / (name if name.strip(".") else "model")
 
 
 def looks_like_a_repository(name: str) -> bool:
@@ -38,10 +39,16 @@ def looks_like_a_repository(name: str) -> bool:
     return not local and not Path(name).exists()
 
 
-def download(repo: str, patterns: list[str], what: str = "adapter") -> Path:
+def download(
+    repo: str,
+    patterns: list[str],
+    what: str = "adapter",
+    revision: Optional[str] = None,
+) -> Path:
     """Files of a hub repository, from the cache where they are there; raises AdapterError."""
     try:
-        return Path(snapshot_download(repo, allow_patterns=patterns))
+        folder = snapshot_download(repo, revision=revision, allow_patterns=patterns)
+        return Path(folder)
     except (HFValidationError, OSError) as e:  # hub and connection errors are OSErrors
         reason = str(e).splitlines()[0] if str(e) else type(e).__name__
         raise AdapterError(
@@ -54,7 +61,7 @@ def named_adapter(name: str | Path) -> Optional[Adapter]:
     text = str(name)
     if text == NONE:
         return None
-    if not looks_like_a_repository(text):
+    if isinstance(name, Path) or not looks_like_a_repository(text):
         return load_adapter(text)
     adapter = load_adapter(download(text, [JSON_NAME, TENSORS_NAME]))
     adapter.source = text
@@ -84,15 +91,20 @@ def beside_model(model: str, revision: Optional[str] = None) -> Optional[Path]:
         return Path(model) if (Path(model) / JSON_NAME).is_file() else None
     try:
         folder = Path(
-            snapshot_download(model, revision=revision, local_files_only=True)
+            snapshot_download(
+                model,
+                revision=revision,
+                allow_patterns=[JSON_NAME],
+                local_files_only=True,
+            )
         )
-        if not (folder / JSON_NAME).is_file():
-            return None
-        if not (folder / TENSORS_NAME).is_file():
-            hf_hub_download(model, TENSORS_NAME, revision=folder.name)
-        return folder
     except (HFValidationError, OSError):
         return None
+    if not (folder / JSON_NAME).is_file():
+        return None
+    if not (folder / TENSORS_NAME).is_file():
+        download(model, [JSON_NAME, TENSORS_NAME], revision=folder.name)
+    return folder
 
 
 def own_folders() -> list[Path]:
@@ -141,14 +153,15 @@ def cached_repositories() -> list[tuple[str, Path]]:
         return []
     found = []
     for repo in sorted(repos, key=lambda r: r.repo_id):
-        names = {TENSORS_NAME, JSON_NAME}
-        revisions = [
-            r for r in repo.revisions if names <= {f.file_name for f in r.files}
-        ]
-        if revisions:
+        revisions = [r for r in repo.revisions if _is_adapter(r.snapshot_path)]
+        if revisions and repo.repo_type == "model":
             newest = max(revisions, key=lambda r: r.last_modified)
             found.append((repo.repo_id, newest.snapshot_path))
     return found
+
+
+def _is_adapter(folder: Path) -> bool:
+    return all((folder / name).is_file() for name in (JSON_NAME, TENSORS_NAME))
 
 
 def _found(place: str, folder: Path) -> Found:

@@ -5,7 +5,7 @@ from typing import Any
 
 from huggingface_hub import CommitOperationAdd, HfApi, ModelCardData
 
-from .adapter import JSON_NAME, TENSORS_NAME, Adapter, load_adapter
+from .adapter import JSON_NAME, TENSORS_NAME, Adapter, AdapterError, load_adapter
 from .version import __version__
 
 CARD = "README.md"
@@ -75,17 +75,25 @@ def upload(folder: Path, repo: str, private: bool = False) -> str:
     has one already. Raises AdapterError, and the hub's errors.
     """
     adapter = load_adapter(folder)
+    own = folder / CARD
+    card = _text(own) if own.is_file() else None
     api = HfApi()
-    address = api.create_repo(repo, private=private, exist_ok=True)
+    # None: an organisation may make its repositories private by default.
+    address = api.create_repo(repo, private=private or None, exist_ok=True)
     name = address.repo_id
     operations = [
         CommitOperationAdd(n, str(folder / n)) for n in (TENSORS_NAME, JSON_NAME)
     ]
-    own = folder / CARD
-    if own.is_file():
-        operations.append(CommitOperationAdd(CARD, str(own)))
-    elif not api.file_exists(name, CARD):
-        card = model_card(adapter, name).encode()
-        operations.append(CommitOperationAdd(CARD, card))
+    if card is None and not api.file_exists(name, CARD):
+        card = model_card(adapter, name)
+    if card is not None:
+        operations.append(CommitOperationAdd(CARD, card.encode()))
     api.create_commit(name, operations, commit_message="Upload adapter")
     return str(address)
+
+
+def _text(path: Path) -> str:
+    try:
+        return path.read_text(encoding="utf-8")
+    except ValueError:
+        raise AdapterError(f"{path} is not UTF-8 text.") from None

@@ -1,6 +1,8 @@
 """Safetensors files that nobody vouches for: checked first, then mapped by mlx."""
 
+import contextlib
 from pathlib import Path
+from typing import Any, Iterator
 
 import mlx.core as mx
 from safetensors import SafetensorError, safe_open
@@ -10,21 +12,33 @@ class TensorFileError(Exception):
     """Why a file is no readable safetensors file, in one line."""
 
 
-def open_tensors(path: Path) -> dict[str, mx.array]:
-    """The tensors of a safetensors file, lazily; raises TensorFileError.
-
-    The safetensors library checks the header against the file's length first: mlx trusts it, and
-    would find out in the middle of a prompt.
-    """
+@contextlib.contextmanager
+def safe_header(path: Path) -> Iterator[Any]:
+    """A safetensors file whose header fits the file's length; raises TensorFileError."""
     try:
         if not path.is_file():
             raise TensorFileError("it is not a file")
         if path.stat().st_size == 0:
             raise TensorFileError("it is empty (0 bytes)")
-        with safe_open(path, "np"):
-            pass
+        with (
+            path.open("rb"),
+            safe_open(path, "np") as header,
+        ):  # open(): may it be read?
+            yield header
+    except (SafetensorError, OSError) as e:
+        raise TensorFileError(" ".join(str(e).split())) from e
+
+
+def open_tensors(path: Path) -> dict[str, mx.array]:
+    """The tensors of a safetensors file, lazily; raises TensorFileError.
+
+    mlx trusts the header, and would find out in the middle of a prompt that it lies.
+    """
+    with safe_header(path):
+        pass
+    try:
         tensors = mx.load(str(path), format="safetensors")
-    except (SafetensorError, RuntimeError, ValueError, OSError) as e:
+    except (RuntimeError, ValueError, OSError) as e:
         raise TensorFileError(" ".join(str(e).split())) from e
     assert isinstance(tensors, dict)
     return tensors

@@ -28,7 +28,11 @@ class Hub(ThreadingHTTPServer):
     daemon_threads = True
 
     def __init__(
-        self, repos: dict[str, Path], uploads: Path, gated: str = "", forbidden: str = ""
+        self,
+        repos: dict[str, Path],
+        uploads: Path,
+        gated: str = "",
+        forbidden: str = "",
     ):
         super().__init__(("127.0.0.1", 0), Handler)
         self.repos, self.uploads = dict(repos), uploads
@@ -38,6 +42,7 @@ class Hub(ThreadingHTTPServer):
         self.created: list[dict] = []
         self.blobs: dict[str, bytes] = {}
         self.commits: list[list[str]] = []  # names of the files of each
+        self.full = False  # refuses blobs
         self.thread = threading.Thread(target=self.serve_forever, daemon=True)
         self.thread.start()
 
@@ -152,8 +157,8 @@ class Handler(BaseHTTPRequestHandler):
         path, body = self.asked_path, self.body()
         self.server.sent.append(path)
         oid = path.removeprefix("lfs/")
-        if hashlib.sha256(body).hexdigest() != oid:
-            self.refuse(400, "not the content that was announced")
+        if self.server.full or hashlib.sha256(body).hexdigest() != oid:
+            self.refuse(403, "storage quota exceeded")
             return
         self.server.blobs[oid] = body
         self.answer(200, b"")
@@ -277,11 +282,19 @@ class Done(NamedTuple):
     stderr: str
 
 
-# Starting Python and importing mlx-lm is most of a command's time. exception: a traceback's name.
+# Starting Python and importing mlx-lm is most of a command's time. The hub's log goes to the
+# standard error of the command in hand, as in a process of its own.
 SEVERAL = """
-import json, sys
+import json, sys, types
+from huggingface_hub.utils import logging
 from typer.testing import CliRunner
 from mlx_fastforward.cli import app
+
+current = types.SimpleNamespace(
+    write=lambda text: sys.stderr.write(text), flush=lambda: sys.stderr.flush()
+)
+logging.get_logger()
+logging.logging.getLogger("huggingface_hub").handlers[0].setStream(current)
 for args in json.load(sys.stdin):
     done = CliRunner().invoke(app, args)
     crash = done.exception and not isinstance(done.exception, SystemExit)

@@ -1,28 +1,35 @@
 """Small adapters on disk, and the one line that refuses a bad one."""
 
+import functools
 import json
 import os
 import struct
 from pathlib import Path
 from typing import Any, Callable, Optional
 
+import huggingface_hub
 import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
 import pytest
 from mlx_lm.models import llama
 
+from mlx_fastforward import finding
 from mlx_fastforward.adapter import (
     JSON_NAME,
+    TENSORS_NAME,
     AdapterError,
     BaseModel,
     fingerprint,
     load_adapter,
+    save_adapter,
 )
 from mlx_fastforward.families import family_of, layer_norm_weights
 
 LAYERS, D, F, R, H = 3, 32, 64, 2, 4
-PRINT = "0123456789abcdef"
+PRINT, FOREIGN = "0123456789abcdef", "f" * 16
+COMMITS = ["a" * 40, "b" * 40, "c" * 40]
+BOTH = (JSON_NAME, TENSORS_NAME)
 BASE = BaseModel("tiny", "llama", LAYERS, D, F, PRINT)
 
 
@@ -107,3 +114,41 @@ def refusal(folder: Path) -> str:
     with pytest.raises(AdapterError) as e:
         load_adapter(folder)
     return one_line(e.value)
+
+
+def put(folder: Path, mark: str = PRINT, time: int = 0) -> Path:
+    """An adapter for the model with this fingerprint, of this age."""
+    info = information()
+    info["base_model"]["fingerprint"] = mark
+    save_adapter(folder, info, weights())
+    os.utime(folder / JSON_NAME, (time, time))
+    return folder
+
+
+def own_cache(folder: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Make a folder the Hugging Face cache of finding, and have no network."""
+    folder.mkdir()
+    for name in ("scan_cache_dir", "snapshot_download"):
+        mine = functools.partial(getattr(huggingface_hub, name), cache_dir=folder)
+        if name != "scan_cache_dir":
+            mine = functools.partial(mine, local_files_only=True)
+        monkeypatch.setattr(finding, name, mine)
+    return folder
+
+
+def cached(
+    cache: Path,
+    repo: str,
+    commit: str = COMMITS[0],
+    names: tuple[str, ...] = BOTH,
+    kind: str = "models",
+) -> Path:
+    """A revision of a repository as the hub's client leaves it, and main is this one."""
+    root = cache / f"{kind}--{repo.replace('/', '--')}"
+    snapshot = put(root / "snapshots" / commit)
+    for name in set(BOTH) - set(names):
+        (snapshot / name).unlink()
+    (snapshot / "README.md").write_text("A side file.")
+    (root / "refs").mkdir(exist_ok=True)
+    (root / "refs" / "main").write_text(commit)
+    return snapshot

@@ -194,7 +194,7 @@ SIZES = ["3", "many", 3.5, None, [3], {"n": 3}, 0, -1, -3, math.inf]
 HUGE = [10**15, 10**400]
 
 
-@pytest.mark.parametrize("value", SIZES, ids=lambda v: str(v)[:20])
+@pytest.mark.parametrize("value", [*SIZES, *HUGE], ids=lambda v: str(v)[:20])
 def test_hostile_layers(folder: Path, cpu_limit: None, value: Any) -> None:
     edit(folder, lambda info: info["base_model"].update(layers=value))
     refusal(folder)

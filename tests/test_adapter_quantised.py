@@ -18,7 +18,7 @@ from mlx_fastforward.adapter import (
     save_adapter,
 )
 from mlx_fastforward.attachment import attach
-from mlx_fastforward.selectors import PredictorWeights, Trained, group_size
+from mlx_fastforward.selectors import Trained, group_size
 
 NEURONS = [128, 96]  # in groups of 64 and of 32
 BITS = [4, 8]

@@ -1,46 +1,29 @@
 """Adapters are found where they were named, beside the model, in their own folder, on the hub."""
 
-import functools
-import json
 import os
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, Callable, Optional
 
-import huggingface_hub
 import huggingface_hub.errors
 import pytest
-from side_files import BASE, PRINT, information, one_line, weights
+from side_files import BASE, BOTH, COMMITS, FOREIGN, cached, one_line, own_cache, put
 
 from mlx_fastforward import finding
-from mlx_fastforward.adapter import JSON_NAME, TENSORS_NAME, AdapterError, save_adapter
+from mlx_fastforward.adapter import JSON_NAME, TENSORS_NAME, AdapterError
 from mlx_fastforward.config import FastForwardError
 from mlx_fastforward.finding import (
     adapter_for,
     beside_model,
-    cached_repositories,
     default_folder,
     fits,
-    found_adapters,
     looks_like_a_repository,
     named_adapter,
     own_folders,
 )
 
-FOREIGN = "f" * 16
-COMMITS = ["a" * 40, "b" * 40, "c" * 40]
 DAMAGED_JSON = [b"", b"{", b"\xff\xfe", b"[" * 100_000, b"[]", b"3", b"null", b'"text"']
 DAMAGED_JSON += [b"{}", b'{"base_model": 3}', b'{"base_model": {}}']
-BOTH = (JSON_NAME, TENSORS_NAME)
-
-
-def put(folder: Path, mark: str = PRINT, time: int = 0) -> Path:
-    """An adapter for the model with this fingerprint, of this age."""
-    info = information()
-    info["base_model"]["fingerprint"] = mark
-    save_adapter(folder, info, weights())
-    os.utime(folder / JSON_NAME, (time, time))
-    return folder
 
 
 @pytest.fixture
@@ -59,34 +42,7 @@ def model(tmp_path: Path) -> Path:
 
 @pytest.fixture(autouse=True)
 def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A Hugging Face cache of the test's own, without a network."""
-    folder = tmp_path / "cache"
-    folder.mkdir()
-    for name in ("scan_cache_dir", "snapshot_download", "hf_hub_download"):
-        real = getattr(huggingface_hub, name)
-        mine = functools.partial(real, cache_dir=folder)
-        if name != "scan_cache_dir":
-            mine = functools.partial(mine, local_files_only=True)
-        monkeypatch.setattr(finding, name, mine)
-    return folder
-
-
-def cached(
-    cache: Path,
-    repo: str,
-    commit: str = COMMITS[0],
-    names: tuple[str, ...] = BOTH,
-    kind: str = "models",
-) -> Path:
-    """A revision of a repository as the hub's client leaves it, and main is this one."""
-    root = cache / f"{kind}--{repo.replace('/', '--')}"
-    snapshot = put(root / "snapshots" / commit)
-    for name in set(BOTH) - set(names):
-        (snapshot / name).unlink()
-    (snapshot / "README.md").write_text("A side file.")
-    (root / "refs").mkdir(exist_ok=True)
-    (root / "refs" / "main").write_text(commit)
-    return snapshot
+    return own_cache(tmp_path / "cache", monkeypatch)
 
 
 def source(model: str | Path, **base: Any) -> Optional[str]:
@@ -247,16 +203,25 @@ def test_the_weights_of_one_beside_a_model_in_the_cache_are_fetched(
     snapshot = cached(cache, "user/tiny", COMMITS[1], (JSON_NAME,))
     asked = []
 
-    def download(repo: str, name: str, revision: Optional[str] = None) -> str:
-        asked.append((repo, name, revision))
-        (snapshot / name).write_bytes((whole / name).read_bytes())
-        return str(snapshot / name)
+    def download(repo: str, patterns: list[str], revision: str) -> Path:
+        asked.append((repo, revision))
+        assert TENSORS_NAME in patterns
+        (snapshot / TENSORS_NAME).write_bytes((whole / TENSORS_NAME).read_bytes())
+        return snapshot
 
-    monkeypatch.setattr(finding, "hf_hub_download", download)
+    monkeypatch.setattr(finding, "download", download)
     assert source("user/tiny") == str(snapshot)
-    assert asked == [("user/tiny", TENSORS_NAME, COMMITS[1])]
+    assert asked == [("user/tiny", COMMITS[1])]
     assert source("user/tiny") == str(snapshot)
     assert len(asked) == 1
+
+
+def test_weights_beside_a_model_that_cannot_be_fetched_are_no_silent_loss(
+    cache: Path,
+) -> None:
+    cached(cache, "user/tiny", names=(JSON_NAME,))
+    with pytest.raises(AdapterError, match="expected the files"):
+        source("user/tiny")
 
 
 @pytest.mark.parametrize("names", [(), (TENSORS_NAME,)])
@@ -336,7 +301,7 @@ def test_a_repository_is_downloaded_without_its_other_files(
 ) -> None:
     asked = []
 
-    def download(repo: str, allow_patterns: list[str]) -> str:
+    def download(repo: str, revision: None, allow_patterns: list[str]) -> str:
         asked.append((repo, sorted(allow_patterns)))
         return str(put(tmp_path / "downloaded"))
 
@@ -394,121 +359,3 @@ def test_a_repository_that_cannot_be_had(
     text = one_line(e.value)
     assert text.startswith("adapter 'somebody/adapter' is not a local folder")
     assert text.endswith(str(error).partition("\n")[0] or "OSError")
-
-
-# All on this machine
-
-
-def listed(model: Optional[str | Path] = None) -> list[str]:
-    """Places of the adapters found; all of them work."""
-    found = list(found_adapters(None if model is None else str(model)))
-    for f in found:
-        assert f.adapter is not None and f.problem == ""
-        assert f.adapter.source == str(f.folder)
-    return [f.place for f in found]
-
-
-def test_all_places_are_listed(home: Path, model: Path, cache: Path) -> None:
-    own = [put(home / "a", FOREIGN), put(home / "b")]
-    put(model)
-    cached(cache, "user/side")
-    cached(cache, "org/side")
-    rest = [*map(str, own), "org/side", "user/side"]
-    assert listed() == rest
-    assert listed(model) == [str(model), *rest]
-
-
-def test_nothing_is_listed_where_nothing_is(home: Path, model: Path) -> None:
-    assert listed() == [] and listed(model) == []
-
-
-def test_a_model_in_the_cache_is_listed_once(home: Path, cache: Path) -> None:
-    snapshot = cached(cache, "user/tiny")
-    assert listed() == ["user/tiny"]
-    assert listed("user/tiny") == [str(snapshot)]
-
-
-def test_damaged_ones_are_listed_with_the_problem(
-    home: Path, model: Path, cache: Path
-) -> None:
-    damaged = {
-        str(put(model)): model,
-        str(put(home / "a")): home / "a",
-        "user/side": cached(cache, "user/side"),
-    }
-    put(home / "b")
-    for folder in damaged.values():
-        (folder / TENSORS_NAME).write_bytes(b"")
-    found = {f.place: f for f in found_adapters(str(model))}
-    assert set(found) == {*damaged, str(home / "b")}
-    for place, folder in damaged.items():
-        assert found[place].adapter is None and found[place].folder == folder
-        assert f"{folder / TENSORS_NAME} cannot be read" in found[place].problem
-    assert found[str(home / "b")].adapter is not None
-
-
-def test_damaged_json_is_listed_with_the_problem(home: Path) -> None:
-    (put(home / "a") / JSON_NAME).write_text("{")
-    (found,) = found_adapters(None)
-    assert found.adapter is None and JSON_NAME in found.problem
-    assert "\n" not in found.problem
-
-
-# The hub's cache
-
-
-def test_repositories_need_both_files(cache: Path) -> None:
-    snapshot = cached(cache, "user/side")
-    cached(cache, "user/model", names=(JSON_NAME,))
-    cached(cache, "user/weights", names=(TENSORS_NAME,))
-    cached(cache, "user/neither", names=())
-    assert cached_repositories() == [("user/side", snapshot)]
-
-
-@pytest.mark.parametrize("newest", [0, 1, 2])
-def test_the_newest_revision_of_a_repository(cache: Path, newest: int) -> None:
-    for i, commit in enumerate(COMMITS):
-        snapshot = cached(cache, "user/side", commit)
-        time = 2_000_000 if i == newest else 1_000_000
-        for file in snapshot.iterdir():
-            os.utime(file, (time, time))
-    folder = cache / "models--user--side" / "snapshots" / COMMITS[newest]
-    assert cached_repositories() == [("user/side", folder)]
-
-
-def test_the_newest_revision_that_is_an_adapter(cache: Path) -> None:
-    snapshot = cached(cache, "user/side", COMMITS[0])
-    for file in snapshot.iterdir():
-        os.utime(file, (1_000_000, 1_000_000))
-    cached(cache, "user/side", COMMITS[1], (JSON_NAME,))
-    assert cached_repositories() == [("user/side", snapshot)]
-
-
-@pytest.mark.parametrize("kind", ["file", "missing"])
-def test_no_cache_is_no_repositories(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str
-) -> None:
-    place = tmp_path / "other"
-    if kind == "file":
-        place.write_text("notes")
-    scan = functools.partial(huggingface_hub.scan_cache_dir, cache_dir=place)
-    monkeypatch.setattr(finding, "scan_cache_dir", scan)
-    assert cached_repositories() == []
-
-
-def test_damaged_repositories_of_the_cache_hide_no_other(cache: Path) -> None:
-    snapshot = cached(cache, "user/side")
-    (cache / "models--user--empty").mkdir()
-    (cache / "models--user--file").write_text("notes")
-    assert cached_repositories() == [("user/side", snapshot)]
-
-
-def test_files_in_a_folder_of_a_repository_are_no_adapter(cache: Path) -> None:
-    snapshot = cached(cache, "user/side", names=())
-    put(snapshot / "sub")
-    assert cached_repositories() == []
-
-
-def test_data_sets_of_the_cache_are_no_adapters(cache: Path) -> None:
-    cached(cache, "user/side", kind="datasets")
-    assert cached_repositories() == []

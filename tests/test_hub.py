@@ -59,7 +59,7 @@ def downloaded(hub: Hub, suffix: str) -> bool:
     return any("/resolve/" in p and p.endswith(suffix) for p in hub.asked)
 
 
-def test_a_model_is_downloaded_once_and_then_works_without_the_hub(
+def test_a_model_is_downloaded_once_and_then_works_while_the_hub_is_down(
     hub: Hub, tmp_path: Path, repos: dict[str, Path]
 ) -> None:
     command = [*GENERATE, "--model", "user/tiny"]
@@ -73,10 +73,14 @@ def test_a_model_is_downloaded_once_and_then_works_without_the_hub(
     hub.stop()
     local = [*GENERATE, "--model", str(repos["user/tiny"])]
     wanted, offline = several(hub, tmp_path, local, command, HF_HUB_OFFLINE="1")
-    down = said(process(hub, tmp_path, *command))
+    other = [*GENERATE, "--model", "user/both"]
+    down, missing = several(hub, tmp_path, command, other)
     assert said(wanted)["ffn_sparsity"] == first["ffn_sparsity"] > 0.1
-    texts = [said(wanted)["text"], said(offline)["text"], down["text"], again["text"]]
-    assert texts == [first["text"]] * 4
+    assert again["text"] == first["text"]
+    texts = [said(wanted)["text"], said(offline)["text"], said(down)["text"]]
+    assert texts == [first["text"]] * 3
+    wanted_line = "user/both is not in the local cache and the hub cannot be"
+    assert refusal(missing).startswith(wanted_line)
 
 
 def test_what_is_not_cached_is_refused_offline(hub: Hub, tmp_path: Path) -> None:
@@ -96,12 +100,6 @@ def test_what_is_not_cached_is_refused_offline(hub: Hub, tmp_path: Path) -> None
     wanted = "checkpoint 'user/checkpoint' is not a local folder and could not be"
     assert refusal(checkpoint).startswith(wanted)
     assert hub.asked == []
-
-
-def test_a_hub_that_is_down_and_not_cached(hub: Hub, tmp_path: Path) -> None:
-    hub.stop()
-    line = refusal(process(hub, tmp_path, *GENERATE, "--model", "user/tiny"))
-    assert line.startswith("user/tiny is not in the local cache and the hub cannot be")
 
 
 def test_repositories_that_are_unknown_gated_or_hold_something_else(

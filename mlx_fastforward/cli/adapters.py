@@ -1,7 +1,9 @@
 """mlx_fastforward adapters: which trained weights this machine has."""
 
+import contextlib
 from typing import Any, Optional
 
+from ..config import printable
 from . import options as o
 from .common import describe_base, one_line_errors
 
@@ -19,6 +21,7 @@ def adapters(
       mlx_fastforward adapters --model mlx-community/Llama-3.2-3B-Instruct-4bit
     """
     with one_line_errors():
+        from ..adapter import AdapterError
         from ..finding import adapter_for, found_adapters, home
 
         base = describe_base(model, trust_remote_code)[0] if model else None
@@ -32,12 +35,15 @@ def adapters(
             )
             print("mlx_fastforward convert makes one from trained weights.")
             return
-        chosen = adapter_for(model, base) if model and base else None
+        chosen = None
+        if model and base:
+            with contextlib.suppress(AdapterError):  # damaged: listed as such
+                chosen = adapter_for(model, base)
         for f in found:
             mine = chosen is not None and str(f.folder) == chosen.source
             print(f.place + (" (chat takes it)" if mine else ""))
             for line in summary(f.adapter) if f.adapter else [f"damaged: {f.problem}"]:
-                print(f"    {line}")
+                print(f"    {printable(line)}")
 
 
 def _same(adapter: Any, base: Any) -> bool:
@@ -69,7 +75,8 @@ def summary(adapter: Any) -> list[str]:
 def _size(adapter: Any) -> str:
     arrays = adapter.arrays()
     kinds = {str(w.dtype).removeprefix("mlx.core.") for w in arrays} - {"uint32"}
-    return f"{', '.join(sorted(kinds))}, {sum(w.nbytes for w in arrays) / 1e6:,.1f} MB"
+    size = f"{sum(w.nbytes for w in arrays) / 1e6:,.1f} MB"
+    return ", ".join([*sorted(kinds), size])
 
 
 def _rank(layers: Any) -> str:

@@ -9,12 +9,12 @@ from typing import Any, Callable, Iterator, NoReturn, Optional
 import typer
 
 from .. import demo
-from ..config import ConfigError, FastForwardError
+from ..config import ConfigError, FastForwardError, printable
 
 
 def fail(message: str, code: int = 1) -> NoReturn:
     """Print one line to stderr and leave; 2 is for wrong usage, 1 for failure."""
-    print(f"mlx_fastforward: {' '.join(message.split())}", file=sys.stderr)
+    print(f"mlx_fastforward: {printable(message)}", file=sys.stderr)
     raise typer.Exit(code)
 
 

@@ -8,7 +8,7 @@ import typer
 from rich.console import Console
 from rich.progress import track
 
-from ..config import ConfigError
+from ..config import ConfigError, expanded, printable
 from . import options as o
 from .common import describe_base, fail, interruptible, one_line_errors
 
@@ -120,19 +120,20 @@ def _choice(flag: str, value: Any, known: tuple) -> None:
 
 
 def _open(checkpoint: str) -> Any:
-    from ..convert.files import KINDS, open_checkpoint
+    from ..convert.files import EXPECTED, KINDS, open_checkpoint
     from ..finding import download, looks_like_a_repository
 
-    if not looks_like_a_repository(checkpoint):
+    suffixes = [s for kind in KINDS.values() for s in kind]
+    if Path(checkpoint).suffix in suffixes or not looks_like_a_repository(checkpoint):
         return open_checkpoint(Path(checkpoint))
-    for suffixes in KINDS.values():  # one kind only: many repositories hold two
-        patterns = ["*.json", *("*" + s for s in suffixes)]
+    for kind in KINDS.values():  # one kind only: many repositories hold two
+        patterns = ["*.json", *("*" + s for s in kind)]
         folder = download(checkpoint, patterns, "checkpoint")
-        if any(p.suffix in suffixes for p in folder.iterdir()):
-            break
-    opened = open_checkpoint(folder)
-    opened.name = checkpoint
-    return opened
+        if any(p.suffix in kind for p in folder.glob("*")):
+            opened = open_checkpoint(folder)
+            opened.name = checkpoint
+            return opened
+    fail(f"{checkpoint} holds no weights; expected {EXPECTED}.")
 
 
 def _list(source: Any, rules: list) -> None:
@@ -146,15 +147,10 @@ def _list(source: Any, rules: list) -> None:
         if name in layout.unknown:
             taken = "unknown: name it with --map, or leave it out with null"
         shape = str(list(entry.shape))
-        rows.append((_printable(name), shape, entry.dtype, taken))
+        rows.append((printable(name), shape, entry.dtype, taken))
     widths = [max(len(row[i]) for row in rows) for i in range(3)]
     for row in rows:
         print("  ".join([*(c.ljust(w) for c, w in zip(row, widths)), row[3]]))
-
-
-def _printable(name: str) -> str:
-    """A name from a file without the letters that drive a terminal."""
-    return "".join(c if c.isprintable() else "�" for c in name)
 
 
 def _convert(
@@ -175,7 +171,7 @@ def _convert(
 
     start = time.perf_counter()
     base, own_dtype = describe_base(model, trust_remote_code)
-    out = (out or default_folder(base)).expanduser()
+    out = expanded(out or default_folder(base))
     if out.exists() and not out.is_dir():
         fail(f"{out} is a file; expected a folder to write to.")
     if (out / JSON_NAME).exists() and not overwrite:
@@ -190,7 +186,10 @@ def _convert(
     total = len(plan.sources) + bool(plan.importance)
     console = Console(stderr=True)
     tensors = {}
-    for _, made in track(steps, "converting", total, console=console, transient=True):
+    quiet = not console.is_terminal
+    for _, made in track(
+        steps, "converting", total, console=console, transient=True, disable=quiet
+    ):
         tensors.update(made)
     info = conversion.information(plan, source, act, bits)
     try:
@@ -211,7 +210,7 @@ def _convert(
     }
     for key, value in rows.items():
         if value:
-            print(f"{key:<12} {_printable(value)}")
+            print(f"{key:<12} {printable(value)}")
 
 
 def _ignored(names: list[str]) -> str:

@@ -1,11 +1,13 @@
 """mlx_fastforward upload: an adapter goes to the Hugging Face hub."""
 
 import contextlib
+import sys
 from pathlib import Path
 from typing import Annotated, Iterator
 
 import typer
 
+from ..config import FastForwardError, expanded
 from .common import fail, interruptible, is_connection_error, one_line_errors
 
 
@@ -28,7 +30,7 @@ def upload(
         from .. import publishing
 
         with _hub_problems(upload_repo):
-            print(publishing.upload(path.expanduser(), upload_repo, private))
+            print(publishing.upload(expanded(path), upload_repo, private))
 
 
 @contextlib.contextmanager
@@ -44,6 +46,16 @@ def _hub_problems(repo: str) -> Iterator[None]:
         status = e.response.status_code if e.response is not None else None
         hint = " Log in with: hf auth login." if status in (401, 403) else ""
         fail(f"{repo}: the hub refused ({str(e).splitlines()[0]}).{hint}")
+    except FastForwardError:
+        raise
+    except (
+        ValueError,
+        RuntimeError,
+    ) as e:  # a card, or a blob, that the hub does not take
+        if sys.stderr.isatty():
+            print(file=sys.stderr)  # below the bar of the transfer
+        reason = " ".join(f"{e} {e.__cause__ or ''}".split())
+        fail(f"{repo}: the hub refused ({reason}).")
     except Exception as e:
         if not is_connection_error(e):
             raise
