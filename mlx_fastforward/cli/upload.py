@@ -52,8 +52,8 @@ def _hub_problems(repo: str) -> Iterator[None]:
         ValueError,
         RuntimeError,
     ) as e:  # a card, or a blob, that the hub does not take
-        if sys.stderr.isatty():
-            print(file=sys.stderr)  # below the bar of the transfer
+        if isinstance(e, RuntimeError):
+            print(file=sys.stderr)  # the transfer's bar was left open
         reason = " ".join(f"{e} {e.__cause__ or ''}".split())
         fail(f"{repo}: the hub refused ({reason}).")
     except Exception as e:
