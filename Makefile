@@ -13,7 +13,7 @@ demo: $(INSTALLED)
 	@echo "(first: source $(BIN)/activate)"
 
 test: $(DEV)
-	$(BIN)/python -m pytest -q
+	$(BIN)/python -m pytest -q -n auto --dist worksteal
 
 lint: $(DEV)
 	$(BIN)/black --check -q .
