@@ -5,9 +5,11 @@ from pathlib import Path
 from typing import Any
 
 SELECTORS = ("auto", "trained", "probe", "first-block", "oracle")
-COMPENSATORS = ("auto", "none", "mlp")
+COMPENSATORS = ("auto", "none", "mlp", "low-rank")
 SCHEDULES = ("auto", "uniform", "layerwise")
 SCORES = ("weighted", "griffin")
+BLOCK_SIZE = 128
+STRATEGIES = ("chunk", "columns", "stored")
 
 
 class FastForwardError(Exception):
@@ -37,21 +39,24 @@ class PrefillConfig:
 
     Args:
         sparsity: Share of FFN neurons that a sparse block drops, 0 <= s < 1. 0 is stock mlx-lm.
-        block_size: Tokens that share one set of neurons.
+        block_size: Tokens that share one set of neurons, about: blocks are of equal length.
         selector: "auto" takes the adapter's trained predictor if there is one, else "probe".
         compensator: "auto" takes the adapter's if there is one.
         schedule: "auto" is layerwise (algorithm 1) where importances are known, else uniform.
         score: Neuron score over a block: "weighted" is the activation norm times the norm of the
             neuron's down column, "griffin" the norm of row-normalised activations.
         dense_head: Keep the first block (128 tokens at most) of an empty cache dense: attention sinks.
-        dense_tail: Keep at least the last block (128 tokens at most) of the prompt dense.
+        dense_tail: Keep the end of the prompt dense: 256 tokens, one block where blocks are smaller
+            than 128.
         sparse_decode: Also run single-token steps sparsely (the paper's table 3): to measure what it
             does to answers, slower than dense decoding.
         probe_every: The probe selector runs every so-manieth token densely.
+        strategy: How columns of the down projection are taken, see down.py.
+        shortest: Prompts of fewer tokens stay dense.
     """
 
     sparsity: float = 0.5
-    block_size: int = 128
+    block_size: int = BLOCK_SIZE
     selector: str = "auto"
     compensator: str = "auto"
     schedule: str = "auto"
@@ -60,6 +65,8 @@ class PrefillConfig:
     dense_tail: bool = True
     sparse_decode: bool = False
     probe_every: int = 8
+    strategy: str = "chunk"
+    shortest: int = 0
 
     def __post_init__(self) -> None:
         _check_number("sparsity", self.sparsity, float)
@@ -77,6 +84,8 @@ class PrefillConfig:
         _check_choice("compensator", self.compensator, COMPENSATORS)
         _check_choice("schedule", self.schedule, SCHEDULES)
         _check_choice("score", self.score, SCORES)
+        _check_choice("strategy", self.strategy, STRATEGIES)
+        _check_number("shortest", self.shortest, int)
         for name in ("dense_head", "dense_tail", "sparse_decode"):
             if not isinstance(getattr(self, name), bool):
                 raise ConfigError(

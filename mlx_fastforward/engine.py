@@ -8,7 +8,7 @@ from typing import Any, Iterator, Optional, Sequence
 import mlx.core as mx
 from mlx_lm.models.cache import QuantizedKVCache
 
-from .compensators import Compensator
+from .compensators import Compensator, Estimate
 from .config import PrefillConfig
 from .ffn import GatedFFN
 from .plan import Plan, plan_call, shortest_sparse
@@ -17,8 +17,9 @@ from .selectors import Seen, Selector, at_least_one, top_neurons
 Cache = Optional[Sequence[Any]]
 Memory = list[dict[str, mx.array]]
 
-# Larger blocks do not need a larger dense head and tail: 128 tokens are the paper's block.
-EDGE = 128
+# Larger blocks do not need a larger dense head: 128 tokens are the paper's block. What follows a
+# prompt leans on its end: a tail of 256 costs less than a lower sparsity that is as good.
+EDGE, TAIL = 128, 256
 
 
 @dataclass
@@ -73,7 +74,8 @@ class Engine:
     """Shared by an attached model and its FFNs.
 
     ``keep[i]`` neurons of layer i survive in a sparse block; None keeps the layer dense.
-    ``adapter`` says where the trained weights came from.
+    ``adapter`` says where the trained weights came from, ``tuned_dense`` that dense is the fastest
+    on this device.
     """
 
     config: PrefillConfig
@@ -83,6 +85,7 @@ class Engine:
     compensator: Optional[Compensator] = None
     adapter: Optional[str] = None
     enabled: bool = True
+    tuned_dense: bool = False
     call: Optional[Call] = None
     remaining: Optional[int] = None
     tally: Tally = field(default_factory=Tally)
@@ -92,13 +95,19 @@ class Engine:
 
     @property
     def edge(self) -> int:
-        """Tokens of the dense head, and of the dense tail at least."""
+        """Tokens of the dense head."""
         return min(self.config.block_size, EDGE)
+
+    @property
+    def tail(self) -> int:
+        """Tokens of the dense tail, at least."""
+        return TAIL if self.config.block_size >= EDGE else self.edge
 
     @property
     def shortest(self) -> int:
         """Prompts of fewer tokens stay dense."""
-        return shortest_sparse(self.config.block_size, self.edge)
+        least = shortest_sparse(self.config.block_size, self.edge, self.tail)
+        return max(least, self.config.shortest)
 
     @contextlib.contextmanager
     def prompt(self, tokens: int) -> Iterator[Tally]:
@@ -123,6 +132,8 @@ class Engine:
             sparse = self.config.sparse_decode and after is None
             plan = Plan(head=0, blocks=1, block_size=1, tail=0) if sparse else None
             empty = False
+        elif after is None and new < self.shortest:
+            plan, empty = None, False
         else:
             empty = is_empty(cache)
             plan = plan_call(
@@ -130,9 +141,11 @@ class Engine:
                 self.config.block_size,
                 cache_empty=empty,
                 edge=self.edge,
+                tail=self.tail,
                 after=after,
                 dense_head=self.config.dense_head,
                 dense_tail=self.config.dense_tail,
+                unit=self.selector.probe_every or 1,
             )
         if after is not None:
             self._count(batch, new, plan)
@@ -179,9 +192,12 @@ class Engine:
         seen = Seen(blocks, dense, z, call.plan.head, valid, call.memory[layer])
         neurons = top_neurons(self.selector(layer, ffn, seen), keep)
         rest = split.rest(blocks)
-        y = ffn.sparse(rest, neurons)
-        if self.compensator is not None:
-            y = y + self.compensator(layer, rest, neurons)
+        back = None if self.compensator is None else self.compensator(layer, rest)
+        if isinstance(back, Estimate):
+            y = ffn.sparse(rest, neurons, back)
+        else:
+            y = ffn.sparse(rest, neurons)
+            y = y if back is None else y + back
         return split.join(exact, y.astype(x.dtype))
 
     def _count(self, batch: int, new: int, plan: Optional[Plan]) -> None:
@@ -198,7 +214,7 @@ class Engine:
             saved = 6.0 * tokens * d * (f - keep)
             paid = self.selector.flops(plan.block_size, split.dense_tokens, d, f)
             if self.compensator is not None:
-                paid += self.compensator.flops(tokens, d)
+                paid += self.compensator.flops(tokens, d, keep)
             self.tally.run += batch * plan.blocks * (paid - saved)
 
 

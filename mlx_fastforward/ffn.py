@@ -9,6 +9,8 @@ import mlx.core as mx
 import mlx.nn as nn
 from mlx_lm.tuner.lora import LoRALinear
 
+from .compensators import Estimate
+from .down import Down, dequantized, same_arrays
 from .families import Family
 
 
@@ -48,69 +50,16 @@ def rows_linear(linear: nn.Module, x: mx.array, rows: mx.array) -> mx.array:
     return y + mx.take(linear.bias, rows) if "bias" in linear else y
 
 
-def dequantized(linear: nn.Module, dtype: mx.Dtype) -> mx.array:
-    """The float weight (out, in) of a Linear or QuantizedLinear."""
-    if type(linear) is not nn.QuantizedLinear:
-        return linear.weight
-    return mx.dequantize(
-        linear.weight,
-        scales=linear.scales,
-        biases=linear.get("biases"),
-        group_size=linear.group_size,
-        bits=linear.bits,
-        mode=linear.mode,
-        dtype=dtype,
-    )
-
-
-def transposed(w: mx.array) -> mx.array:
-    """A contiguous copy of w.T. w: (d, f) -> (f, d).
-
-    Two passes over runs of eight: one strided pass misses the cache at every element.
-    """
-    d, f = w.shape
-    if d % 8:
-        return mx.contiguous(w.T)
-    runs = mx.contiguous(w.reshape(d // 8, 8, f).transpose(0, 2, 1))
-    return mx.contiguous(runs.transpose(1, 0, 2)).reshape(f, d)
-
-
-def _same(a: list[Any], b: list[Any]) -> bool:
-    return len(a) == len(b) and all(x is y for x, y in zip(a, b))
-
-
-class DownRows:
-    """The down projection with one row per neuron, made once per chunk of tokens.
-
-    Quantised down projections are packed along the neurons, so single columns cannot be taken:
-    the matrix is dequantised for the chunk and dropped after it. Extra memory while a chunk is
-    in this layer: two float copies of the down projection, besides one block's gathered weights.
-    """
-
-    def __init__(self, linear: nn.Module, dtype: mx.Dtype):
-        self.lora = linear if type(linear) is LoRALinear else None
-        base = linear.linear if self.lora is not None else linear
-        self.rows = transposed(dequantized(base, dtype))
-        self.bias = base.get("bias")
-
-    def __call__(self, z: mx.array, neurons: mx.array) -> mx.array:
-        """z: (n, K), neurons: (K,) -> (n, d)."""
-        y = z @ mx.take(self.rows, neurons, axis=0)
-        if self.bias is not None:
-            y = y + self.bias
-        if self.lora is not None:
-            u = (z @ mx.take(self.lora.lora_a, neurons, axis=0)) @ self.lora.lora_b
-            y = y + (self.lora.scale * u).astype(y.dtype)
-        return y
-
-
 class GatedFFN:
     """One layer's FFN: Y = down(act(gate(X)) * up(X))."""
 
-    def __init__(self, mlp: nn.Module, family: Family):
+    def __init__(self, mlp: nn.Module, family: Family, strategy: str = "chunk"):
         self.mlp = mlp
         self.family = family
+        self.strategy = strategy
+        self._stored: dict[str, Any] = {}
         self._norms: Optional[tuple[list[Any], mx.array]] = None
+        self._guesses: Optional[tuple[list[Any], mx.array]] = None
 
     @property
     def down(self) -> nn.Module:
@@ -131,6 +80,10 @@ class GatedFFN:
         if base.weight.dtype == mx.uint32:
             d = d * 32 // base.bits
         return d, out // 2 if self.family.fused else out
+
+    def projections(self) -> list[nn.Module]:
+        """Gate and up, or both in one, and down."""
+        return [*self._inputs(), self.down]
 
     def unsupported(self) -> Optional[str]:
         """Why this layer cannot be sliced, or None."""
@@ -160,35 +113,63 @@ class GatedFFN:
 
         Kept until an array of the projection is replaced; a change in place goes unnoticed.
         """
-        linear = self.down
-        lora = linear if type(linear) is LoRALinear else None
-        base = linear.linear if lora is not None else linear
-        tag = [base.weight, base.get("scales"), base.get("biases")]
-        if lora is not None:
-            tag += [lora.lora_a, lora.lora_b, lora.scale]
-        if self._norms is None or not _same(self._norms[0], tag):
-            w = dequantized(base, mx.float32).astype(mx.float32)
-            if lora is not None:
-                w = w + lora.scale * (lora.lora_a @ lora.lora_b).T
+        tag = self._tag()
+        if self._norms is None or not same_arrays(self._norms[0], tag):
+            w = self.down_matrix()
             self._norms = (tag, mx.sqrt(mx.sum(mx.square(w), axis=0)))
         return self._norms[1]
 
-    def sparse(self, x: mx.array, neurons: mx.array) -> mx.array:
-        """The FFN over chosen neurons. x: (M, n, d), neurons: (M, K) -> (M, n, d)."""
-        down = DownRows(self.down, x.dtype)
+    def down_matrix(self) -> mx.array:
+        """The down projection's weight (d, f), float32, LoRA included."""
+        linear = self.down
+        lora = linear if type(linear) is LoRALinear else None
+        base = linear if lora is None else lora.linear
+        w = dequantized(base, mx.float32).astype(mx.float32)
+        return w if lora is None else w + lora.scale * (lora.lora_a @ lora.lora_b).T
+
+    def _tag(self) -> list[Any]:
+        """The arrays of the down projection."""
+        linear = self.down
+        lora = linear if type(linear) is LoRALinear else None
+        base = linear if lora is None else lora.linear
+        own = [] if lora is None else [lora.lora_a, lora.lora_b, lora.scale]
+        return [base.weight, base.get("scales"), base.get("biases"), *own]
+
+    def _guessed(self, u: mx.array, dtype: mx.Dtype) -> mx.array:
+        """What guesses for all neurons add to the output, per feature. (f, k) -> (k, d).
+
+        Kept until ``u`` or an array of the projection is replaced.
+        """
+        tag, known = [*self._tag(), u], self._guesses
+        if known is None or known[1].dtype != dtype or not same_arrays(known[0], tag):
+            y = u.T.astype(mx.float32) @ self.down_matrix().T
+            self._guesses = known = (tag, y.astype(dtype))
+        return known[1]
+
+    def sparse(
+        self, x: mx.array, neurons: mx.array, guess: Optional[Estimate] = None
+    ) -> mx.array:
+        """The FFN over chosen neurons, and guesses for the others.
+
+        x: (M, n, d), neurons: (M, K) -> (M, n, d).
+        """
+        down = Down(self.down, x.dtype, self.strategy, self._stored)
         out: list[mx.array] = []
-        for block, kept in zip(x, neurons):
+        for i, (block, kept) in enumerate(zip(x, neurons)):
             if out:  # one block's gathered weights at a time, whatever the scheduler
                 kept = mx.depends([kept], [out[-1]])[0]
-            out.append(self._block(block, kept, down))
-        return mx.stack(out)
+            z = self._kept(block, kept)
+            if guess is not None:
+                z = z - guess.phi[i] @ mx.take(guess.u, kept, axis=0).T.astype(z.dtype)
+            out.append(down(z, kept))
+        y = mx.stack(out)
+        return y if guess is None else y + guess.phi @ self._guessed(guess.u, x.dtype)
 
-    def _block(self, x: mx.array, neurons: mx.array, down: DownRows) -> mx.array:
-        if self.family.fused:
-            fused = self._inputs()[0]
-            f = self.shape[1]
-            gate = rows_linear(fused, x, neurons)
-            up = rows_linear(fused, x, neurons + f)
+    def _kept(self, x: mx.array, neurons: mx.array) -> mx.array:
+        """Activations of chosen neurons. x: (n, d), neurons: (K,) -> (n, K)."""
+        if self.family.fused:  # one take, one GEMM
+            rows = mx.concatenate([neurons, neurons + self.shape[1]])
+            gate, up = mx.split(rows_linear(self._inputs()[0], x, rows), 2, axis=-1)
         else:
             gate, up = (rows_linear(m, x, neurons) for m in self._inputs())
-        return down(self.family.combine(gate, up), neurons)
+        return self.family.combine(gate, up)

@@ -50,6 +50,18 @@ def predictor(
     return relu(pooled @ w1) @ w2
 
 
+def token_wise(
+    x: Array, w1: Array, w2: Array, bias: Array, valid: Optional[Array] = None
+) -> Array:
+    """Hidden units fire on single tokens; a block is scored by their mean and RMS. -> (f,).
+
+    The 1e-6 under the root, with which predictors are fitted, shows where no token fires.
+    """
+    hidden = relu(real(x, valid) @ w1)
+    rms = np.sqrt((hidden**2).mean(axis=0) + 1e-6)
+    return np.concatenate([hidden.mean(axis=0), rms]) @ w2 + bias
+
+
 def top_k(scores: Array, k: int) -> list[int]:
     """The k largest of one block's scores, as ascending indices."""
     return sorted(np.argsort(-scores, kind="stable")[:k].tolist())
@@ -96,6 +108,18 @@ def gated_ffn(
 def compensator(x: Array, w1: Array, w2: Array, act: Activation) -> Array:
     """W_c2 act(W_c1 X) (eq. 20-22), with w1 (d, h) and w2 (h, d)."""
     return np.stack([w2.T @ act(w1.T @ token) for token in x])
+
+
+def features(x: Array, center: Array, v: Array) -> Array:
+    """[1, (x - center) V] per token. (n, d) -> (n, rank + 1)."""
+    return np.stack([np.concatenate([[1.0], v.T @ (token - center)]) for token in x])
+
+
+def with_guesses(z: Array, phi: Array, u: Array, neurons: Sequence[int]) -> Array:
+    """Activations in which those of dropped neurons are guessed: z_j = phi . u_j."""
+    filled = phi @ u.T
+    filled[:, list(neurons)] = z[:, list(neurons)]
+    return filled
 
 
 def griffin(z: Array, valid: Optional[Array] = None) -> Array:

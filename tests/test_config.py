@@ -45,7 +45,7 @@ NUMBERS = [
 ]
 CHOICES = {
     "selector": ("auto", "trained", "probe", "first-block", "oracle"),
-    "compensator": ("auto", "none", "mlp"),
+    "compensator": ("auto", "none", "mlp", "low-rank"),
     "schedule": ("auto", "uniform", "layerwise"),
     "score": ("weighted", "griffin"),
 }
@@ -121,6 +121,8 @@ def test_from_kwargs_sets_everything() -> None:
         "dense_tail": False,
         "sparse_decode": True,
         "probe_every": 16,
+        "strategy": "columns",
+        "shortest": 700,
     }
     assert dataclasses.asdict(PrefillConfig.from_kwargs(**settings)) == settings
     assert PrefillConfig.from_kwargs() == PrefillConfig()

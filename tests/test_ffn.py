@@ -14,8 +14,11 @@ from mlx_lm.models import gemma2, llama, phi3
 from mlx_lm.tuner.dora import DoRALinear
 from mlx_lm.tuner.lora import LoRALinear
 
+from mlx_fastforward.compensators import Estimate
+from mlx_fastforward.config import STRATEGIES
+from mlx_fastforward.down import transposed
 from mlx_fastforward.families import FAMILIES
-from mlx_fastforward.ffn import GatedFFN, rows_linear, transposed, unsupported_linear
+from mlx_fastforward.ffn import GatedFFN, rows_linear, unsupported_linear
 
 D, F, TOKENS, BLOCKS = 128, 256, 5, 2
 LOOSE = {mx.float32: 1e-5, mx.float16: 3e-3, mx.bfloat16: 2e-2}
@@ -132,19 +135,46 @@ def error(found: mx.array, wanted: np.ndarray) -> float:
 
 
 def check(mlp: nn.Module, family: str, dtype: mx.Dtype = mx.float32) -> None:
-    """Few, half and all neurons against the reference; all also against mlx-lm."""
-    ffn = GatedFFN(mlp, FAMILIES[family])
-    d, f = ffn.shape
-    assert ffn.unsupported() is None
-    x = inputs(d, dtype)
-    for keep in (1, 7, f // 2, f):
-        chosen = picks(f, keep)
-        y = ffn.sparse(x, mx.array(chosen))
-        assert y.dtype == dtype
-        wanted = np.stack([expected(mlp, b, i) for b, i in zip(x, chosen)])
-        assert error(y, wanted) < LOOSE[dtype]
-    everything = mx.broadcast_to(mx.arange(f), (BLOCKS, f))
-    assert error(ffn.sparse(x, everything), float64(mlp(x))) < LOOSE[dtype]
+    """Few, half and all neurons against the reference, every strategy; all also against mlx-lm.
+
+    A quantised projection that is stored is rounded to 8 bits once more.
+    """
+    ffns = [GatedFFN(mlp, FAMILIES[family], strategy) for strategy in STRATEGIES]
+    d, f = ffns[0].shape
+    assert ffns[0].unsupported() is None
+    x, packed = inputs(d, dtype), "scales" in base_of(mlp.down_proj)
+    for ffn in ffns:
+        rounded = packed and ffn.strategy == "stored"
+        loose = max(LOOSE[dtype], 8e-3 if rounded else 0)
+        for keep in (1, 7, f // 2, f):
+            chosen = picks(f, keep)
+            y = ffn.sparse(x, mx.array(chosen))
+            assert y.dtype == dtype
+            wanted = np.stack([expected(mlp, b, i) for b, i in zip(x, chosen)])
+            assert error(y, wanted) < loose
+        everything = mx.broadcast_to(mx.arange(f), (BLOCKS, f))
+        assert error(ffn.sparse(x, everything), float64(mlp(x))) < loose
+
+
+def base_of(linear: nn.Module) -> nn.Module:
+    return getattr(linear, "linear", linear)
+
+
+@pytest.mark.parametrize("bits", [None, 4])
+def test_what_is_stored_follows_the_weights(bits: Optional[int]) -> None:
+    mlp, other = randomised(llama_mlp()), randomised(llama_mlp(), 8)
+    if bits:
+        nn.quantize(mlp, 64, bits)
+        nn.quantize(other, 64, bits)
+    ffn, x, chosen = GatedFFN(mlp, FAMILIES["llama"], "stored"), inputs(), picks(F, 40)
+    before = ffn._stored, ffn.sparse(x, mx.array(chosen))
+    kept = ffn._stored["parts"]
+    ffn.sparse(x, mx.array(chosen))
+    assert ffn._stored["parts"] is kept
+    mlp.down_proj = other.down_proj
+    wanted = np.stack([expected(mlp, b, i) for b, i in zip(x, chosen)])
+    assert error(ffn.sparse(x, mx.array(chosen)), wanted) < 8e-3
+    assert error(before[1], wanted) > 0.1
 
 
 @pytest.mark.parametrize("dtype", LOOSE, ids=str)
@@ -245,6 +275,104 @@ def test_any_neurons(data: st.DataObject) -> None:
     y = ffn.sparse(x, mx.array(chosen))
     wanted = np.stack([expected(SMALL, b, i) for b, i in zip(x, chosen)])
     assert error(y, wanted) < 1e-5
+
+
+def estimate(f: int, dtype: mx.Dtype = mx.float32) -> Estimate:
+    """Guesses about as large as the activations."""
+    phi = mx.random.normal((BLOCKS, TOKENS, 3), key=mx.random.key(8))
+    return Estimate(phi.astype(dtype), mx.random.normal((f, 3), key=mx.random.key(9)))
+
+
+def guessed(mlp: nn.Module, guess: Estimate, chosen: list[list[int]]) -> np.ndarray:
+    """What the guesses for the neurons that were not chosen add: of each block its own."""
+    down, _ = effective(mlp.down_proj)
+    none = np.zeros((TOKENS, len(guess.u)))
+    return np.stack(
+        [
+            reference.with_guesses(none, phi, float64(guess.u), kept) @ down.T
+            for phi, kept in zip(float64(guess.phi), chosen)
+        ]
+    )
+
+
+def completed(
+    mlp: nn.Module, x: mx.array, guess: Estimate, chosen: list[list[int]]
+) -> np.ndarray:
+    exact = np.stack([expected(mlp, b, i) for b, i in zip(x, chosen)])
+    return exact + guessed(mlp, guess, chosen)
+
+
+def check_guess(mlp: nn.Module, family: str, dtype: mx.Dtype = mx.float32) -> None:
+    """W_S z_S and the guesses for the others, where S is each block's own choice."""
+    ffn = GatedFFN(mlp, FAMILIES[family])
+    d, f = ffn.shape
+    x, guess = inputs(d, dtype), estimate(f, dtype)
+    chosen = picks(f, f // 2)
+    wanted = completed(mlp, x, guess, chosen)
+    y = ffn.sparse(x, mx.array(chosen), guess)
+    assert y.dtype == dtype
+    assert error(y, wanted) < LOOSE[dtype]
+    assert error(ffn.sparse(x, mx.array(chosen)), wanted) > 0.1
+
+
+@pytest.mark.parametrize("dtype", LOOSE, ids=str)
+@pytest.mark.parametrize("family", MAKE)
+def test_guesses_stand_in_for_dropped_neurons(family: str, dtype: mx.Dtype) -> None:
+    mlp = randomised(MAKE[family]())
+    mlp.set_dtype(dtype)
+    check_guess(mlp, family, dtype)
+
+
+@pytest.mark.parametrize("mode, group, bits", [MODES[7], *MODES[-3:]])
+@pytest.mark.parametrize("family", ["llama", "phi3"])
+def test_guesses_in_quantised_layers(
+    family: str, mode: str, group: int, bits: int
+) -> None:
+    mlp = randomised(MAKE[family]())
+    nn.quantize(mlp, group, bits, mode=mode)
+    check_guess(mlp, family)
+
+
+@pytest.mark.parametrize("bits", [None, 4])
+def test_guesses_under_biases_and_lora(bits: Optional[int]) -> None:
+    """They pass through LoRA like activations, and the bias counts once."""
+    mlp = randomised(llama_mlp(bias=True))
+    if bits:
+        nn.quantize(mlp, 64, bits)
+    check_guess(with_lora(mlp), "llama")
+
+
+@pytest.mark.parametrize("dtype", [mx.float16, mx.bfloat16], ids=str)
+def test_large_features_under_a_bias(dtype: mx.Dtype) -> None:
+    """What the guesses add is small per feature: it must not be rounded with the bias."""
+    mlp = randomised(llama_mlp(bias=True))
+    mlp.set_dtype(dtype)
+    guess = estimate(F, dtype)
+    guess = Estimate(100 * guess.phi, guess.u / 100)
+    ffn, x, chosen = GatedFFN(mlp, FAMILIES["llama"]), inputs(D, dtype), picks(F, 99)
+    y = ffn.sparse(x, mx.array(chosen), guess)
+    assert error(y, completed(mlp, x, guess, chosen)) < LOOSE[dtype]
+
+
+@pytest.mark.parametrize("scale", [0.1, 1.0, 30.0])
+@pytest.mark.parametrize("lora", [False, True])
+@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize("bits", [None, 4, 8])
+def test_keeping_all_is_dense_whatever_is_guessed(
+    bits: Optional[int], bias: bool, lora: bool, scale: float
+) -> None:
+    mlp = randomised(llama_mlp(bias=bias))
+    if bits:
+        nn.quantize(mlp, 64, bits)
+    if lora:
+        with_lora(mlp)
+    x, guess = inputs(), estimate(F)
+    guess = Estimate(guess.phi, scale * guess.u)
+    everything = mx.broadcast_to(mx.arange(F), (BLOCKS, F))
+    y = GatedFFN(mlp, FAMILIES["llama"]).sparse(x, everything, guess)
+    dense, none_kept = float64(mlp(x)), guessed(mlp, guess, [[]] * BLOCKS)
+    off = np.linalg.norm(float64(y) - dense)
+    assert off < 1e-5 * max(np.linalg.norm(dense), np.linalg.norm(none_kept))
 
 
 def test_blocks_do_not_see_each_other() -> None:
@@ -375,19 +503,25 @@ def scales(mlp: nn.Module) -> None:
     mlp.down_proj.scales = 2 * mlp.down_proj.scales
 
 
-@pytest.mark.parametrize(
-    "change, before",
-    [
-        (new_weight, None),
-        (quantised, None),
-        (lora_added, None),
-        (lora_b, lora_added),
-        (lora_a, lora_added),
-        (lora_scale, lora_added),
-        (weight_under_lora, lora_added),
-        (scales, quantised),
-    ],
-)
+def biases(mlp: nn.Module) -> None:
+    """The zero points of a quantised weight."""
+    mlp.down_proj.biases = mlp.down_proj.biases - 0.2
+
+
+CHANGES = [
+    (new_weight, None),
+    (quantised, None),
+    (lora_added, None),
+    (lora_b, lora_added),
+    (lora_a, lora_added),
+    (lora_scale, lora_added),
+    (weight_under_lora, lora_added),
+    (scales, quantised),
+    (biases, quantised),
+]
+
+
+@pytest.mark.parametrize("change, before", CHANGES)
 def test_down_norms_follow_the_weights(
     change: Callable[[nn.Module], None], before: Optional[Callable[[nn.Module], None]]
 ) -> None:
@@ -406,6 +540,85 @@ def test_down_norms_follow_the_weights(
 def test_down_norms_are_kept() -> None:
     ffn = GatedFFN(randomised(llama_mlp(32, 64)), FAMILIES["llama"])
     assert ffn.down_norms() is ffn.down_norms()
+
+
+@pytest.mark.parametrize("change, before", CHANGES)
+def test_guesses_follow_the_weights(
+    change: Callable[[nn.Module], None], before: Optional[Callable[[nn.Module], None]]
+) -> None:
+    mlp = randomised(llama_mlp(32, 64))
+    if before:
+        before(mlp)
+    ffn, x, guess = GatedFFN(mlp, FAMILIES["llama"]), inputs(32), estimate(64)
+    chosen = picks(64, 20)
+    mx.eval(ffn.sparse(x, mx.array(chosen), guess))
+    old = guessed(mlp, guess, chosen)
+    change(mlp)
+    assert error(mx.array(old), guessed(mlp, guess, chosen)) > 1e-2
+    y = ffn.sparse(x, mx.array(chosen), guess)
+    assert error(y, completed(mlp, x, guess, chosen)) < 1e-5
+
+
+def test_guesses_follow_u() -> None:
+    ffn, x, chosen = GatedFFN(SMALL, FAMILIES["llama"]), inputs(32), picks(64, 20)
+    first = estimate(64)
+    for guess in (first, Estimate(first.phi, 2 * first.u)):
+        y = ffn.sparse(x, mx.array(chosen), guess)
+        assert error(y, completed(SMALL, x, guess, chosen)) < 1e-5
+
+
+def test_guesses_follow_the_precision_of_the_tokens() -> None:
+    mlp = randomised(llama_mlp())
+    mlp.set_dtype(mx.float16)
+    ffn, u = GatedFFN(mlp, FAMILIES["llama"]), estimate(F).u
+    for dtype in (mx.float32, mx.float16):
+        guess = Estimate(estimate(F, dtype).phi, u)
+        y = ffn.sparse(inputs(D, dtype), mx.array(picks(F, 9)), guess)
+        assert y.dtype == dtype
+
+
+def uses_of_down(ffn: GatedFFN, monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """Uses of the whole down matrix from here on."""
+    calls: list[str] = []
+    whole = ffn.down_matrix
+
+    def matrix() -> mx.array:
+        calls.append("used")
+        return whole()
+
+    monkeypatch.setattr(ffn, "down_matrix", matrix)
+    return calls
+
+
+@pytest.mark.parametrize("before", [None, quantised, lora_added])
+def test_what_guesses_add_is_computed_once(
+    before: Optional[Callable[[nn.Module], None]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whatever else is replaced: tokens, features, neurons, other projections, the bias."""
+    mlp = randomised(llama_mlp(32, 64, bias=True))
+    if before:
+        before(mlp)
+    ffn, guess = GatedFFN(mlp, FAMILIES["llama"]), estimate(64)
+    calls = uses_of_down(ffn, monkeypatch)
+    ffn.sparse(inputs(32), mx.array(picks(64, 20)), guess)
+    mlp.gate_proj = randomised(llama_mlp(32, 64), 5).gate_proj
+    base = mlp.down_proj.linear if before is lora_added else mlp.down_proj
+    base.bias = base.bias + 1
+    x, chosen = 2 * inputs(32), picks(64, 30, seed=4)
+    guess = Estimate(3 * guess.phi, guess.u)
+    y = ffn.sparse(x, mx.array(chosen), guess)
+    assert error(y, completed(mlp, x, guess, chosen)) < 1e-5
+    assert calls == ["used"]
+
+
+def test_what_guesses_add_is_computed_once_for_tokens_of_lower_precision(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    ffn, guess = GatedFFN(SMALL, FAMILIES["llama"]), estimate(64, mx.float16)
+    calls = uses_of_down(ffn, monkeypatch)
+    for _ in range(2):
+        ffn.sparse(inputs(32, mx.float16), mx.array(picks(64, 20)), guess)
+    assert len(calls) == 1
 
 
 @pytest.mark.parametrize("change", [quantised, lora_added, new_weight])

@@ -16,7 +16,13 @@ from models import BLOCK, FFN, HIDDEN, LAYERS
 
 from mlx_fastforward import Response, attach, detach, stream_generate
 from mlx_fastforward.adapter import Adapter
-from mlx_fastforward.compensators import MLPCompensator, MLPWeights
+from mlx_fastforward.compensators import (
+    Compensator,
+    LowRankCompensator,
+    LowRankWeights,
+    MLPCompensator,
+    MLPWeights,
+)
 from mlx_fastforward.generation import encode_prompt
 from mlx_fastforward.selectors import PredictorWeights
 
@@ -190,27 +196,51 @@ def test_ffn_sparsity_of_the_probe_selector() -> None:
     assert got[0].ffn_sparsity == pytest.approx(skipped / FIRST, rel=1e-9)
 
 
+def sparsity_with(predictor: PredictorWeights, compensator: Compensator) -> float:
+    model = models.tiny("llama")
+    adapter = Adapter({}, [predictor] * LAYERS, compensator)  # type: ignore[arg-type]
+    adapter.check = lambda *_: None  # type: ignore[method-assign]
+    attach(model, models.settings(), adapter=adapter)
+    return responses(model, models.token_ids(TOKENS))[0].ffn_sparsity
+
+
+def assert_paid(sparsity: float, per_block: float) -> None:
+    """Half of the ten blocks is skipped, less what choosing and adding back cost."""
+    skipped = SPARSE_LAYERS * BLOCKS * (flops(BLOCK, FFN // 2) - per_block)
+    assert sparsity == pytest.approx(skipped / FIRST, rel=1e-9)
+
+
 def test_ffn_sparsity_of_an_adapter_pays_predictor_and_compensator() -> None:
     rank, inner = 4, 8
     key = mx.random.key(0)
-    model = models.tiny("llama")
     predictor = PredictorWeights(
         mx.random.normal((HIDDEN,), key=key),
         mx.random.normal((HIDDEN, rank), key=key),
         mx.random.normal((rank, FFN), key=key),
     )
     weights = MLPWeights(mx.zeros((HIDDEN, inner)), mx.zeros((inner, HIDDEN)))
-    adapter = Adapter(
-        {}, [predictor] * LAYERS, MLPCompensator([weights] * LAYERS, "relu")
-    )
-    adapter.check = lambda *_: None  # type: ignore[method-assign]
-    attach(model, models.settings(), adapter=adapter)
-    got = responses(model, models.token_ids(TOKENS))
+    compensator = MLPCompensator([weights] * LAYERS, "relu")
     predict = 4 * BLOCK * HIDDEN + 2 * rank * (HIDDEN + FFN)
     compensate = BLOCK * 4 * HIDDEN * inner
-    per_block = flops(BLOCK, FFN // 2) - predict - compensate
-    skipped = SPARSE_LAYERS * BLOCKS * per_block
-    assert got[0].ffn_sparsity == pytest.approx(skipped / FIRST, rel=1e-9)
+    assert_paid(sparsity_with(predictor, compensator), predict + compensate)
+
+
+def test_ffn_sparsity_pays_a_token_wise_predictor_and_a_low_rank_compensator() -> None:
+    """Features of every token; the compensator's guesses of the neurons kept, too."""
+    rank, k = 2, 3
+    key = mx.random.key(0)
+    predictor = PredictorWeights(
+        None,
+        mx.random.normal((HIDDEN, rank), key=key),
+        mx.random.normal((2 * rank, FFN), key=key),
+        bias=mx.zeros(FFN),
+    )
+    shapes = [(HIDDEN,), (HIDDEN, k - 1), (FFN, k)]
+    weights = LowRankWeights(*(mx.zeros(shape) for shape in shapes))
+    compensator = LowRankCompensator([weights] * LAYERS)
+    predict = 2 * BLOCK * HIDDEN * rank + 2 * (2 * rank) * FFN
+    compensate = 2 * BLOCK * ((k - 1) * HIDDEN + k * HIDDEN + k * FFN // 2)
+    assert_paid(sparsity_with(predictor, compensator), predict + compensate)
 
 
 def test_ffn_sparsity_of_a_layerwise_schedule() -> None:
@@ -229,7 +259,7 @@ def test_ffn_sparsity_of_chunks_counts_the_whole_prompt() -> None:
     model = models.tiny("llama")
     attach(model, models.settings(selector="first-block"))
     got = responses(model, models.token_ids(TOKENS), prefill_step_size=40)
-    sparse = 32 + 40 + 8  # the last chunk leaves 8 - 1 to the tail, and 4 fill no block
+    sparse = 32 + 40 + 13  # the last chunk leaves 8 - 1 to the tail
     skipped = SPARSE_LAYERS * flops(sparse, FFN // 2)
     assert got[0].ffn_sparsity == pytest.approx(skipped / FIRST, rel=1e-9)
 

@@ -27,6 +27,7 @@ import mlx_fastforward as ff
 from mlx_fastforward import attach, detach
 from mlx_fastforward.engine import Call, Engine
 from mlx_fastforward.plan import Plan
+from mlx_fastforward.selectors import Trained
 
 TOKENS = 9 * BLOCK + 1  # the last one goes alone, after eight blocks and a tail
 SELECTORS = ["probe", "oracle", "first-block"]
@@ -324,6 +325,52 @@ def batch_caches(model: nn.Module, rows: int) -> list[Any]:
 def test_what_the_padding_holds_changes_nothing(name: str, selector: str) -> None:
     model = models.tiny(name)
     attach(model, models.settings(selector=selector))
+    assert_padding_hidden(model)
+
+
+@pytest.mark.parametrize("kind", ["pooled", "token-wise"])
+def test_predictors_do_not_see_what_the_padding_holds(
+    kind: str, tmp_path: Path
+) -> None:
+    model = models.tiny("llama")
+    side = models.save_random_adapter(
+        model, tmp_path, predictor=kind, compensator="low-rank"
+    )
+    attach(model, models.settings(), adapter=ff.load_adapter(side))
+    assert_padding_hidden(model)
+
+
+class Watched(Trained):
+    """Notes which blocks have no real token, by the engine's masks, and the scores."""
+
+    def __init__(self, other: Any):
+        super().__init__(other.layers)
+        self.real: list[mx.array] = []
+        self.scores: list[mx.array] = []
+
+    def __call__(self, layer: int, ffn: Any, seen: Any) -> mx.array:
+        scores = super().__call__(layer, ffn, seen)
+        if seen.valid is not None:
+            self.real.append(mx.max(seen.valid[0], axis=-1))
+            self.scores.append(scores)
+        return scores
+
+
+@pytest.mark.parametrize("kind", ["pooled", "token-wise"])
+def test_scores_of_padded_blocks_are_numbers(kind: str, tmp_path: Path) -> None:
+    """RAGGED leaves the last row blocks of nothing but padding: they count as real."""
+    model = models.tiny("llama")
+    side = models.save_random_adapter(model, tmp_path, predictor=kind)
+    engine = attach(model, models.settings(), adapter=ff.load_adapter(side))
+    engine.selector = watched = Watched(engine.selector)
+    batched(model, [models.token_ids(n, seed=n) for n in RAGGED], 1)
+    assert len(watched.scores) == LAYERS - 1
+    assert all(mx.all(mx.isfinite(scores)).item() for scores in watched.scores)
+    assert all(mx.all(real == 1).item() for real in watched.real)
+
+
+def assert_padding_hidden(model: nn.Module) -> None:
+    """Rows of a batch give the same, whatever fills the shorter ones."""
     lengths = [n - 1 for n in RAGGED]
     padding = [lengths[0] - n for n in lengths]
     rows = [models.token_ids(n, seed=n) for n in lengths]

@@ -37,36 +37,46 @@ def test_every_token_is_in_one_segment_and_in_order(
     assert all(size >= 0 for _, size in segments)
     names = [name for name, size in segments for _ in range(size)]
     assert len(names) == new == plan.tokens
-    assert plan.block_size == block and plan.blocks >= 1
+    assert plan.block_size >= 1 and plan.blocks >= 1
     sparse = [i for i, name in enumerate(names) if name.startswith("block")]
     assert (plan.start, plan.stop) == (sparse[0], sparse[-1] + 1)
     assert len(sparse) == plan.stop - plan.start
 
 
-@given(NEW, BLOCK, EDGE, FLAG, AFTER, FLAGS)
-def test_as_many_blocks_as_fit(
+@given(NEW, BLOCK, EDGE, FLAG, AFTER, FLAGS, st.sampled_from([1, 1, 2, 8]))
+def test_equal_blocks_fill_what_head_and_tail_leave(
     new: int,
     block: int,
     edge: Optional[int],
     empty: bool,
     after: Optional[int],
     flags: dict[str, bool],
+    unit: int,
 ) -> None:
-    """Head and tail take what they must, blocks all that fills one of the rest."""
-    plan = plan_call(new, block, cache_empty=empty, edge=edge, after=after, **flags)
+    """Of about the size asked for; what is left over is less than a unit per block."""
+    plan = plan_call(
+        new, block, cache_empty=empty, edge=edge, after=after, unit=unit, **flags
+    )
     edge = edge or block
     first = edge if empty and flags["dense_head"] else 0
     last = max(0, edge - (after or 0)) if flags["dense_tail"] else 0
     room = new - first - last
-    if after is None and new < block + 2 * edge:
+    if after is None and new < min(block, edge) + 2 * edge:
         assert plan is None
-    elif room < block:
+    elif room < max(2, min(block, edge)):
         assert plan is None
+    elif plan is None:
+        assert room < unit or unit > block
     else:
-        assert plan is not None
         assert plan.head == first
-        assert last <= plan.tail < last + block
-        assert plan.blocks == room // block
+        assert plan.block_size % unit == 0
+        left = plan.tail - last
+        assert 0 <= left < plan.blocks * unit
+        each = room / plan.blocks
+        assert plan.blocks == 1 or 2 / 3 * block <= each < 2 * block
+        assert plan.blocks > 1 or each < 2 * block
+        if block % unit == 0 and room >= block:
+            assert left <= room / 2
 
 
 @given(NEW, BLOCK, EDGE, AFTER, FLAGS)
@@ -89,13 +99,14 @@ def test_short_calls_of_an_unknown_prompt_are_dense(
     flags: dict[str, bool],
     data: st.DataObject,
 ) -> None:
-    """Three blocks, or with edges of their own one block and two edges."""
-    shortest = 3 * block if edge is None else block + 2 * edge
+    """Three blocks, or with smaller edges three of those."""
+    shortest = 3 * block if edge is None else min(block, edge) + 2 * edge
     assert shortest_sparse(block, edge or block) == shortest
     new = data.draw(st.integers(0, shortest - 1))
     flags = {"cache_empty": empty, **flags}
     assert plan_call(new, block, edge=edge, after=None, **flags) is None
-    assert plan_call(shortest, block, edge=edge, after=None, **flags) is not None
+    least = max(shortest, 2 + 2 * (edge or block))
+    assert plan_call(least, block, edge=edge, after=None, **flags) is not None
 
 
 @given(BLOCK, EDGE, FLAG, AFTER, FLAGS)
@@ -133,7 +144,7 @@ def test_tokens_to_come_shorten_the_tail(
     plan = plan_call(new, block, cache_empty=empty, edge=edge, after=after)
     if plan is not None:
         least = max(0, (edge or block) - after)
-        assert least <= plan.tail < least + block
+        assert least <= plan.tail < least + plan.blocks
 
 
 @given(
@@ -176,14 +187,15 @@ def test_however_chunked_the_end_of_a_prompt_is_dense(
 
 
 def test_a_prompt_by_hand() -> None:
-    assert plan_call(100, 16, cache_empty=True) == Plan(16, 4, 16, 20)
+    assert plan_call(100, 16, cache_empty=True) == Plan(16, 4, 17, 16)
     assert plan_call(100, 16, cache_empty=False) == Plan(0, 5, 16, 20)
-    assert plan_call(100, 16, cache_empty=True, after=6) == Plan(16, 4, 16, 20)
+    assert plan_call(100, 16, cache_empty=True, after=6) == Plan(16, 4, 18, 12)
     assert plan_call(100, 16, cache_empty=True, after=12) == Plan(16, 5, 16, 4)
     assert plan_call(32, 16, cache_empty=False, after=0) == Plan(0, 1, 16, 16)
     assert plan_call(16, 16, cache_empty=False, after=16) == Plan(0, 1, 16, 0)
-    assert plan_call(100, 32, cache_empty=True, edge=8) == Plan(8, 2, 32, 28)
-    assert plan_call(48, 32, cache_empty=True, edge=8) == Plan(8, 1, 32, 8)
+    assert plan_call(100, 32, cache_empty=True, edge=8) == Plan(8, 3, 28, 8)
+    assert plan_call(100, 32, cache_empty=True, edge=8, unit=8) == Plan(8, 2, 40, 12)
+    assert plan_call(1900, 2048, cache_empty=True, edge=128) == Plan(128, 1, 1644, 128)
     bare = {"dense_head": False, "dense_tail": False}
     assert plan_call(100, 16, cache_empty=True, **bare) == Plan(0, 6, 16, 4)
 
