@@ -5,7 +5,7 @@ from typing import Any, Iterable, Optional
 
 import mlx.core as mx
 
-from ..adapter import COMPENSATOR, PREDICTOR, BaseModel, packed
+from ..adapter import MLP, POOLED, BaseModel, packed
 from ..compensators import ACTIVATIONS
 from .files import Checkpoint, CheckpointError, Entry
 from .naming import IMPORTANCE, PARTS, Match, Rule, Unknown, place
@@ -320,7 +320,7 @@ def information(
 ) -> dict[str, Any]:
     """What the adapter's JSON says of itself."""
     info: dict[str, Any] = {"base_model": asdict(plan.base)}
-    for kind, name in (("predictor", PREDICTOR), ("compensator", COMPENSATOR)):
+    for kind, name in (("predictor", POOLED), ("compensator", MLP)):
         if ranks := plan.ranks.get(kind):
             same = len(set(ranks)) == 1
             info[kind] = {"kind": name, "rank": ranks[0] if same else ranks}

@@ -4,11 +4,12 @@ A folder with ``fastforward.json`` (what it is) and ``fastforward.safetensors`` 
 """
 
 import contextlib
+import copy
 import hashlib
 import json
 import os
 import tempfile
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Iterable, Optional, Sequence
 
@@ -16,7 +17,13 @@ import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
 
-from .compensators import ACTIVATIONS, MLPCompensator, MLPWeights
+from .compensators import (
+    ACTIVATIONS,
+    LowRankCompensator,
+    LowRankWeights,
+    MLPCompensator,
+    MLPWeights,
+)
 from .config import FastForwardError
 from .families import family_of, layer_mlps, layer_norm_weights
 from .ffn import GatedFFN
@@ -24,7 +31,8 @@ from .selectors import QUANTIZATION_BITS, PredictorWeights, group_size
 from .tensor_file import TensorFileError, open_tensors
 
 FORMAT = 1
-PREDICTOR, COMPENSATOR = "pooled", "mlp"
+POOLED, TOKENWISE = "pooled", "token-wise"
+MLP, LOW_RANK = "mlp", "low-rank"
 JSON_NAME = "fastforward.json"
 TENSORS_NAME = "fastforward.safetensors"
 
@@ -70,7 +78,7 @@ class Adapter:
 
     base: BaseModel
     predictors: Optional[list[PredictorWeights]] = None
-    compensator: Optional[MLPCompensator] = None
+    compensator: Optional[MLPCompensator | LowRankCompensator] = None
     importances: Optional[list[float]] = None
     details: dict[str, Any] = field(default_factory=dict)
     source: str = ""
@@ -90,11 +98,33 @@ class Adapter:
                 "the shapes agree, but the weights of this model do not."
             )
 
+    def astype(self, dtype: mx.Dtype) -> "Adapter":
+        """The same with all float weights of this dtype; AdapterError where they do not fit."""
+
+        def cast(part: Any) -> Any:
+            found = {k: _cast(w, dtype) for k, w in vars(part).items()}
+            return type(part)(**found)
+
+        predictors = self.predictors and [cast(w) for w in self.predictors]
+        compensator = copy.copy(self.compensator)
+        if compensator is not None:
+            compensator.layers = [cast(w) for w in compensator.layers]  # type: ignore
+        return replace(self, predictors=predictors, compensator=compensator)
+
     def arrays(self) -> list[mx.array]:
         """All weights, to evaluate them before they are needed."""
         parts: list[Any] = list(self.predictors or [])
-        parts += self.compensator.layers if self.compensator else []
+        parts += getattr(self.compensator, "layers", [])
         return [w for p in parts for w in vars(p).values() if isinstance(w, mx.array)]
+
+
+def _cast(value: Any, dtype: mx.Dtype) -> Any:
+    if not isinstance(value, mx.array) or not mx.issubdtype(value.dtype, mx.floating):
+        return value
+    value = value.astype(dtype)
+    if not mx.all(mx.isfinite(value)).item():
+        raise AdapterError(f"a weight does not fit {dtype}.")
+    return value
 
 
 def fingerprint(norms: Sequence[mx.array]) -> str:
@@ -124,7 +154,7 @@ def load_adapter(path: str | Path) -> Adapter:
     if info.get("predictor"):
         predictors = _predictors(file, info, base)
     if info.get("compensator"):
-        compensator = _mlp_compensator(file, info, base)
+        compensator = _compensator(file, info, base)
     if "importance" in tensors:
         weight = file.get("importance", (base.layers,))
         importances = np.array(weight.astype(mx.float32)).tolist()
@@ -154,39 +184,58 @@ def _predictors(
     file: "_File", info: dict[str, Any], base: BaseModel
 ) -> list[PredictorWeights]:
     path, d, f = file.path, base.hidden_size, base.ffn_size
-    _kind(path, info, "predictor", PREDICTOR)
+    kind = _kind(path, info, "predictor", (POOLED, TOKENWISE))
     ranks = _ranks(path, info, "predictor", base.layers)
-    bits = 0
-    if info["predictor"].get("quantization") is not None:
-        where = {"quantization": info["predictor"]["quantization"]}
-        bits = _whole(path, where, "quantization", "bits")
-        if bits not in QUANTIZATION_BITS or not group_size(f):
-            raise AdapterError(
-                f"{path / JSON_NAME}: expected a predictor in {_words(QUANTIZATION_BITS)} bits "
-                f"and a multiple of 32 neurons; found {bits} bits and {f} neurons."
-            )
-    queries = file.layers("predictor.query", [(d,)] * base.layers)
+    rows = ranks if kind == POOLED else [2 * r for r in ranks]
+    none: list[Any] = [None] * base.layers
+    queries = biases = none
+    if kind == POOLED:
+        queries = file.layers("predictor.query", [(d,)] * base.layers)
+    else:
+        biases = file.layers("predictor.bias", [(f,)] * base.layers)
     w1 = file.layers("predictor.w1", [(d, r) for r in ranks])
-    if not bits:
-        w2 = file.layers("predictor.w2", [(r, f) for r in ranks])
-        return [PredictorWeights(*w) for w in zip(queries, w1, w2)]
-    shapes = [(r, f * bits // 32) for r in ranks]
-    groups = [(r, f // group_size(f)) for r in ranks]
-    w2 = file.layers("predictor.w2", shapes, mx.uint32)
-    scales = file.layers("predictor.w2.scales", groups)
-    biases = file.layers("predictor.w2.biases", groups)
+    bits, w2 = _w2(file, info, f, rows)
     return [
-        PredictorWeights(q, first, second, scale, bias, bits)
-        for q, first, second, scale, bias in zip(queries, w1, w2, scales, biases)
+        PredictorWeights(q, first, *second, bits, bias)
+        for q, first, second, bias in zip(queries, w1, w2, biases)
     ]
 
 
-def _mlp_compensator(
+def _w2(
+    file: "_File", info: dict[str, Any], f: int, rows: list[int]
+) -> tuple[int, list[tuple[Any, Any, Any]]]:
+    """Bits (0: float), and per layer w2 with its scales and biases."""
+    quantization, path = info["predictor"].get("quantization"), file.path
+    if quantization is None:
+        return 0, [
+            (w, None, None) for w in file.layers("predictor.w2", [(r, f) for r in rows])
+        ]
+    bits = _whole(path, {"quantization": quantization}, "quantization", "bits")
+    if bits not in QUANTIZATION_BITS or not group_size(f):
+        raise AdapterError(
+            f"{path / JSON_NAME}: expected a predictor in {_words(QUANTIZATION_BITS)} bits "
+            f"and a multiple of 32 neurons; found {bits} bits and {f} neurons."
+        )
+    groups = [(r, f // group_size(f)) for r in rows]
+    w2 = file.layers("predictor.w2", [(r, f * bits // 32) for r in rows], mx.uint32)
+    scales = file.layers("predictor.w2.scales", groups)
+    biases = file.layers("predictor.w2.biases", groups)
+    return bits, list(zip(w2, scales, biases))
+
+
+def _compensator(
     file: "_File", info: dict[str, Any], base: BaseModel
-) -> MLPCompensator:
-    path, d = file.path, base.hidden_size
-    _kind(path, info, "compensator", COMPENSATOR)
+) -> MLPCompensator | LowRankCompensator:
+    path, d, f = file.path, base.hidden_size, base.ffn_size
+    kind = _kind(path, info, "compensator", (MLP, LOW_RANK))
     ranks = _ranks(path, info, "compensator", base.layers)
+    if kind == LOW_RANK:
+        parts = [
+            file.layers("compensator.center", [(d,)] * base.layers),
+            file.layers("compensator.v", [(d, k) for k in ranks]),
+            file.layers("compensator.u", [(f, k + 1) for k in ranks]),
+        ]
+        return LowRankCompensator([LowRankWeights(*w) for w in zip(*parts)])
     activation = info["compensator"].get("activation", "relu")
     if activation not in list(ACTIVATIONS):
         raise AdapterError(
@@ -206,13 +255,17 @@ def packed(name: str, w: mx.array, bits: int) -> dict[str, mx.array]:
     return {name: weight, f"{name}.scales": scales, f"{name}.biases": biases}
 
 
-def _kind(path: Path, info: dict[str, Any], section: str, known: str) -> None:
-    kind = _section(path, info, section).get("kind", known)
-    if kind != known:
+def _kind(
+    path: Path, info: dict[str, Any], section: str, known: tuple[str, str]
+) -> str:
+    """Which of the known kinds; the first one unless it says otherwise."""
+    kind = _section(path, info, section).get("kind", known[0])
+    if kind not in list(known):
         raise AdapterError(
-            f"{path / JSON_NAME}: expected a {section} of kind {known!r}, found {kind!r}; "
-            "a newer mlx-fastforward may know it."
+            f"{path / JSON_NAME}: expected a {section} of kind {' or '.join(map(repr, known))}, "
+            f"found {kind!r}; a newer mlx-fastforward may know it."
         )
+    return kind
 
 
 def _ranks(path: Path, info: dict[str, Any], section: str, layers: int) -> list[int]:
@@ -307,6 +360,13 @@ def _read(path: Path) -> tuple[dict[str, Any], dict[str, mx.array]]:
     return info, tensors
 
 
+def _save_tensors(path: str, tensors: dict[str, mx.array]) -> None:
+    try:
+        mx.save_safetensors(path, tensors)
+    except RuntimeError as e:  # mlx's own for a full disk
+        raise OSError(str(e)) from e
+
+
 def save_adapter(
     path: str | Path, info: dict[str, Any], tensors: dict[str, mx.array]
 ) -> None:
@@ -316,7 +376,7 @@ def save_adapter(
     path.mkdir(parents=True, exist_ok=True)
     try:
         with tempfile.TemporaryDirectory(dir=path, prefix=".writing-") as tmp:
-            mx.save_safetensors(f"{tmp}/{TENSORS_NAME}", tensors)
+            _save_tensors(f"{tmp}/{TENSORS_NAME}", tensors)
             text = json.dumps({"format": FORMAT, **info}, indent=2)
             Path(tmp, JSON_NAME).write_text(text + "\n", encoding="utf-8")
             (path / JSON_NAME).unlink(

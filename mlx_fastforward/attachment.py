@@ -11,7 +11,7 @@ import mlx.core as mx
 import mlx.nn as nn
 
 from .adapter import Adapter, BaseModel
-from .compensators import Compensator
+from .compensators import Compensator, LowRankCompensator, MLPCompensator
 from .config import ConfigError, PrefillConfig
 from .engine import Engine
 from .families import family_of, layer_mlps
@@ -48,7 +48,7 @@ def attach(
     """
     config = config or PrefillConfig()
     family = family_of(model)
-    ffns = [GatedFFN(mlp, family) for mlp in layer_mlps(model, family)]
+    ffns = [GatedFFN(mlp, family, config.strategy) for mlp in layer_mlps(model, family)]
     if adapter is not None:
         adapter.check(BaseModel.of(model))
     engine = Engine(
@@ -177,8 +177,13 @@ def _compensator(
     config: PrefillConfig, adapter: Optional[Adapter]
 ) -> Optional[Compensator]:
     compensator = adapter.compensator if adapter is not None else None
-    if config.compensator == "mlp" and compensator is None:
+    kinds = {"mlp": MLPCompensator, "low-rank": LowRankCompensator}
+    wanted = kinds.get(config.compensator)
+    if wanted and not isinstance(compensator, wanted):
+        found = [name for name, kind in kinds.items() if isinstance(compensator, kind)]
+        here = f"this one has {found[0] if found else 'none'}"
         raise ConfigError(
-            "compensator mlp needs an adapter that has one; use compensator none or auto."
+            f"compensator {config.compensator} needs an adapter that has one, "
+            f"{here if adapter is not None else 'there is none'}; use compensator none or auto."
         )
     return None if config.compensator == "none" else compensator

@@ -198,21 +198,41 @@ def group_size(f: int) -> int:
 
 @dataclass(frozen=True)
 class PredictorWeights:
-    """One layer's expert predictor: query (d,), w1 (d, r), w2 (r, f).
+    """One layer's expert predictor.
 
-    With ``bits`` w2 is packed along the neurons, and has scales and biases.
+    Pooled, the paper's (eq. 12-13): query (d,), w1 (d, r), w2 (r, f). Token-wise, without a query:
+    w1 (d, r), w2 (2r, f), bias (f,). With ``bits`` w2 is packed along the neurons, and has scales
+    and biases.
     """
 
-    query: mx.array
+    query: Optional[mx.array]
     w1: mx.array
     w2: mx.array
     scales: Optional[mx.array] = None
     biases: Optional[mx.array] = None
     bits: int = 0
+    bias: Optional[mx.array] = None
 
-    def scores(self, pooled: mx.array) -> mx.array:
-        """ReLU(a W1) W2 (eq. 13). (M, d) -> (M, f)."""
-        hidden = mx.maximum(pooled @ self.w1, 0)
+    def __call__(self, x: mx.array, valid: Optional[mx.array] = None) -> mx.array:
+        """Scores of all neurons. x: (M, N, d), valid: (M, N), 0 hides a token -> (M, f)."""
+        if self.query is None:
+            hidden = token_features(mx.maximum(x @ self.w1, 0), valid)
+        else:
+            hidden = mx.maximum(self._pooled(x, valid) @ self.w1, 0)
+        scores = self._matmul(hidden)
+        return scores if self.bias is None else scores + self.bias
+
+    def _pooled(self, x: mx.array, valid: Optional[mx.array]) -> mx.array:
+        """softmax(q X^T / sqrt(d)) X (eq. 12)."""
+        assert self.query is not None
+        logits = (x @ self.query) / math.sqrt(x.shape[-1])
+        if valid is not None:
+            logits = mx.where(valid > 0, logits, -mx.inf)
+        attention = mx.softmax(logits, axis=-1, precise=True)
+        return (attention[:, None, :] @ x)[:, 0]
+
+    def _matmul(self, hidden: mx.array) -> mx.array:
+        hidden = hidden.astype(self.w1.dtype)
         if not self.bits:
             return hidden @ self.w2
         assert self.scales is not None
@@ -226,9 +246,30 @@ class PredictorWeights:
             bits=self.bits,
         )
 
+    def flops(self, block: int, d: int, f: int) -> float:
+        r = self.w1.shape[1]
+        if self.query is None:
+            return 2.0 * block * d * r + 4.0 * r * f
+        return 4.0 * block * d + 2.0 * r * (d + f)
+
+
+def token_features(h: mx.array, valid: Optional[mx.array] = None) -> mx.array:
+    """Mean and root mean square of hidden units over a block's tokens. (..., N, r) -> (..., 2r).
+
+    Neurons fire on single tokens: pooling after the non-linearity keeps what an average of the
+    inputs loses.
+    """
+    h = h.astype(mx.float32)
+    if valid is None:
+        mean, square = mx.mean(h, axis=-2), mx.mean(mx.square(h), axis=-2)
+    else:
+        share = (valid / mx.sum(valid, axis=-1, keepdims=True))[..., None]
+        mean, square = mx.sum(h * share, axis=-2), mx.sum(mx.square(h) * share, axis=-2)
+    return mx.concatenate([mean, mx.sqrt(square + 1e-6)], axis=-1)
+
 
 class Trained:
-    """The paper's expert predictor (eq. 12-13), one set of weights per layer."""
+    """The adapter's predictor, one set of weights per layer."""
 
     probe_every = 0
     remembers = False
@@ -238,15 +279,8 @@ class Trained:
 
     def __call__(self, layer: int, ffn: GatedFFN, seen: Seen) -> mx.array:
         w = self.layers[layer]
-        x = seen.blocks.astype(w.query.dtype)
-        logits = (x @ w.query) / math.sqrt(x.shape[-1])
-        if seen.valid is not None:
-            logits = mx.where(seen.valid[0] > 0, logits, -mx.inf)
-        attention = mx.softmax(logits, axis=-1, precise=True)
-        pooled = (attention[:, None, :] @ x)[:, 0]
-        return w.scores(pooled)
+        x = seen.blocks.astype(w.w1.dtype)
+        return w(x, None if seen.valid is None else seen.valid[0])
 
     def flops(self, block: int, dense: int, d: int, f: int) -> float:
-        ranks = [w.w1.shape[1] for w in self.layers]
-        r = sum(ranks) / len(ranks)
-        return 4.0 * block * d + 2.0 * r * (d + f)
+        return sum(w.flops(block, d, f) for w in self.layers) / len(self.layers)

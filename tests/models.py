@@ -21,6 +21,7 @@ from mlx_lm.utils import load_tokenizer
 from mlx_fastforward import PrefillConfig, save_adapter
 from mlx_fastforward.adapter import fingerprint
 from mlx_fastforward.demo import MODEL as DEMO
+from mlx_fastforward.families import family_of, layer_norm_weights
 
 HIDDEN, FFN, LAYERS, VOCAB, BLOCK, WINDOW = 32, 128, 4, 96, 8, 24
 
@@ -260,6 +261,15 @@ def _float64(w: mx.array) -> np.ndarray:
     return np.array(w.astype(mx.float32)).astype(np.float64)
 
 
+def float_weight(linear: nn.Module) -> np.ndarray:
+    """The weight (out, in) of a projection, quantised or not, in float64."""
+    if not isinstance(linear, nn.QuantizedLinear):
+        return _float64(linear.weight)
+    group, bits, mode = linear.group_size, linear.bits, linear.mode
+    w = (linear.weight, linear.scales, linear.get("biases"))
+    return _float64(mx.dequantize(*w, group_size=group, bits=bits, mode=mode))
+
+
 def save_folder(
     model: nn.Module, path: Path, chat_template: bool = True, **config: Any
 ) -> Path:
@@ -277,23 +287,47 @@ def save_folder(
     return path
 
 
-def save_random_adapter(model: nn.Module, path: Path, rank: int = 4) -> Path:
-    """Untrained predictors for a model, as a side file."""
-    layers = len(model.layers)
-    shapes = {"query": (HIDDEN,), "w1": (HIDDEN, rank), "w2": (rank, FFN)}
+def random_parts(
+    model: nn.Module, rank: int, kinds: dict[str, Optional[str]]
+) -> dict[str, mx.array]:
+    """Untrained tensors of the parts that are of some kind."""
+    shapes: dict[Optional[str], dict[str, tuple[int, ...]]] = {
+        None: {},
+        "pooled": {"query": (HIDDEN,), "w1": (HIDDEN, rank), "w2": (rank, FFN)},
+        "token-wise": {"w1": (HIDDEN, rank), "w2": (2 * rank, FFN), "bias": (FFN,)},
+        "mlp": {"w1": (HIDDEN, rank), "w2": (rank, HIDDEN)},
+        "low-rank": {"center": (HIDDEN,), "v": (HIDDEN, rank), "u": (FFN, rank + 1)},
+    }
     key = mx.random.key(11)
     tensors = {}
-    for i in range(layers):
-        for name, shape in shapes.items():
-            key, now = mx.random.split(key)
-            tensors[f"layers.{i}.predictor.{name}"] = mx.random.normal(shape, key=now)
-    norms = [layer.input_layernorm.weight for layer in model.layers]
+    for i in range(len(model.layers)):
+        for part, kind in kinds.items():
+            for name, shape in shapes[kind].items():
+                key, now = mx.random.split(key)
+                tensors[f"layers.{i}.{part}.{name}"] = mx.random.normal(shape, key=now)
+    return tensors
+
+
+def save_random_adapter(
+    model: nn.Module,
+    path: Path,
+    rank: int = 4,
+    predictor: Optional[str] = None,
+    compensator: Optional[str] = None,
+) -> Path:
+    """Untrained predictors for a model, and maybe a compensator, as a side file."""
     base = {
         "name": "tiny",
-        "layers": layers,
+        "layers": len(model.layers),
         "hidden_size": HIDDEN,
         "ffn_size": FFN,
-        "fingerprint": fingerprint(norms),
+        "fingerprint": fingerprint(layer_norm_weights(model, family_of(model))),
     }
-    save_adapter(path, {"base_model": base, "predictor": {"rank": rank}}, tensors)
+    info: dict[str, Any] = {"base_model": base, "predictor": {"rank": rank}}
+    if predictor:
+        info["predictor"]["kind"] = predictor
+    if compensator:
+        info["compensator"] = {"kind": compensator, "rank": rank}
+    kinds = {"predictor": predictor or "pooled", "compensator": compensator}
+    save_adapter(path, info, random_parts(model, rank, kinds))
     return path

@@ -31,6 +31,15 @@ PRINT, FOREIGN = "0123456789abcdef", "f" * 16
 COMMITS = ["a" * 40, "b" * 40, "c" * 40]
 BOTH = (JSON_NAME, TENSORS_NAME)
 BASE = BaseModel("tiny", "llama", LAYERS, D, F, PRINT)
+NEW = {"predictor": "token-wise", "compensator": "low-rank"}
+
+# What each kind keeps per layer.
+SHAPES: dict[str, dict[str, tuple[int, ...]]] = {
+    "pooled": {"query": (D,), "w1": (D, R), "w2": (R, F)},
+    "token-wise": {"w1": (D, R), "w2": (2 * R, F), "bias": (F,)},
+    "mlp": {"w1": (D, H), "w2": (H, D)},
+    "low-rank": {"center": (D,), "v": (D, H), "u": (F, H + 1)},
+}
 
 
 def tiny_model(seed: int = 0, layers: int = LAYERS) -> nn.Module:
@@ -55,27 +64,38 @@ def norms(model: nn.Module) -> list[mx.array]:
     return layer_norm_weights(model, family_of(model))
 
 
-def information(model: Optional[nn.Module] = None) -> dict[str, Any]:
+def information(
+    model: Optional[nn.Module] = None,
+    predictor: str = "pooled",
+    compensator: str = "mlp",
+) -> dict[str, Any]:
     """The JSON of an adapter for ``model``, or for ``BASE``."""
     mark = fingerprint(norms(model)) if model else PRINT
     base = {"layers": LAYERS, "hidden_size": D, "ffn_size": F, "fingerprint": mark}
+    activation = {"activation": "silu"} if compensator == "mlp" else {}
     return {
         "base_model": {**base, "name": "tiny", "model_type": "llama"},
-        "predictor": {"kind": "pooled", "rank": R},
-        "compensator": {"kind": "mlp", "rank": H, "activation": "silu"},
+        "predictor": {"kind": predictor, "rank": R},
+        "compensator": {"kind": compensator, "rank": H, **activation},
         "calibration": {"tokens": 1000},
     }
 
 
-def weights(dtype: mx.Dtype = mx.float32) -> dict[str, mx.array]:
-    """The tensors that ``information`` describes."""
-    shapes = {
-        "predictor.query": (D,),
-        "predictor.w1": (D, R),
-        "predictor.w2": (R, F),
-        "compensator.w1": (D, H),
-        "compensator.w2": (H, D),
+def shapes_of(predictor: str, compensator: str) -> dict[str, tuple[int, ...]]:
+    """The tensors of a layer by their names."""
+    parts = {"predictor": predictor, "compensator": compensator}
+    return {
+        f"{part}.{name}": shape
+        for part, kind in parts.items()
+        for name, shape in SHAPES[kind].items()
     }
+
+
+def weights(
+    dtype: mx.Dtype = mx.float32, predictor: str = "pooled", compensator: str = "mlp"
+) -> dict[str, mx.array]:
+    """The tensors that ``information`` describes."""
+    shapes = shapes_of(predictor, compensator)
     rng = np.random.default_rng(0)
     tensors = {
         f"layers.{i}.{name}": mx.array(rng.normal(size=shape)).astype(dtype)
@@ -83,6 +103,20 @@ def weights(dtype: mx.Dtype = mx.float32) -> dict[str, mx.array]:
         for name, shape in shapes.items()
     }
     return {**tensors, "importance": mx.array([0.5, 0.25, 3.0])}
+
+
+def unpacked(tensors: dict[str, mx.array], name: str, bits: int) -> np.ndarray:
+    """By hand: the lowest bits of a word are its first neuron; scale and bias per group."""
+    words = np.array(tensors[name])
+    shifts = np.arange(0, 32, bits, dtype=np.uint32)
+    levels = (words[:, :, None] >> shifts) & (2**bits - 1)
+    levels = levels.reshape(len(words), -1).astype(np.float64)
+    scales, biases = (
+        np.array(tensors[f"{name}.{part}"].astype(mx.float32)).astype(np.float64)
+        for part in ("scales", "biases")
+    )
+    size = levels.shape[1] // scales.shape[1]
+    return levels * scales.repeat(size, axis=1) + biases.repeat(size, axis=1)
 
 
 def edit(folder: Path, change: Callable[[dict[str, Any]], Any]) -> None:

@@ -240,7 +240,9 @@ def test_parts_that_are_no_objects(folder: Path, part: str, value: Any) -> None:
     assert part in refusal(folder)
 
 
-@pytest.mark.parametrize("kind", ["mlp2", "", None, 3, ["mlp"], {}, "two\nlines"])
+@pytest.mark.parametrize(
+    "kind", ["mlp2", "lowrank", "token_wise", "", None, 3, ["mlp"], {}, "two\nlines"]
+)
 @pytest.mark.parametrize("part", ["predictor", "compensator"])
 def test_unknown_kinds(folder: Path, part: str, kind: Any) -> None:
     """From a newer version, maybe: its weights would mean something else."""
@@ -251,10 +253,14 @@ def test_unknown_kinds(folder: Path, part: str, kind: Any) -> None:
 
 def test_a_kind_of_the_other_part(folder: Path) -> None:
     edit(folder, lambda info: info["predictor"].update(kind="mlp"))
-    assert "a predictor of kind 'pooled', found 'mlp'" in refusal(folder)
+    assert "a predictor of kind 'pooled' or 'token-wise', found 'mlp'" in refusal(
+        folder
+    )
     edit(folder, lambda info: info["predictor"].update(kind="pooled"))
     edit(folder, lambda info: info["compensator"].update(kind="pooled"))
-    assert "a compensator of kind 'mlp', found 'pooled'" in refusal(folder)
+    assert "a compensator of kind 'mlp' or 'low-rank', found 'pooled'" in refusal(
+        folder
+    )
 
 
 @pytest.mark.parametrize("value", ["tanh", "", None, 3, "two\nlines", ["relu"], {}])

@@ -8,7 +8,19 @@ import models
 import numpy as np
 import pytest
 import reference
-from side_files import LAYERS, D, H, R, edit, information, refusal, tiny_model, weights
+from side_files import (
+    LAYERS,
+    SHAPES,
+    D,
+    H,
+    R,
+    edit,
+    information,
+    refusal,
+    tiny_model,
+    unpacked,
+    weights,
+)
 
 from mlx_fastforward.adapter import (
     JSON_NAME,
@@ -24,44 +36,39 @@ NEURONS = [128, 96]  # in groups of 64 and of 32
 BITS = [4, 8]
 
 
-def description(f: int, bits: int) -> dict[str, Any]:
-    info = information()
+def description(f: int, bits: int, kind: str = "pooled") -> dict[str, Any]:
+    info = information(predictor=kind)
     info["base_model"]["ffn_size"] = f
     info["predictor"]["quantization"] = {"bits": bits}
     return info
 
 
-def float_weights(f: int, dtype: mx.Dtype = mx.float32) -> dict[str, mx.array]:
+def float_weights(
+    f: int, dtype: mx.Dtype = mx.float32, kind: str = "pooled"
+) -> dict[str, mx.array]:
     """As ``weights``, for f neurons."""
-    rng = np.random.default_rng(1)
-    wide = {
-        f"layers.{i}.predictor.w2": mx.array(rng.normal(1, 2, (R, f))).astype(dtype)
-        for i in range(LAYERS)
-    }
-    return {**weights(dtype), **wide}
+    rng, tensors = np.random.default_rng(1), weights(dtype, kind)
+    shapes = {"w2": (SHAPES[kind]["w2"][0], f)}
+    if kind == "token-wise":
+        shapes["bias"] = (f,)
+    for i in range(LAYERS):
+        for name, shape in shapes.items():
+            wide = mx.array(rng.normal(1, 2, shape)).astype(dtype)
+            tensors[f"layers.{i}.predictor.{name}"] = wide
+    return tensors
 
 
 def packed_weights(
-    f: int, bits: int, dtype: mx.Dtype = mx.float32
+    f: int, bits: int, dtype: mx.Dtype = mx.float32, kind: str = "pooled"
 ) -> dict[str, mx.array]:
-    tensors = float_weights(f, dtype)
+    tensors = float_weights(f, dtype, kind)
     for name in [k for k in tensors if k.endswith("predictor.w2")]:
         tensors.update(packed(name, tensors.pop(name), bits))
     return tensors
 
 
-def unpacked(tensors: dict[str, mx.array], name: str, bits: int) -> np.ndarray:
-    """By hand: the lowest bits of a word are its first neuron; scale and bias per group."""
-    words = np.array(tensors[name])
-    shifts = np.arange(0, 32, bits, dtype=np.uint32)
-    levels = (words[:, :, None] >> shifts) & (2**bits - 1)
-    levels = levels.reshape(len(words), -1).astype(np.float64)
-    scales, biases = (
-        np.array(tensors[f"{name}.{part}"].astype(mx.float32)).astype(np.float64)
-        for part in ("scales", "biases")
-    )
-    size = levels.shape[1] // scales.shape[1]
-    return levels * scales.repeat(size, axis=1) + biases.repeat(size, axis=1)
+def float64(w: mx.array) -> np.ndarray:
+    return np.array(w.astype(mx.float32)).astype(np.float64)
 
 
 def save_packed(path: Path, f: int, bits: int, **changed: mx.array) -> Path:
@@ -86,25 +93,33 @@ def test_groups_are_the_largest_that_divide_the_neurons(f: int, size: int) -> No
 @pytest.mark.parametrize("dtype", [mx.float32, mx.float16, mx.bfloat16], ids=str)
 @pytest.mark.parametrize("bits", BITS)
 @pytest.mark.parametrize("f", NEURONS)
+@pytest.mark.parametrize("kind", ["pooled", "token-wise"])
 def test_scores_are_those_of_the_unpacked_weights(
-    tmp_path: Path, f: int, bits: int, dtype: mx.Dtype
+    tmp_path: Path, kind: str, f: int, bits: int, dtype: mx.Dtype
 ) -> None:
-    tensors = packed_weights(f, bits, dtype)
-    save_adapter(tmp_path, description(f, bits), tensors)
+    tensors = packed_weights(f, bits, dtype, kind)
+    save_adapter(tmp_path, description(f, bits, kind), tensors)
     predictors = load_adapter(tmp_path).predictors
     assert predictors is not None and len(predictors) == LAYERS
-    pooled = mx.random.normal((5, D), key=mx.random.key(0)).astype(dtype)
+    x = mx.random.normal((5, 4, D), key=mx.random.key(0)).astype(dtype)
     tolerance = {mx.float32: 1e-5, mx.float16: 5e-3, mx.bfloat16: 4e-2}[dtype]
     for i, predictor in enumerate(predictors):
         assert predictor.bits == bits
-        x, w1 = (
-            np.array(w.astype(mx.float32)).astype(np.float64)
-            for w in (pooled, tensors[f"layers.{i}.predictor.w1"])
-        )
-        w2 = unpacked(tensors, f"layers.{i}.predictor.w2", bits)
-        scores = np.array(predictor.scores(pooled).astype(mx.float32))
+        scores = float64(predictor(x))
+        wanted = [by_hand(tensors, i, bits, kind, block) for block in float64(x)]
         assert scores.shape == (5, f)
-        assert models.distance(scores, reference.relu(x @ w1) @ w2) < tolerance
+        assert models.distance(scores, np.stack(wanted)) < tolerance
+
+
+def by_hand(
+    tensors: dict[str, mx.array], layer: int, bits: int, kind: str, x: np.ndarray
+) -> np.ndarray:
+    """The scores of one block from packed weights."""
+    name = f"layers.{layer}.predictor"
+    w1, w2 = float64(tensors[f"{name}.w1"]), unpacked(tensors, f"{name}.w2", bits)
+    if kind == "token-wise":
+        return reference.token_wise(x, w1, w2, float64(tensors[f"{name}.bias"]))
+    return reference.predictor(x, float64(tensors[f"{name}.query"]), w1, w2)
 
 
 @pytest.mark.parametrize("bits", BITS)
@@ -340,7 +355,7 @@ def test_a_rank_per_layer_of_packed_weights(tmp_path: Path, bits: int) -> None:
     for i, p in enumerate(predictors):
         hidden = reference.relu(np.ones((1, D)) @ np.array(p.w1).astype(np.float64))
         wanted = hidden @ unpacked(tensors, f"layers.{i}.predictor.w2", bits)
-        scores = np.array(p.scores(mx.ones((1, D))))
+        scores = np.array(p(mx.ones((1, 1, D))))
         np.testing.assert_allclose(scores, wanted, atol=1e-4)
 
 

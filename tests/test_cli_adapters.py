@@ -20,7 +20,7 @@ from mlx_fastforward.cli import app
 from mlx_fastforward.session import Session
 
 MADE_FOR = "    for tiny: 4 layers, hidden 32, FFN 128"
-HOLDS = "    predictor rank 4 (float32, 0.0 MB)"
+HOLDS = "    pooled predictor rank 4 (float32, 0.0 MB)"
 STORY = "Keawe was poor, brave, and active; he could read and write. " * 6
 
 
@@ -202,6 +202,23 @@ def quantised(info: dict, tensors: dict) -> None:
         tensors.update(packed(name, tensors[name], 8))
 
 
+def of_new_kinds(info: dict, tensors: dict) -> None:
+    info.update(side_files.information(**side_files.NEW))
+    tensors.clear()
+    tensors.update(side_files.weights(mx.float16, **side_files.NEW))
+
+
+def of_new_kinds_quantised(info: dict, tensors: dict) -> None:
+    of_new_kinds(info, tensors)
+    quantised(info, tensors)
+
+
+def without_kinds(info: dict, tensors: dict) -> None:
+    """As adapters were made before there were others."""
+    for part in ("predictor", "compensator"):
+        del info[part]["kind"]
+
+
 def of_several_ranks(info: dict, tensors: dict) -> None:
     """And large enough for a size in megabytes that is not 0.0."""
     del info["compensator"], tensors["importance"]
@@ -213,19 +230,46 @@ def of_several_ranks(info: dict, tensors: dict) -> None:
             del tensors[f"layers.{i}.{name}"]
 
 
+def of_equal_ranks(info: dict, tensors: dict) -> None:
+    """Told like one rank for all."""
+    for part in ("predictor", "compensator"):
+        info[part]["rank"] = [info[part]["rank"]] * side_files.LAYERS
+
+
 @pytest.mark.parametrize(
     "change, wanted",
     [
         (
             lambda info, tensors: None,
-            "predictor rank 2; compensator rank 4, silu; importances (float16, 0.0 MB)",
+            "pooled predictor rank 2; mlp compensator rank 4; importances (float16, 0.0 MB)",
         ),
         (
             quantised,
-            "predictor rank 2, w2 in 8 bits; compensator rank 4, silu; importances "
+            "pooled predictor rank 2, w2 in 8 bits; mlp compensator rank 4; importances "
             "(float16, 0.0 MB)",
         ),
-        (of_several_ranks, "predictor rank 2-2048 (float16, float32, 1.2 MB)"),
+        (
+            without_kinds,
+            "pooled predictor rank 2; mlp compensator rank 4; importances (float16, 0.0 MB)",
+        ),
+        (
+            of_new_kinds,
+            "token-wise predictor rank 2; low-rank compensator rank 4; importances "
+            "(float16, 0.0 MB)",
+        ),
+        (
+            of_new_kinds_quantised,
+            "token-wise predictor rank 2, w2 in 8 bits; low-rank compensator rank 4; "
+            "importances (float16, 0.0 MB)",
+        ),
+        (
+            of_equal_ranks,
+            "pooled predictor rank 2; mlp compensator rank 4; importances (float16, 0.0 MB)",
+        ),
+        (
+            of_several_ranks,
+            "pooled predictor ranks 2 to 2048 (float16, float32, 1.2 MB)",
+        ),
     ],
 )
 def test_what_an_adapter_holds_is_told(

@@ -114,6 +114,10 @@ def test_a_conversion(checkpoint: Path, flags: list, tiny: Path) -> None:
         assert np.array_equal(
             np.array(adapter.predictors[i].w1), trained()[name].T.numpy()
         )
+    kinds = {
+        part: adapter.details[part]["kind"] for part in ("predictor", "compensator")
+    }
+    assert kinds == {"predictor": "pooled", "compensator": "mlp"}
     lines = dict(line.split(None, 1) for line in out.splitlines())
     assert lines["checkpoint"] == f"c.pt: PyTorch, {5 * LAYERS + 1} tensors"
     assert lines["model"] == "tiny model: llama, 4 layers, hidden 32, FFN 128"

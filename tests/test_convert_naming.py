@@ -647,5 +647,6 @@ def test_what_is_taken_over_from_the_file_beside() -> None:
     info = conversion.information(plan, checkpoint, "silu", None)
     assert info["block_size"] == 64 and info["calibration"] == {"k": 1}
     assert info["base_model"]["hidden_size"] == D
+    assert info["predictor"] == {"kind": "pooled", "rank": RANK}
     assert info["compensator"] == {"kind": "mlp", "rank": H, "activation": "silu"}
     assert info["source"] == {"name": "c", "kind": "memory"}

@@ -1,4 +1,4 @@
-from typing import Optional
+from typing import Callable, Optional
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -19,6 +19,7 @@ from mlx_fastforward.selectors import (
     Seen,
     Selector,
     Trained,
+    at_least_one,
     neuron_scores,
     top_neurons,
 )
@@ -234,7 +235,8 @@ def test_probe_of_a_block_with_few_real_tokens() -> None:
 def test_probe_asks_for_its_probes() -> None:
     layer = Layer()
     assert Probe("weighted", 4).probe_every == 4
-    for other in (FirstBlock("griffin"), Oracle("griffin"), trained(layer, 1)[0]):
+    others: list[Selector] = [FirstBlock("griffin"), Oracle("griffin")]
+    for other in [*others, trained(layer, 1)[0], token_wise(layer, 1)[0]]:
         assert other.probe_every == 0
 
 
@@ -364,6 +366,123 @@ def test_trained_under_a_half_precision_model(dtype: mx.Dtype) -> None:
     assert_scores(found, [reference.predictor(b, *weights[0]) for b in x])
 
 
+def token_wise(layer: Layer, layers: int, r: int = 4) -> tuple[Trained, list]:
+    weights = [
+        (layer.normal(D, r), layer.normal(2 * r, F), layer.normal(F))
+        for _ in range(layers)
+    ]
+    arrays = [
+        PredictorWeights(None, to_mx(w1), to_mx(w2), bias=to_mx(bias))
+        for w1, w2, bias in weights
+    ]
+    return Trained(arrays), weights
+
+
+@pytest.mark.parametrize("masked", [False, True])
+@pytest.mark.parametrize("index", [0, 2])
+@pytest.mark.parametrize("batch, blocks", [(1, 1), (1, 4), (2, 3)])
+def test_token_wise(masked: bool, index: int, batch: int, blocks: int) -> None:
+    layer = Layer()
+    selector, weights = token_wise(layer, 3)
+    masks = layer.masks(batch, blocks) if masked else None
+    seen, x, _ = layer.seen(batch, blocks, valid=masks)
+    valid = [None] * len(x) if masks is None else masks[0]
+    wanted = [reference.token_wise(b, *weights[index], v) for b, v in zip(x, valid)]
+    found = selector(index, layer.ffn, seen)
+    assert_scores(found, wanted)
+    keep = F // 4
+    best = [reference.top_k(row, keep) for row in wanted]
+    assert top_neurons(found, keep).tolist() == best
+
+
+def test_token_wise_on_single_tokens() -> None:
+    """Sparse decode: mean and root mean square of one token are the token's."""
+    layer = Layer()
+    selector, weights = token_wise(layer, 1)
+    seen, x, _ = layer.seen(batch=3, blocks=1)
+    seen.blocks = seen.blocks[:, :1]
+    w1, w2, bias = weights[0]
+    hidden = [reference.relu(b[0] @ w1) for b in x]
+    wanted = [np.concatenate([h, h]) @ w2 + bias for h in hidden]
+    assert_scores(selector(0, layer.ffn, seen), wanted, 1e-3)
+
+
+def test_token_wise_features_of_tokens_that_fire_apart() -> None:
+    """Three of four tokens are silent: mean 1/4 of the one, root mean square 1/2."""
+    w1, w2 = mx.eye(2), mx.eye(4)
+    weights = PredictorWeights(None, w1, w2, bias=mx.zeros(4))
+    x = mx.array([[[4.0, -1.0], [-4.0, 2.0], [-4.0, 2.0], [-4.0, -9.0]]])
+    wanted = [1.0, 1.0, 2.0, 2**0.5]
+    assert np.allclose(np.array(weights(x)[0]), wanted, rtol=1e-5)
+
+
+def test_token_wise_without_a_token_that_fires_is_the_bias() -> None:
+    layer = Layer()
+    selector, weights = token_wise(layer, 1)
+    seen, _, _ = layer.seen()
+    seen.blocks = mx.zeros_like(seen.blocks)
+    found = selector(0, layer.ffn, seen)
+    assert_scores(found, [weights[0][2]] * len(seen.blocks), 0.01)
+
+
+@pytest.mark.parametrize("kind", [trained, token_wise])
+def test_predictors_ignore_what_padding_holds(kind: Callable) -> None:
+    layer = Layer()
+    selector, _ = kind(layer, 1)
+    seen, _, _ = layer.seen(valid=layer.masks())
+    before = selector(0, layer.ffn, seen)
+    seen.blocks = mx.where(seen.valid[0][..., None] > 0, seen.blocks, 99)
+    assert mx.allclose(before, selector(0, layer.ffn, seen), rtol=1e-4)
+    seen.valid = None
+    assert not mx.allclose(before, selector(0, layer.ffn, seen), rtol=0.1)
+
+
+@pytest.mark.parametrize("kind", [trained, token_wise])
+def test_predictors_of_a_block_of_nothing_but_padding(kind: Callable) -> None:
+    """The engine calls all of it real then: scores are numbers, the other blocks' their own."""
+    layer = Layer()
+    selector, _ = kind(layer, 1)
+    masks = layer.masks()
+    masks[0][2] = 0
+    seen, _, _ = layer.seen(valid=masks)
+    seen.valid = (at_least_one(seen.valid[0]), seen.valid[1])
+    found = selector(0, layer.ffn, seen)
+    masked = seen.valid
+    seen.valid = None
+    whole = selector(0, layer.ffn, seen)
+    assert mx.allclose(found[2], whole[2], rtol=1e-4, atol=1e-4)
+    seen.valid = (masked[0][:2], masked[1])
+    seen.blocks = seen.blocks[:2]
+    assert mx.allclose(found[:2], selector(0, layer.ffn, seen), rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("dtype", [mx.float16, mx.bfloat16], ids=str)
+def test_token_wise_under_a_half_precision_model(dtype: mx.Dtype) -> None:
+    """The predictor runs in its own precision."""
+    layer = Layer()
+    selector, weights = token_wise(layer, 1)
+    seen, x, _ = layer.seen(dtype=dtype)
+    assert seen.blocks.dtype == dtype
+    found = selector(0, layer.ffn, seen)
+    assert found.dtype == mx.float32
+    assert_scores(found, [reference.token_wise(b, *weights[0]) for b in x])
+
+
+@pytest.mark.parametrize("dtype", [mx.float16, mx.bfloat16], ids=str)
+def test_token_wise_weights_in_half_precision(dtype: mx.Dtype) -> None:
+    """Squares of large hidden units overflow float16; their root mean square must not."""
+    layer = Layer()
+    _, weights = token_wise(layer, 1)
+    w1, w2, bias = [to_mx(w).astype(dtype) for w in weights[0]]
+    predictor = PredictorWeights(None, w1, w2, bias=bias)
+    seen, x, _ = layer.seen(dtype=dtype, scale=60.0)
+    found = Trained([predictor])(0, layer.ffn, seen)
+    low = [to_numpy(w) for w in (w1, w2, bias)]
+    wanted = [reference.token_wise(b, *low) for b in x]
+    assert max(reference.relu(b @ low[0]).max() for b in x) > 256  # squared > 65504
+    assert_scores(found, wanted, 0.02)
+
+
 @pytest.mark.parametrize(
     "block, dense, d, f", [(8, 40, 32, 64), (128, 400, 2048, 8192)]
 )
@@ -389,9 +508,27 @@ def test_flops(block: int, dense: int, d: int, f: int) -> None:
     )  # more than half a layer: saves nothing
 
 
+def test_flops_of_token_wise_predictors() -> None:
+    """Every token through w1, twice as many features through w2; of the mean layer."""
+    layer, block = Layer(), 8
+    layers = [token_wise(layer, 1, r)[0].layers[0] for r in (2, 7)]
+    by_hand = [2 * block * D * r + 2 * (2 * r) * F for r in (2, 7)]
+    assert Trained(layers).flops(block, 40, D, F) == sum(by_hand) / 2
+    for predictor, wanted in zip(layers, by_hand):
+        assert Trained([predictor]).flops(block, 40, D, F) == wanted
+
+
+def test_flops_of_pooled_predictors_of_several_ranks() -> None:
+    layer = Layer()
+    layers = [trained(layer, 1, r)[0].layers[0] for r in (2, 7)]
+    by_hand = [2 * (2 * 8 * D) + 2 * r * (D + F) for r in (2, 7)]
+    assert Trained(layers).flops(8, 40, D, F) == sum(by_hand) / 2
+
+
 def test_flops_grow_with_the_block() -> None:
     layer = Layer()
     selectors: list[Selector] = [trained(layer, 1)[0], Probe("griffin", 8)]
+    selectors.append(token_wise(layer, 1)[0])
     for selector in [*selectors, Oracle("griffin")]:
         small, large = (selector.flops(n, 40, D, F) for n in (8, 80))
         assert isinstance(large, float) and small < large

@@ -115,7 +115,7 @@ def test_an_uploaded_adapter_works_from_the_hub_and_then_offline(
         first, what, parts = adapters.stdout.splitlines()
         assert first == name  # chat takes it only when it is named
         assert what == "    for tiny: 4 layers, hidden 32, FFN 128"
-        assert parts.startswith("    predictor rank 4 (float32, 0.0")
+        assert parts.startswith("    pooled predictor rank 4 (float32, 0.0")
 
 
 def test_uploads_with_all_kinds_of_cards_and_repositories(

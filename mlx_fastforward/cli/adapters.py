@@ -57,10 +57,11 @@ def summary(adapter: Any) -> list[str]:
     if adapter.predictors:
         first = adapter.predictors[0]
         bits = f", w2 in {first.bits} bits" if first.bits else ""
-        parts.append(f"predictor rank {_rank(adapter.predictors)}{bits}")
+        kind = adapter.details["predictor"].get("kind", "pooled")
+        parts.append(f"{kind} predictor {_ranks(adapter.details, 'predictor')}{bits}")
     if adapter.compensator:
-        layers, act = adapter.compensator.layers, adapter.compensator.activation
-        parts.append(f"compensator rank {_rank(layers)}, {act}")
+        kind = adapter.details["compensator"].get("kind", "mlp")
+        parts.append(f"{kind} compensator {_ranks(adapter.details, 'compensator')}")
     if adapter.importances:
         parts.append("importances")
     lines = [
@@ -79,9 +80,11 @@ def _size(adapter: Any) -> str:
     return ", ".join([*sorted(kinds), size])
 
 
-def _rank(layers: Any) -> str:
-    ranks = sorted({w.w1.shape[1] for w in layers})
-    return str(ranks[0]) if len(ranks) == 1 else f"{ranks[0]}-{ranks[-1]}"
+def _ranks(info: dict[str, Any], section: str) -> str:
+    rank = info[section]["rank"]
+    if isinstance(rank, int) or min(rank) == max(rank):
+        return f"rank {rank if isinstance(rank, int) else rank[0]}"
+    return f"ranks {min(rank)} to {max(rank)}"
 
 
 def _recall(info: dict[str, Any]) -> Optional[float]:

@@ -38,8 +38,21 @@ Sparsity = Annotated[
     ),
 ]
 BlockSize = Annotated[
-    int,
-    typer.Option(help="Tokens that share one set of neurons.", rich_help_panel=SPARSE),
+    Optional[int],
+    typer.Option(
+        help="Tokens that share one set of neurons, about. Default: the fastest on this device, "
+        "measured once.",
+        show_default=False,
+        rich_help_panel=SPARSE,
+    ),
+]
+NoTune = Annotated[
+    bool,
+    typer.Option(
+        "--no-tune",
+        help="Do not measure this device on first use: blocks of 128 tokens.",
+        rich_help_panel=SPARSE,
+    ),
 ]
 Selector = Annotated[
     str,
@@ -59,7 +72,9 @@ Adapter = Annotated[
 ]
 Compensator = Annotated[
     str,
-    typer.Option(help="What is added back: auto, none, mlp.", rich_help_panel=SPARSE),
+    typer.Option(
+        help="What is added back: auto, none, mlp, low-rank.", rich_help_panel=SPARSE
+    ),
 ]
 Schedule = Annotated[
     str,
@@ -79,7 +94,7 @@ DenseTail = Annotated[
     bool,
     typer.Option(
         "--dense-tail/--no-dense-tail",
-        help="Keep the last block dense.",
+        help="Keep the end of the prompt dense.",
         rich_help_panel=SPARSE,
     ),
 ]
