@@ -1,1 +1,1 @@
-"""Measuring: TTFT (ttft), quality (quality), and a first trained predictor (fit_predictor)."""
+"""Measuring: TTFT (ttft), quality (quality), predictors (recall), conversions (conversion)."""

@@ -24,15 +24,15 @@ from rich.progress import track
 from rich.table import Table
 
 from .. import demo
-from ..adapter import load_adapter
+from ..adapter import BaseModel, load_adapter
 from ..attachment import attach, detach
 from ..config import PrefillConfig
+from ..continuation import continuation, divergence, prefill
 from ..engine import Engine
+from ..finding import adapter_for
 from ..loading import load
-from ..session import switched
 from .environment import describe
 
-CHUNK = 2048
 DATA = Path(__file__).parent / "data"
 
 
@@ -41,37 +41,13 @@ class Row:
     """One line of the table. kl in nats per token; top1 and exact are shares."""
 
     selector: str
+    compensator: str
     sparsity: float
     ffn_sparsity: float
     kl: float
     kl_stderr: float
     top1: float
     exact: Optional[float] = None
-
-
-def prefill(model: nn.Module, tokens: mx.array, cache: Any) -> None:
-    """Feed all of ``tokens`` in chunks, as mlx-lm does."""
-    for start in range(0, tokens.size, CHUNK):
-        model(tokens[None, start : start + CHUNK], cache=cache)
-        mx.eval([c.state for c in cache])
-
-
-def continuation(
-    model: nn.Module, tokens: mx.array, prompt: int, engine: Optional[Engine]
-) -> mx.array:
-    """Log-probabilities (64, vocabulary) after a prompt of ``prompt`` tokens."""
-    cache = make_prompt_cache(model)
-    if engine is None:
-        prefill(model, tokens[: prompt - 1], cache)
-    else:
-        with engine.prompt(prompt):
-            prefill(model, tokens[: prompt - 1], cache)
-    with switched(model, sparse=False):
-        logits = model(tokens[None, prompt - 1 : -1], cache=cache)[0]
-    logits = logits.astype(mx.float32)
-    logprobs = logits - mx.logsumexp(logits, axis=-1, keepdims=True)
-    mx.eval(logprobs)
-    return logprobs
 
 
 def passages(text: str, tokenizer: Any, count: int, tokens: int) -> list[mx.array]:
@@ -152,13 +128,14 @@ def measure(
     engine: Optional[Engine],
 ) -> tuple[mx.array, float, Optional[float], float]:
     """KL per prompt, top-1 agreement, share of exact answers, and FFN FLOPs skipped."""
-    kls: list[Any] = []
-    same: list[Any] = []
+    kls: list[float] = []
+    same: list[float] = []
     skipped = 0.0
     for tokens, p in zip(texts, dense):
         q = continuation(model, tokens, prompt, engine)
-        kls.append(mx.mean(mx.sum(mx.exp(p) * (p - q), axis=-1)).item())
-        same.append(mx.mean(mx.argmax(p, -1) == mx.argmax(q, -1)).item())
+        kl, top1 = divergence(p, q)
+        kls.append(kl)
+        same.append(top1)
         skipped = engine.tally.sparsity if engine else 0.0
     right = [r for t in tasks for r in ask(model, tokenizer, t, engine)]
     return mx.array(kls), sum(same) / len(same), _share(right), skipped
@@ -176,13 +153,19 @@ def main(
     model: Annotated[
         Optional[str], typer.Option(help="Default: the demo model.")
     ] = None,
-    adapter: Annotated[Optional[Path], typer.Option(help="Trained side file.")] = None,
+    adapter: Annotated[
+        Optional[Path],
+        typer.Option(
+            help="For every arm. Default: the one beside the model, for trained."
+        ),
+    ] = None,
     selectors: str = "probe,first-block,oracle",
     sparsities: str = "0.3,0.4,0.5",
     block_size: int = 128,
     probe_every: int = 8,
     score: str = "weighted",
-    compensator: str = "auto",
+    compensators: str = "auto",
+    schedule: str = "auto",
     prompts: int = 32,
     tokens: int = 1900,
     dtype: Annotated[
@@ -192,27 +175,35 @@ def main(
 ) -> None:
     """Measure quality after a sparse prefill."""
     console = Console(stderr=True)
-    net, tokenizer = load(model or str(demo.MODEL), sparsity=0.0)
+    net, tokenizer = load(model or str(demo.MODEL), sparsity=0.0, adapter="none")
     detach(net)
     if dtype:
         net.set_dtype(getattr(mx, dtype))
+    place = model or str(demo.MODEL)
     side = load_adapter(adapter) if adapter else None
+    found = side or adapter_for(place, BaseModel.of(net))
     texts = passages(text.read_text(encoding="utf-8"), tokenizer, prompts, tokens + 64)
     jobs = [json.loads(x) for x in tasks.read_text().splitlines()]
     dense = [continuation(net, t, tokens, None) for t in texts]
     right = [r for t in jobs for r in ask(net, tokenizer, t, None)]
-    rows = [Row("dense", 0.0, 0.0, 0.0, 0.0, 1.0, _share(right))]
-    arms = [(s, float(x)) for s in selectors.split(",") for x in sparsities.split(",")]
-    for name, sparsity in track(arms, "measuring", console=console):
+    rows = [Row("dense", "", 0.0, 0.0, 0.0, 0.0, 1.0, _share(right))]
+    arms = [
+        (s, c, float(x))
+        for s in selectors.split(",")
+        for c in compensators.split(",")
+        for x in sparsities.split(",")
+    ]
+    for name, compensator, sparsity in track(arms, "measuring", console=console):
         config = PrefillConfig(
             sparsity,
             block_size,
             selector=name,
             score=score,
             compensator=compensator,
+            schedule=schedule,
             probe_every=probe_every,
         )
-        engine = attach(net, config, adapter=side)
+        engine = attach(net, config, adapter=found if name == "trained" else side)
         kl, top1, exact, skipped = measure(
             net, tokenizer, texts, jobs, dense, tokens, engine
         )
@@ -222,6 +213,7 @@ def main(
         rows.append(
             Row(
                 name,
+                compensator_name(engine),
                 sparsity,
                 skipped,
                 mean,
@@ -236,6 +228,7 @@ def main(
         "block_size": block_size,
         "probe_every": probe_every,
         "score": score,
+        "schedule": schedule,
         "dtype": dtype or "the model's own",
         "questions": len(right),
     }
@@ -249,6 +242,12 @@ def main(
         json_file.write_text(json.dumps(report, indent=2) + "\n")
 
 
+def compensator_name(engine: Engine) -> str:
+    """As in --compensator, whatever was asked for."""
+    names = {"MLPCompensator": "mlp", "LowRankCompensator": "low-rank"}
+    return names.get(type(engine.compensator).__name__, "none")
+
+
 def _share(right: list[bool]) -> Optional[float]:
     return sum(right) / len(right) if right else None
 
@@ -256,10 +255,19 @@ def _share(right: list[bool]) -> Optional[float]:
 def show(rows: list[Row], settings: dict[str, Any]) -> None:
     env = describe()
     print(", ".join(f"{k} {v}" for k, v in (env | settings).items()))
-    table = Table("selector", "sparsity", "FFN FLOPs skipped", "KL", "top-1", "exact")
+    table = Table(
+        "selector",
+        "compensator",
+        "sparsity",
+        "FFN FLOPs skipped",
+        "KL",
+        "top-1",
+        "exact",
+    )
     for r in rows:
         table.add_row(
             r.selector,
+            r.compensator,
             f"{r.sparsity:.0%}",
             f"{r.ffn_sparsity:.1%}",
             f"{r.kl:.4f} ± {r.kl_stderr:.4f}",

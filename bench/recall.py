@@ -16,9 +16,9 @@ from ..adapter import BaseModel, load_adapter
 from ..families import family_of, layer_mlps
 from ..ffn import GatedFFN
 from ..loading import load
-from ..selectors import Oracle, Seen, Trained, top_neurons
+from ..selectors import Oracle, Seen, Selector, Trained, top_neurons
+from ..train.capture import capture
 from .environment import describe
-from .fit_predictor import capture
 from .quality import DATA, passages
 
 
@@ -33,7 +33,7 @@ def hits(scores: mx.array, truth: mx.array, keep: int) -> mx.array:
 
 
 def per_layer(
-    model: nn.Module, trained: Trained, texts: list[mx.array], block: int, keep: int
+    model: nn.Module, selector: Selector, texts: list[mx.array], block: int, keep: int
 ) -> list[float]:
     """Mean recall per layer over all blocks; the last layer never runs sparsely."""
     family = family_of(model)
@@ -41,9 +41,9 @@ def per_layer(
     oracle = Oracle("weighted")
     found: list[list[mx.array]] = [[] for _ in ffns]
     for ids in track(texts, "measuring", transient=True):
-        for i, (ffn, x) in enumerate(zip(ffns, capture(model, ids, block)[0])):
+        for i, (ffn, x) in enumerate(zip(ffns, capture(model, ids, block, "plain")[0])):
             seen = Seen(x.astype(mx.float32), x[:, :0], x[:, :0])
-            found[i].append(hits(trained(i, ffn, seen), oracle(i, ffn, seen), keep))
+            found[i].append(hits(selector(i, ffn, seen), oracle(i, ffn, seen), keep))
         mx.eval(found)
     means: list[Any] = [mx.concatenate(f).mean().item() for f in found]
     return means

@@ -44,10 +44,13 @@ def download(
     patterns: list[str],
     what: str = "adapter",
     revision: Optional[str] = None,
+    repo_type: str = "model",
 ) -> Path:
     """Files of a hub repository, from the cache where they are there; raises AdapterError."""
     try:
-        folder = snapshot_download(repo, revision=revision, allow_patterns=patterns)
+        folder = snapshot_download(
+            repo, repo_type=repo_type, revision=revision, allow_patterns=patterns
+        )
         return Path(folder)
     except (HFValidationError, OSError) as e:  # hub and connection errors are OSErrors
         reason = str(e).splitlines()[0] if str(e) else type(e).__name__

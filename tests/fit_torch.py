@@ -20,9 +20,9 @@ from rich.progress import track
 from torch_modules import Compensator, Layer, Network, Predictor
 
 from mlx_fastforward import demo, detach, load
-from mlx_fastforward.bench.fit_predictor import capture
 from mlx_fastforward.bench.quality import passages
 from mlx_fastforward.session import render
+from mlx_fastforward.train.capture import capture
 
 BLOCK = 128
 
@@ -125,7 +125,7 @@ def main(
     step = max(1, len(lines) // half)
     data += [mx.array(render(tokenizer, m["messages"])) for m in lines[::step][:half]]
     seen = [
-        capture(base, ids, BLOCK)[0]
+        capture(base, ids, BLOCK, "plain")[0]
         for ids in track(data, "capturing", console=console)
     ]
     inputs = [

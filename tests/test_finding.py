@@ -301,7 +301,7 @@ def test_a_repository_is_downloaded_without_its_other_files(
 ) -> None:
     asked = []
 
-    def download(repo: str, revision: None, allow_patterns: list[str]) -> str:
+    def download(repo: str, allow_patterns: list[str], **_: Any) -> str:
         asked.append((repo, sorted(allow_patterns)))
         return str(put(tmp_path / "downloaded"))
 
