@@ -60,7 +60,7 @@ def stream_generate(
 ) -> Generator[Response, None, None]:
     """Stream text as ``mlx_lm.stream_generate`` does, with only the true end of the prompt dense.
 
-    Called from mlx-lm itself, the last block of every 2048-token chunk stays dense, since nobody
+    Called from mlx-lm itself, the end of every 2048-token chunk stays dense, since nobody
     says whether more follows; here the model knows the prompt's length. A model that is not
     attached runs as it is: the statistics then describe stock mlx-lm.
 

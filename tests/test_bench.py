@@ -1,17 +1,14 @@
 """The measuring code measures what it says, on tiny models."""
 
-import json
-from pathlib import Path
-
 import mlx.core as mx
 import numpy as np
 import pytest
 from models import demo_tokenizer, settings, tiny
-from rich.console import Console
 
-from mlx_fastforward import detach, load_adapter
+from mlx_fastforward import detach
 from mlx_fastforward.attachment import attach, engine_of
-from mlx_fastforward.bench import fit_predictor, quality, ttft
+from mlx_fastforward.bench import quality, recall, shapes, ttft
+from mlx_fastforward.selectors import Oracle
 
 PROMPT = 60
 
@@ -84,48 +81,51 @@ def test_ttft_leaves_the_model_stock_and_reports_the_ratio() -> None:
     model = tiny("llama", vocab=4096)
     engine = attach(model, settings())
     detach(model)
-    (row,) = ttft.measure(model, demo_tokenizer(), 64, [engine], 2, lambda: None)
-    assert engine_of(model) is None
+    ids, ticks = mx.arange(8, 72), []
+    (row,) = ttft.measure(
+        model, demo_tokenizer(), ids, [engine], 2, 0, lambda: ticks.append(1)
+    )
+    assert engine_of(model) is None and len(ticks) == 4
     assert row.speedup == pytest.approx(row.stock_ttft_s / row.ttft_s)
-    assert row.spread_s[0] <= row.ttft_s <= row.spread_s[1]
-    assert 0 < row.ffn_sparsity < 0.5
+    assert row.ttft_spread_s[0] <= row.ttft_s <= row.ttft_spread_s[1]
+    assert 0 < row.ffn_flops_skipped < 0.5 and row.ideal_speedup > 1
+    assert row.decode_tps > 0 < row.stock_decode_tps
+    assert (row.context, row.selector, row.strategy) == (64, "probe", "chunk")
 
 
-def test_label_weights_are_those_of_the_paper() -> None:
-    norms = mx.random.permutation(mx.arange(20.0))[None]
-    label, weight = fit_predictor.weights_by_rank(norms)
-    order = np.argsort(-np.array(norms[0]))
-    assert np.array(label[0])[order].tolist() == [1] * 10 + [0] * 10
-    fifths = [32, 32, 16, 16, 8, 8, 4, 4, 2, 2]
-    assert np.array(weight[0])[order].tolist() == fifths + [1] * 10
+@pytest.mark.parametrize("name", shapes.SHAPES)
+def test_random_models_have_the_real_shapes(
+    name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Scaled down by 32, so that they fit into a test."""
+    module, shape = shapes.SHAPES[name]
+    small = shape | {k: shape[k] // 32 for k in ("hidden_size", "intermediate_size")}
+    small["head_dim"] = small["hidden_size"] // 8
+    monkeypatch.setitem(shapes.SHAPES, name, (module, small))
+    model = shapes.random_model(name, 2, mx.float32, 0)
+    assert len(model.layers) == 2
+    adapter = shapes.random_adapter(model)
+    attach(model, settings(selector="trained"), adapter=adapter)
+    assert mx.all(mx.isfinite(model(mx.arange(64)[None]))).item()
 
 
-def test_a_predictor_learns_which_neurons_fire() -> None:
-    """Two kinds of block with disjoint neurons: the fit must tell them apart."""
-    mx.random.seed(0)
-    kind = mx.arange(64) % 2
-    direction = mx.random.normal((2, 32))
-    x = direction[kind][None, :, None] + 0.1 * mx.random.normal((1, 64, 8, 32))
-    half = (mx.arange(40) < 20).astype(mx.float32)
-    norms = mx.stack([half, 1 - half])[kind][None] + 0.01 * mx.random.uniform(
-        shape=(1, 64, 40)
-    )
-    net = fit_predictor.train(x, norms, 800, 16, 16, Console(quiet=True))
-    assert fit_predictor.recall(net, x, norms)[0] > 0.95
+def test_random_models_are_quantised_on_demand(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    module, shape = shapes.SHAPES["llama-3.2-1b"]
+    small = shape | {"hidden_size": 64, "intermediate_size": 128, "head_dim": 8}
+    monkeypatch.setitem(shapes.SHAPES, "llama-3.2-1b", (module, small))
+    model = shapes.random_model("llama-3.2-1b", 2, mx.float32, 4)
+    assert model.layers[0].mlp.down_proj.bits == 4
 
 
-def test_the_fitted_adapter_loads(tmp_path: Path) -> None:
-    (tmp_path / "text.txt").write_text("It was a fine day in the town. " * 60)
-    fit_predictor.main(
-        text=tmp_path / "text.txt",
-        out=tmp_path / "adapter",
-        sequences=2,
-        tokens=128,
-        block_size=16,
-        steps=4,
-        batch=4,
-    )
-    adapter = load_adapter(tmp_path / "adapter")
-    assert adapter.predictors is not None and len(adapter.predictors) == 8
-    info = json.loads((tmp_path / "adapter" / "fastforward.json").read_text())
-    assert info["calibration"]["tokens"] == 256
+def test_recall_of_an_adapter_is_the_share_of_the_oracles_neurons() -> None:
+    scores = mx.array([[3.0, 2.0, 1.0, 0.0], [0.0, 1.0, 2.0, 3.0]])
+    truth = mx.array([[3.0, 0.0, 2.0, 1.0], [0.0, 1.0, 2.0, 3.0]])
+    assert recall.hits(scores, truth, 2).tolist() == [0.5, 1.0]
+
+
+def test_recall_of_the_truth_itself_is_one() -> None:
+    model = tiny("llama", vocab=4096)
+    found = recall.per_layer(model, Oracle("weighted"), prompts(1), 8, 64)
+    assert found == pytest.approx([1.0] * 3)

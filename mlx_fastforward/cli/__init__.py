@@ -7,10 +7,13 @@ import typer
 
 from ..version import __version__
 from .adapters import adapters
+from .bench import bench
 from .chat import chat
 from .convert import convert
 from .demo import demo
 from .generate import generate
+from .train import train
+from .tune import tune
 from .upload import upload
 
 app = typer.Typer(
@@ -45,6 +48,9 @@ def _root(
 app.command()(chat)
 app.command()(generate)
 app.command()(demo)
+app.command()(bench)
+app.command()(tune)
+app.command()(train)
 app.command()(convert)
 app.command()(adapters)
 app.command()(upload)

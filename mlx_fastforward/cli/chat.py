@@ -10,6 +10,7 @@ import typer
 from rich.console import Console
 from rich.text import Text
 
+from ..config import BLOCK_SIZE as BLOCK
 from . import options as o
 from .common import (
     check_lengths,
@@ -22,6 +23,7 @@ from .common import (
     template_config,
 )
 from .terminal import Lines, prefill_progress, show_compared
+from .tuning import tune_first
 
 HELP = """\
 /file PATH   put a document before the next message
@@ -39,7 +41,8 @@ def chat(
     adapter_path: o.AdapterPath = None,
     trust_remote_code: o.TrustRemoteCode = False,
     sparsity: o.Sparsity = 0.5,
-    block_size: o.BlockSize = 128,
+    block_size: o.BlockSize = None,
+    no_tune: o.NoTune = False,
     selector: o.Selector = "auto",
     adapter: o.Adapter = None,
     compensator: o.Compensator = "auto",
@@ -69,13 +72,13 @@ def chat(
       echo "Who was Alice?" | mlx_fastforward chat > answer.txt
     """
     with one_line_errors():
-        check_lengths(max_tokens, prefill_step_size, block_size)
+        check_lengths(max_tokens, prefill_step_size, block_size or BLOCK)
         template = template_config(chat_template_config)
         document = read_text(file) if file is not None else None
         net, tokenizer = load_model(
             model,
             sparsity=sparsity,
-            block_size=block_size,
+            block_size=block_size or BLOCK,
             selector=selector,
             adapter=adapter,
             compensator=compensator,
@@ -87,6 +90,7 @@ def chat(
             trust_remote_code=trust_remote_code,
             tokenizer_config={"trust_remote_code": trust_remote_code},
         )
+        tune_first(net, block_size, no_tune)
         import mlx.core as mx
 
         from ..session import Session
@@ -146,11 +150,18 @@ class Chat:
         else:
             print(f"mlx_fastforward: {text}", file=sys.stderr)
 
+    def why_dense(self) -> str:
+        if self.engine.tuned_dense:
+            return "dense prefill is the fastest on this device; start with --no-tune"
+        return "this chat was started with --sparsity 0; start it with more"
+
     def banner(self, model: Optional[str], file: Optional[Path]) -> None:
         if not self.interactive:
             return
         config = self.engine.config
         mode = "dense (stock mlx-lm)"
+        if self.engine.tuned_dense:
+            mode += ", the fastest on this device; --no-tune runs sparsely"
         if config.sparsity:
             selector = type(self.engine.selector).__name__.lower()
             mode = f"{config.sparsity:.0%} of FFN neurons dropped per {config.block_size} tokens"
@@ -209,7 +220,7 @@ class Chat:
 
     def switch(self, sparse: bool) -> None:
         if sparse and not self.engine.config.sparsity:
-            self.problem("this chat was started with --sparsity 0; start it with more.")
+            self.problem(f"{self.why_dense()}.")
             return
         self.engine.enabled = sparse
         self.session.forget_cache()
@@ -269,9 +280,7 @@ class Chat:
             self.problem("nothing to compare yet: ask something first.")
             return
         if not self.engine.config.sparsity:
-            self.problem(
-                "this chat was started with --sparsity 0: both would be dense."
-            )
+            self.problem(f"{self.why_dense()}.")
             return
         self.session.warm_up()
         results = []

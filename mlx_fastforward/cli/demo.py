@@ -1,7 +1,9 @@
 """mlx_fastforward demo: the bundled model answers questions about a long document."""
 
 import statistics
+from typing import Annotated
 
+import typer
 from rich.console import Console
 from rich.table import Table
 
@@ -11,7 +13,9 @@ from .common import check_lengths, load_model, one_line_errors
 
 def demo(
     sparsity: o.Sparsity = 0.5,
-    block_size: o.BlockSize = 128,
+    block_size: Annotated[
+        int, typer.Option(help="Tokens that share one set of neurons, about.")
+    ] = 128,
     selector: o.Selector = "auto",
 ) -> None:
     """Ask the bundled model about a long document, sparse and dense side by side."""

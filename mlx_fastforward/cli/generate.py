@@ -7,6 +7,7 @@ from typing import Annotated, Any, Optional
 import typer
 from rich.console import Console
 
+from ..config import BLOCK_SIZE as BLOCK
 from . import options as o
 from .common import (
     check_lengths,
@@ -22,6 +23,7 @@ from .common import (
     template_config,
 )
 from .terminal import prefill_progress
+from .tuning import tune_first
 
 
 def generate(
@@ -40,7 +42,8 @@ def generate(
     adapter_path: o.AdapterPath = None,
     trust_remote_code: o.TrustRemoteCode = False,
     sparsity: o.Sparsity = 0.5,
-    block_size: o.BlockSize = 128,
+    block_size: o.BlockSize = None,
+    no_tune: o.NoTune = False,
     selector: o.Selector = "auto",
     adapter: o.Adapter = None,
     compensator: o.Compensator = "auto",
@@ -112,10 +115,10 @@ def generate(
     """
     with one_line_errors():
         text = _prompt(prompt, prompt_option, file)
-        check_lengths(max_tokens, prefill_step_size, block_size)
+        check_lengths(max_tokens, prefill_step_size, block_size or BLOCK)
         settings = {
             "sparsity": sparsity,
-            "block_size": block_size,
+            "block_size": block_size or BLOCK,
             "selector": selector,
             "compensator": compensator,
             "schedule": schedule,
@@ -134,6 +137,7 @@ def generate(
             tokenizer_config={"trust_remote_code": trust_remote_code},
             **settings,
         )
+        tune_first(net, block_size, no_tune)
         more: dict[str, Any] = {}
         if draft_model is not None:
             more["draft_model"] = _draft(draft_model, tokenizer)
@@ -149,6 +153,8 @@ def generate(
 
         engine = engine_of(net)
         assert engine is not None
+        for name in ("sparsity", "block_size"):  # as tuned
+            settings[name] = getattr(engine.config, name)
         if seed is not None:
             mx.random.seed(seed)
         _run(

@@ -1,0 +1,279 @@
+"""mlx_fastforward bench: TTFT of stock mlx-lm against sparse prefill, on this device."""
+
+import json
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Annotated, Any, Optional
+
+import typer
+from rich.console import Console
+from rich.progress import Progress
+from rich.table import Table
+
+from ..config import ConfigError, PrefillConfig
+from . import options as o
+from .common import fail, interruptible, load_model, one_line_errors
+from .tuning import tune_once
+
+
+def bench(
+    model: o.Model = None,
+    random: Annotated[
+        Optional[str],
+        typer.Option(
+            help="Random weights in the shape of llama-3.2-1b, llama-3.2-3b, llama-3.1-8b or "
+            "qwen3-4b, with predictors of random weights: for timings they do.",
+            show_default=False,
+        ),
+    ] = None,
+    layers: Annotated[
+        Optional[int],
+        typer.Option(min=2, help="Fewer layers, with --random.", show_default=False),
+    ] = None,
+    q_bits: Annotated[
+        int, typer.Option(help="Quantised weights with --random; 0: float.")
+    ] = 0,
+    dtype: Annotated[
+        Optional[str],
+        typer.Option(
+            help="float32, float16 or bfloat16. Default: the model's own; --random: bfloat16 on "
+            "a GPU, else float32.",
+            show_default=False,
+        ),
+    ] = None,
+    contexts: Annotated[
+        Optional[str],
+        typer.Option(
+            help="Prompt tokens. Default: 512,1024,2048,4096, as the model allows."
+        ),
+    ] = None,
+    sparsities: Annotated[
+        str, typer.Option(help="Shares of FFN neurons dropped.")
+    ] = "0.5",
+    block_sizes: Annotated[
+        Optional[str],
+        typer.Option(help="Default: the tuned one.", show_default=False),
+    ] = None,
+    selectors: Annotated[
+        str, typer.Option(help="auto, trained, probe, first-block, oracle.")
+    ] = "auto",
+    strategies: Annotated[
+        Optional[str],
+        typer.Option(
+            help="chunk, columns, stored. Default: the tuned one.", show_default=False
+        ),
+    ] = None,
+    adapter: o.Adapter = None,
+    compensator: o.Compensator = "auto",
+    trust_remote_code: o.TrustRemoteCode = False,
+    no_tune: o.NoTune = False,
+    num_trials: Annotated[
+        int, typer.Option("--num-trials", "-n", min=1, help="Runs of each arm.")
+    ] = 5,
+    delay: Annotated[
+        float, typer.Option(min=0, help="Seconds of rest before each run.")
+    ] = 0,
+    json_file: Annotated[
+        Optional[Path], typer.Option("--json", help="Write all figures here.")
+    ] = None,
+    png: Annotated[Optional[Path], typer.Option(help="Write a picture here.")] = None,
+) -> None:
+    """Measure the time to first token, sparse against stock mlx-lm, interleaved.
+
+    Examples:
+
+      mlx_fastforward bench --model mlx-community/Llama-3.2-3B-Instruct-4bit --json bench.json
+
+      mlx_fastforward bench --random llama-3.2-1b --layers 8 --contexts 2048,4096
+    """
+    with one_line_errors(), interruptible():
+        import mlx.core as mx
+
+        from ..attachment import attach, detach
+        from ..bench import ttft
+        from ..bench.environment import describe
+
+        _check_files(json_file, png)
+        sizes = numbers("--contexts", contexts, int) if contexts else None
+        net, tokenizer, side = _model(
+            model, random, layers, q_bits, dtype, adapter, trust_remote_code
+        )
+        configs = [
+            PrefillConfig(s, selector=name, compensator=compensator)
+            for name in selectors.split(",")
+            for s in numbers("--sparsities", sparsities, float)
+        ]
+        blocks = numbers("--block-sizes", block_sizes, int) if block_sizes else None
+        ways = strategies.split(",") if strategies else None
+        console = Console(stderr=True)
+        engines = []
+        for config in configs:
+            for arm in _arms(config, blocks, ways):
+                engine = attach(net, arm, adapter=side)
+                if not no_tune and not blocks and not ways:
+                    tune_once(engine, console)
+                engines.append(engine)
+                detach(net)
+        sizes = sizes or _contexts(net)
+        rows: list[ttft.Row] = []
+        with Progress(console=console, disable=not console.is_terminal) as bar:
+            total = len(sizes) * num_trials * (len(engines) + 1)
+            task = bar.add_task("timing", total=total)
+            ttft.warm_up(net, tokenizer, engines)
+            for context in sizes:
+                ids = mx.random.randint(8, 4096, (context,), key=mx.random.key(context))
+                rows += ttft.measure(
+                    net,
+                    tokenizer,
+                    ids,
+                    engines,
+                    num_trials,
+                    delay,
+                    lambda: bar.advance(task),
+                )
+        name = random or model or "demo model"
+        if Path(name).exists():  # figures are shared, paths are not
+            name = Path(name).resolve().name
+        settings = {
+            "model": f"{name}, {len(net.layers)} layers"
+            + (f", {q_bits} bits" if q_bits else ""),
+            "dtype": str(net.layers[0].input_layernorm.weight.dtype)[9:],
+            "trials": num_trials,
+        }
+        environment = describe() | settings
+        _show(rows, environment)
+        report = {"environment": environment, "rows": [asdict(r) for r in rows]}
+        _write(report, rows, json_file, png)
+
+
+def numbers(flag: str, text: str, kind: Any) -> list[Any]:
+    """A list of numbers with commas between them."""
+    try:
+        found = [kind(part) for part in text.split(",")]
+    except ValueError:
+        raise ConfigError(
+            f"{flag} must be numbers with commas between them, got {text!r}."
+        ) from None
+    if kind is int and min(found) < 1:
+        raise ConfigError(f"{flag} must be above 0, got {text!r}.")
+    return found
+
+
+def _model(
+    model: Optional[str],
+    random: Optional[str],
+    layers: Optional[int],
+    q_bits: int,
+    dtype: Optional[str],
+    adapter: Optional[str],
+    trust_remote_code: bool,
+) -> tuple[Any, Any, Any]:
+    """The model, stock, its tokenizer and its adapter."""
+    import mlx.core as mx
+    from mlx_lm.utils import load_tokenizer
+
+    from .. import demo
+    from ..attachment import detach
+    from ..bench import shapes
+    from ..finding import adapter_for, named_adapter
+
+    if q_bits not in (0, 2, 3, 4, 5, 6, 8):
+        raise ConfigError(f"--q-bits must be 2, 3, 4, 5, 6 or 8, or 0; got {q_bits}.")
+    if random is not None and model is not None:
+        raise ConfigError("give --model or --random, not both.")
+    if dtype not in (None, "float32", "float16", "bfloat16"):
+        raise ConfigError(f"--dtype must be float32, float16 or bfloat16; got {dtype}.")
+    if random is None:
+        if layers or q_bits:
+            raise ConfigError("--layers and --q-bits go with --random.")
+        net, tokenizer = load_model(
+            model,
+            sparsity=0.0,
+            adapter="none",
+            trust_remote_code=trust_remote_code,
+            tokenizer_config={"trust_remote_code": trust_remote_code},
+        )
+        detach(net)
+        name = model or str(demo.MODEL)
+    else:
+        if random not in shapes.SHAPES:
+            known = ", ".join(shapes.SHAPES)
+            raise ConfigError(f"--random must be one of {known}; got {random}.")
+        usual = "bfloat16" if mx.default_device() == mx.gpu else "float32"
+        kind = getattr(mx, dtype or usual)
+        net = shapes.random_model(random, layers, kind, q_bits)
+        return net, load_tokenizer(demo.MODEL), shapes.random_adapter(net)
+    if dtype:
+        net.set_dtype(getattr(mx, dtype))
+    from ..adapter import BaseModel
+
+    side = named_adapter(adapter) if adapter else adapter_for(name, BaseModel.of(net))
+    return net, tokenizer, side
+
+
+def _arms(
+    config: PrefillConfig, blocks: Optional[list[int]], ways: Optional[list[str]]
+) -> list[PrefillConfig]:
+    """Every block size with every strategy."""
+    return [
+        replace(config, block_size=block, strategy=way)
+        for block in blocks or [config.block_size]
+        for way in ways or [config.strategy]
+    ]
+
+
+def _check_files(json_file: Optional[Path], png: Optional[Path]) -> None:
+    """Better before the measuring than after it."""
+    if png and png.suffix.lower() != ".png":
+        raise ConfigError(f"--png must be a file ending in .png, got {png}.")
+    for file in (json_file, png):
+        if file and not file.absolute().parent.is_dir():
+            fail(f"{file} cannot be written: no such folder.")
+
+
+def _contexts(net: Any) -> list[int]:
+    from ..families import context_length
+
+    limit = context_length(net) or 4096
+    return [c for c in (512, 1024, 2048, 4096) if c + 32 <= limit] or [limit // 2]
+
+
+def _write(
+    report: dict[str, Any], rows: Any, json_file: Optional[Path], png: Optional[Path]
+) -> None:
+    from ..bench.picture import picture
+
+    env = report["environment"]
+    title = f"{env['model']}, {env['dtype']}, {env['device']}, mlx {env['mlx']}"
+    try:
+        if json_file:
+            json_file.write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
+        if png:
+            picture(png, rows, title)
+    except OSError as e:
+        fail(f"{e.filename or json_file or png} cannot be written: {e.strerror or e}.")
+
+
+def _show(rows: Any, environment: dict[str, Any]) -> None:
+    print(", ".join(f"{k} {v}" for k, v in environment.items()))
+    table = Table(
+        "context", "arm", "TTFT", "stock", "x", "ideal", "GB", "stock", "tok/s", "stock"
+    )
+    for r in rows:
+        table.add_row(
+            f"{r.context:,}",
+            f"{r.selector} {r.sparsity:.0%} block {r.block_size} {r.strategy}",
+            _time(r.ttft_s, r.ttft_spread_s),
+            _time(r.stock_ttft_s, r.stock_ttft_spread_s),
+            f"{r.speedup:.2f}",
+            f"{r.ideal_speedup:.2f}",
+            f"{r.peak_memory_gb:.2f}",
+            f"{r.stock_peak_memory_gb:.2f}",
+            f"{r.decode_tps:.1f}",
+            f"{r.stock_decode_tps:.1f}",
+        )
+    Console(width=130).print(table)
+
+
+def _time(median: float, spread: tuple[float, float]) -> str:
+    return f"{median:.2f} s ({spread[0]:.2f}-{spread[1]:.2f})"

@@ -1,0 +1,61 @@
+"""mlx_fastforward tune: measure this device again, and show what was found."""
+
+from typing import Annotated
+
+import typer
+from rich.console import Console
+from rich.table import Table
+
+from ..config import ConfigError
+from . import options as o
+from .common import fail, interruptible, load_model, one_line_errors
+from .tuning import measured
+
+
+def tune(
+    model: o.Model = None,
+    sparsity: o.Sparsity = 0.5,
+    selector: o.Selector = "auto",
+    adapter: o.Adapter = None,
+    compensator: o.Compensator = "auto",
+    largest: Annotated[
+        int,
+        typer.Option(
+            help="Largest block to try, 128 to 2048: larger ones are faster and lose more."
+        ),
+    ] = 512,
+    trust_remote_code: o.TrustRemoteCode = False,
+) -> None:
+    """Find the fastest block size and gather strategy for a model on this device.
+
+    chat and generate do this by themselves on first use; this does it again, and shows the figures.
+    """
+    with one_line_errors(), interruptible():
+        from .. import tune as tuning
+        from ..attachment import engine_of
+
+        if not 128 <= largest <= 2048:
+            raise ConfigError(f"--largest must be 128 to 2048, got {largest}.")
+        net, _ = load_model(
+            model,
+            sparsity=sparsity,
+            selector=selector,
+            adapter=adapter,
+            compensator=compensator,
+            trust_remote_code=trust_remote_code,
+            tokenizer_config={"trust_remote_code": trust_remote_code},
+        )
+        engine = engine_of(net)
+        assert engine is not None
+        if not any(engine.keep):
+            fail("nothing to tune: every layer stays dense.", 2 if not sparsity else 1)
+        choice = measured(engine, Console(stderr=True), largest)
+        tuning.remember(tuning.key(engine), choice)
+        table = Table("block", "strategy", "of the dense time", "error")
+        for c in choice.candidates:
+            share = f"{c['seconds'] / choice.dense_seconds:.2f}"
+            error = f"{c['error']:.1e}" + ("" if c["correct"] else ", wrong")
+            table.add_row(str(c["block_size"]), c["strategy"], share, error)
+        Console().print(table)
+        print(tuning.summary(choice))
+        print(f"Kept in {tuning.file()} for: {tuning.key(engine)}")
