@@ -171,7 +171,7 @@ def test_generate_json(demo: Any) -> None:
     assert got["decode_tps"] > 0 and got["peak_memory_gb"] > 0
     assert got["settings"] == {
         "sparsity": 0.4,
-        "adapter": None,
+        "adapter": str(DEMO),
         "block_size": 16,
         "selector": "auto",
         "compensator": "auto",
@@ -181,17 +181,18 @@ def test_generate_json(demo: Any) -> None:
         "sparse_decode": False,
         "model": "demo",
     }
-    attach(model, mlx_fastforward.PrefillConfig(sparsity=0.4, block_size=16))
+    config = mlx_fastforward.PrefillConfig(sparsity=0.4, block_size=16)
+    attach(model, config, adapter=mlx_fastforward.load_adapter(DEMO))
     ids = render(tokenizer, [{"role": "user", "content": prompt}])
     last = list(stream_generate(model, tokenizer, ids, 8))[-1]
     mlx_fastforward.detach(model)
     assert got["ffn_sparsity"] == round(last.ffn_sparsity, 4) > 0.1
 
 
-def test_generate_default_blocks_are_sparse_from_384_tokens_on(tiny: Path) -> None:
+def test_generate_default_blocks_are_sparse_from_512_tokens_on(tiny: Path) -> None:
     tokenizer = models.demo_tokenizer()
-    ids = tokenizer.encode(STORY * 5, add_special_tokens=False)
-    for n, sparse in ((383, False), (384, True)):
+    ids = tokenizer.encode(STORY * 9, add_special_tokens=False)
+    for n, sparse in ((511, False), (512, True)):
         prompt = tokenizer.decode(ids[:n])
         flags = ["--model", str(tiny), "--ignore-chat-template", "-m", "1"]
         got = as_json(prompt, *flags)
@@ -311,6 +312,8 @@ USAGE = [
     (["--selector", "magic"], "selector must be one of auto, trained, probe"),
     (["--selector", "trained"], "selector trained needs an adapter"),
     (["--compensator", "mlp"], "compensator mlp needs an adapter"),
+    (["--compensator", "low-rank"], "compensator low-rank needs an adapter"),
+    (["--compensator", "lowrank"], "compensator must be one of auto, none, mlp, low"),
     (["--schedule", "layerwise"], "schedule layerwise needs importances"),
     (["--sparse-decode"], "sparse_decode needs the selector trained"),
     (["--max-tokens", "0"], "--max-tokens must be above 0"),
@@ -325,6 +328,7 @@ USAGE = [
 @pytest.mark.parametrize("flags, message", USAGE, ids=lambda x: "=".join(x)[:30])
 def test_impossible_settings(command: str, flags: list[str], message: str) -> None:
     prompt = ["Hello"] if command == "generate" else []
+    flags = [*flags, "--adapter", "none"]
     assert re.match(message, bad(2, command, *prompt, *flags, stdin="Hello\n"))
 
 
@@ -609,7 +613,7 @@ def test_chat_compare(tiny: Path) -> None:
 def test_chat_compare_needs_sparsity(tiny: Path) -> None:
     flags = ["--model", str(tiny), "--sparsity", "0"]
     done = chat("Hello\n/compare\n", *flags, code=1)
-    line = "this chat was started with --sparsity 0: both would be dense."
+    line = "this chat was started with --sparsity 0; start it with more."
     assert one_line(done.stderr) == line
 
 
