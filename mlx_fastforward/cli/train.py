@@ -193,7 +193,7 @@ def _announce(run: Any, console: Console, new: bool) -> None:
         )
     console.print(
         f"Up to {tokens:,} tokens; {disk / 1e9:.2f} GB of disk in {run.out} while it runs, at "
-        f"most {memory / 1e9:.2f} GB of memory besides the model.",
+        f"most {memory / 1e9:.2f} GB of memory besides what the model takes to read.",
         soft_wrap=True,
     )
 
