@@ -47,7 +47,7 @@ def free_disk(folder: Path) -> float:
 
 
 def memory(base: BaseModel, settings: Settings) -> float:
-    """Bytes of memory besides the model, at most: the largest phase."""
+    """Bytes of memory besides what the model takes to read, at most: the largest phase."""
     layers, d, f = base.layers - 1, base.hidden_size, base.ffn_size
     r, k, n = settings.rank, settings.compensator_rank + 1, settings.length
     rows = layers * BLOCKS
