@@ -45,7 +45,7 @@ LEVELS = (0.3, 0.4, 0.5, 0.6)  # sparsities that one compensator serves
 LEVEL = 0.5  # the one that is judged
 FIT_TOKENS = 100_000  # the closed forms need no more
 # Parts of --minutes; what is left is for importances and judgement.
-CAPTURE, PREDICTORS, COMPENSATORS = 0.3, 0.35, 0.2
+HELD, CAPTURE, PREDICTORS, COMPENSATORS = 0.05, 0.25, 0.3, 0.15
 
 Tick = Callable[[str, float, float, str], None]
 
@@ -136,7 +136,8 @@ class Run:
         wanted = settings.tokens // len(self.stages)
         if stage == "held-out":
             wanted = settings.held_out
-        budget = self.seconds(CAPTURE / len(self.stages))
+        share = HELD if stage == "held-out" else CAPTURE / len(self.stages)
+        budget = self.seconds(share)
         start, before = time.perf_counter(), state.tokens.get(stage, 0)
         while stage not in state.enough:
             i = state.captured.setdefault(stage, 0)
@@ -316,7 +317,8 @@ class Run:
     def importances(self) -> None:
         """Importances, from held-out sequences."""
         if self.state.importance is None:
-            ids = (self.held[i] for i in range(IMPORTANCE_SAMPLES))
+            samples = IMPORTANCE_SAMPLES // (2 if self.settings.minutes else 1)
+            ids = (self.held[i] for i in range(samples))
             block = self.settings.block_size
             self.state.importance = importances(self.model, ids, block)
             self.state.save("importances")
