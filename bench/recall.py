@@ -13,31 +13,19 @@ from rich.progress import track
 
 from .. import demo
 from ..adapter import BaseModel, load_adapter
-from ..families import family_of, layer_mlps
-from ..ffn import GatedFFN
 from ..loading import load
-from ..selectors import Oracle, Seen, Selector, Trained, top_neurons
-from ..train.capture import capture
+from ..selectors import Oracle, Seen, Selector, Trained
+from ..train.capture import capture, ffns_of
+from ..train.lost import hits
 from .environment import describe
 from .quality import DATA, passages
-
-
-def hits(scores: mx.array, truth: mx.array, keep: int) -> mx.array:
-    """Share of the best ``keep`` neurons of ``truth`` among those of ``scores``. (M, f) -> (M,)."""
-
-    def chosen(s: mx.array) -> mx.array:
-        blank = mx.zeros(s.shape)
-        return mx.put_along_axis(blank, top_neurons(s, keep), mx.array(1.0), axis=-1)
-
-    return (chosen(scores) * chosen(truth)).sum(axis=-1) / keep
 
 
 def per_layer(
     model: nn.Module, selector: Selector, texts: list[mx.array], block: int, keep: int
 ) -> list[float]:
     """Mean recall per layer over all blocks; the last layer never runs sparsely."""
-    family = family_of(model)
-    ffns = [GatedFFN(m, family) for m in layer_mlps(model, family)][:-1]
+    ffns = ffns_of(model)
     oracle = Oracle("weighted")
     found: list[list[mx.array]] = [[] for _ in ffns]
     for ids in track(texts, "measuring", transient=True):

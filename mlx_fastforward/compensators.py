@@ -82,6 +82,12 @@ class LowRankWeights:
     u: mx.array
 
 
+def features(x: mx.array, center: mx.array, v: mx.array) -> mx.array:
+    """phi = [1, (x - center) V]. (M, n, d) -> (M, n, k)."""
+    h = (x - center) @ v
+    return mx.concatenate([mx.ones((*h.shape[:-1], 1), h.dtype), h], axis=-1)
+
+
 class LowRankCompensator:
     """Dropped neurons are replaced by linear guesses from a few directions of x; it knows the mask.
 
@@ -95,8 +101,7 @@ class LowRankCompensator:
 
     def __call__(self, layer: int, x: mx.array) -> mx.array | Estimate:
         w = self.layers[layer]
-        h = (x.astype(w.v.dtype) - w.center) @ w.v
-        phi = mx.concatenate([mx.ones((*h.shape[:-1], 1), h.dtype), h], axis=-1)
+        phi = features(x.astype(w.v.dtype), w.center, w.v)
         return Estimate(phi.astype(x.dtype), w.u)
 
     def flops(self, tokens: int, d: int, keep: int) -> float:

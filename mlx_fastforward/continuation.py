@@ -7,9 +7,8 @@ import mlx.nn as nn
 from mlx_lm.models.cache import make_prompt_cache
 
 from .engine import Engine
+from .plan import CHUNK
 from .session import switched
-
-CHUNK = 2048
 
 
 def prefill(model: nn.Module, tokens: mx.array, cache: Any) -> None:

@@ -23,6 +23,12 @@ STORED_BITS = 8
 Product = Callable[[mx.array, mx.array], mx.array]
 
 
+def base_and_lora(linear: nn.Module) -> tuple[Any, Optional[LoRALinear]]:
+    """A projection without what LoRA or DoRA put around it, and the LoRA if that is what it is."""
+    lora = linear if type(linear) is LoRALinear else None
+    return getattr(linear, "linear", linear), lora
+
+
 def dequantized(linear: nn.Module, dtype: mx.Dtype) -> mx.array:
     """The float weight (out, in) of a Linear or QuantizedLinear."""
     if type(linear) is not nn.QuantizedLinear:
@@ -60,8 +66,7 @@ class Down:
         strategy: str = "chunk",
         stored: Optional[dict[str, Any]] = None,
     ):
-        self.lora = linear if type(linear) is LoRALinear else None
-        base = linear.linear if self.lora is not None else linear
+        base, self.lora = base_and_lora(linear)
         self.bias = base.get("bias")
         if strategy == "stored":
             self.product = _stored(base, dtype, {} if stored is None else stored)

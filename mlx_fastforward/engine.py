@@ -136,17 +136,7 @@ class Engine:
             plan, empty = None, False
         else:
             empty = is_empty(cache)
-            plan = plan_call(
-                new,
-                self.config.block_size,
-                cache_empty=empty,
-                edge=self.edge,
-                tail=self.tail,
-                after=after,
-                dense_head=self.config.dense_head,
-                dense_tail=self.config.dense_tail,
-                unit=self.selector.probe_every or 1,
-            )
+            plan = self.plan(new, empty, after)
         if after is not None:
             self._count(batch, new, plan)
         if plan is None:
@@ -155,6 +145,20 @@ class Engine:
         if new == 1 and self.selector.remembers and not any(memory):
             return None
         return Call(plan, memory, valid_tokens(cache, batch, new))
+
+    def plan(self, new: int, empty: bool, after: Optional[int]) -> Optional[Plan]:
+        """plan_call() under this engine's settings."""
+        return plan_call(
+            new,
+            self.config.block_size,
+            cache_empty=empty,
+            edge=self.edge,
+            tail=self.tail,
+            after=after,
+            dense_head=self.config.dense_head,
+            dense_tail=self.config.dense_tail,
+            unit=self.selector.probe_every or 1,
+        )
 
     def drop_unsupported(self) -> None:
         """Keep layers dense whose projections cannot be sliced, and say so once."""

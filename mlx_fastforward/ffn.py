@@ -10,7 +10,7 @@ import mlx.nn as nn
 from mlx_lm.tuner.lora import LoRALinear
 
 from .compensators import Estimate
-from .down import Down, dequantized, same_arrays
+from .down import Down, base_and_lora, dequantized, same_arrays
 from .families import Family
 
 
@@ -75,7 +75,7 @@ class GatedFFN:
     def shape(self) -> tuple[int, int]:
         """(d, f): hidden size and number of neurons."""
         first = self._inputs()[0]
-        base: Any = getattr(first, "linear", first)  # LoRA and DoRA wrap one
+        base, _ = base_and_lora(first)
         out, d = base.weight.shape
         if base.weight.dtype == mx.uint32:
             d = d * 32 // base.bits
@@ -87,7 +87,7 @@ class GatedFFN:
 
     def unsupported(self) -> Optional[str]:
         """Why this layer cannot be sliced, or None."""
-        reasons = (unsupported_linear(m) for m in [*self._inputs(), self.down])
+        reasons = (unsupported_linear(m) for m in self.projections())
         return next((r for r in reasons if r), None)
 
     def activations(self, x: mx.array) -> mx.array:
@@ -121,17 +121,13 @@ class GatedFFN:
 
     def down_matrix(self) -> mx.array:
         """The down projection's weight (d, f), float32, LoRA included."""
-        linear = self.down
-        lora = linear if type(linear) is LoRALinear else None
-        base = linear if lora is None else lora.linear
+        base, lora = base_and_lora(self.down)
         w = dequantized(base, mx.float32).astype(mx.float32)
         return w if lora is None else w + lora.scale * (lora.lora_a @ lora.lora_b).T
 
     def _tag(self) -> list[Any]:
         """The arrays of the down projection."""
-        linear = self.down
-        lora = linear if type(linear) is LoRALinear else None
-        base = linear if lora is None else lora.linear
+        base, lora = base_and_lora(self.down)
         own = [] if lora is None else [lora.lora_a, lora.lora_b, lora.scale]
         return [base.weight, base.get("scales"), base.get("biases"), *own]
 

@@ -10,12 +10,11 @@ from typing import Any
 
 import mlx.nn as nn
 
+from .down import base_and_lora
 from .engine import Engine, Split
 from .families import family_of, layer_mlps
 from .ffn import GatedFFN
-from .plan import plan_call
-
-CHUNK = 2048
+from .plan import CHUNK
 
 
 @dataclass(frozen=True)
@@ -53,7 +52,7 @@ class Shape:
 
 def _bytes(linear: Any) -> tuple[float, int]:
     """Bytes per weight, and of the floats it computes in."""
-    base = getattr(linear, "linear", linear)
+    base, _ = base_and_lora(linear)
     floats = base.get("scales", base.weight).dtype.size
     if "scales" not in base:
         return float(floats), floats
@@ -132,9 +131,8 @@ def sparse_cost(shape: Shape, tokens: int, engine: Engine) -> Cost:
                 compensation += plan.blocks * one
             taken = 3.0 * keep * shape.hidden * shape.weight_bytes
             gathered += 2 * plan.blocks * taken  # read and written
-            if (
-                engine.config.strategy == "chunk"
-            ):  # dequantised, transposed in two passes
+            if engine.config.strategy == "chunk":
+                # dequantised, and transposed in two passes
                 gathered += 5.0 * shape.hidden * shape.ffn * shape.float_bytes
             ffn_bytes += plan.blocks * taken
     cost.flops |= {"ffn": ffn, "selection": selection, "compensation": compensation}
@@ -146,20 +144,10 @@ def _plans(tokens: int, engine: Engine) -> list[tuple[int, Any]]:
     """(new tokens, plan) of every call that generation makes; the last token comes alone."""
     if tokens < engine.shortest:
         return [(tokens, None)]
-    config, found, done = engine.config, [], 0
+    found, done = [], 0
     while done < tokens:
         new = min(CHUNK, tokens - 1 - done) or 1
-        plan = plan_call(
-            new,
-            config.block_size,
-            cache_empty=done == 0,
-            edge=engine.edge,
-            tail=engine.tail,
-            after=tokens - done - new,
-            dense_head=config.dense_head,
-            dense_tail=config.dense_tail,
-            unit=engine.selector.probe_every or 1,
-        )
+        plan = engine.plan(new, done == 0, tokens - done - new)
         found.append((new, plan if new > 1 else None))
         done += new
     return found

@@ -6,6 +6,8 @@ Pure Python, no mlx: everything here is known before the forward pass is built.
 from dataclasses import dataclass
 from typing import Optional
 
+CHUNK = 2048  # tokens that mlx-lm prefills per call
+
 
 @dataclass(frozen=True)
 class Plan:

@@ -16,13 +16,13 @@ from typing import Any, Callable, Optional
 
 import mlx.core as mx
 
+from .down import base_and_lora
 from .engine import Call, Engine
 from .ffn import GatedFFN
 from .finding import home
-from .plan import Plan, plan_call
+from .plan import CHUNK, Plan
 from .version import __version__
 
-CHUNK = 2048
 BLOCKS = (128, 256, 512, 1024, 2048)
 LENGTHS = (512, 1024)  # short prompts: from which on is sparse faster?
 STRATEGIES = ("chunk", "columns")  # "stored" costs memory: only who asks for it gets it
@@ -76,7 +76,7 @@ def key(engine: Engine) -> str:
 
 
 def _stored_as(linear: Any) -> str:
-    base = getattr(linear, "linear", linear)
+    base, _ = base_and_lora(linear)
     if "scales" not in base:
         return "float"
     return f"{base.mode} {base.bits} bits/{base.group_size}"
@@ -158,8 +158,7 @@ def tune(
         tick: Called with the share that is done.
     """
     sizes = [b for b in BLOCKS if b <= largest]
-    middle = sizes[-1]
-    trials = [(middle, s) for s in STRATEGIES] + [(b, "") for b in sizes[:-1]]
+    trials = [(sizes[-1], s) for s in STRATEGIES] + [(b, "") for b in sizes[:-1]]
     x, dense = _inputs(engine), []  # type: mx.array, list[float]
     found: list[Candidate] = []
     total = len(trials) + len(LENGTHS)
@@ -197,7 +196,7 @@ def _best(found: list[Candidate]) -> Candidate:
 
 def _dtype(engine: Engine) -> mx.Dtype:
     """Of the activations; scales of some quantisations are whole numbers."""
-    base: Any = getattr(engine.ffns[0].down, "linear", engine.ffns[0].down)
+    base, _ = base_and_lora(engine.ffns[0].down)
     dtype: mx.Dtype = base.get("scales", base.weight).dtype
     return dtype if mx.issubdtype(dtype, mx.floating) else mx.bfloat16
 
@@ -209,22 +208,9 @@ def _inputs(engine: Engine) -> mx.array:
     return x.astype(_dtype(engine))
 
 
-def _plan(engine: Engine, tokens: int, whole: bool) -> Optional[Plan]:
-    """Of a chunk from the middle of a prompt, or of a whole prompt."""
-    return plan_call(
-        tokens,
-        engine.config.block_size,
-        cache_empty=whole,
-        edge=engine.edge,
-        tail=engine.tail,
-        after=0 if whole else CHUNK,
-        unit=engine.selector.probe_every or 1,
-    )
-
-
 def _measured(engine: Engine, x: mx.array, dense: list[float]) -> Candidate:
     """One candidate over a chunk; the times of the dense runs between go to ``dense``."""
-    plan = _plan(engine, x.shape[1], whole=False)
+    plan = engine.plan(x.shape[1], empty=False, after=CHUNK)
     assert plan is not None
     error = _error(engine, x[:, : plan.block_size])
     times = _interleaved(engine, plan, x, dense)
@@ -266,8 +252,8 @@ def _error(engine: Engine, block: mx.array) -> float:
 
 def _shortest(engine: Engine, x: mx.array, tick: Callable[[int], None]) -> int:
     """The least of LENGTHS, or a chunk, from which on a whole prompt's FFN is faster sparse."""
-    for i, length in enumerate(sorted(LENGTHS)):
-        plan = _plan(engine, length, whole=True)
+    for i, length in enumerate(LENGTHS):
+        plan = engine.plan(length, empty=True, after=0)
         dense: list[float] = []
         if plan is not None:
             times = _interleaved(engine, plan, x[:, :length], dense)
@@ -290,6 +276,6 @@ def summary(choice: Choice) -> str:
     line = (
         f"Tuned: blocks of {choice.block_size} tokens, {choice.strategy}; an FFN takes "
         f"{best / choice.dense_seconds:.2f} of its dense time. Prompts from "
-        f"{max(choice.shortest, 1)} tokens on."
+        f"{choice.shortest} tokens on."
     )
     return "\n".join([line, *lines])

@@ -10,7 +10,7 @@ from ..attachment import attach, detach
 from ..config import PrefillConfig
 from ..continuation import continuation, divergence
 from ..selectors import PredictorWeights
-from .lost import marked
+from .lost import hits
 
 TOKENS = 64  # compared after each prompt
 SHORTEST = 512  # shorter prompts are hardly sparse
@@ -33,12 +33,12 @@ def recall(
     sums, blocks = mx.zeros((len(predictors),)), 0
     for x, norms in captured:
         keep = norms.shape[-1] // 2
-        hits = []
+        found = []
         for layer, weights in enumerate(predictors):
-            found = marked(weights(mx.array(x[layer]).astype(mx.float32)), keep)
-            best = marked(mx.array(norms[layer]).astype(mx.float32), keep)
-            hits.append(mx.sum(found * best) / keep)
-        sums, blocks = sums + mx.stack(hits), blocks + x.shape[1]
+            scores = weights(mx.array(x[layer]).astype(mx.float32))
+            truth = mx.array(norms[layer]).astype(mx.float32)
+            found.append(mx.sum(hits(scores, truth, keep)))
+        sums, blocks = sums + mx.stack(found), blocks + x.shape[1]
         mx.eval(sums)
     shares: Any = (sums / max(1, blocks)).tolist()
     return shares

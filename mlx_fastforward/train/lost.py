@@ -18,6 +18,11 @@ def marked(scores: mx.array, keep: int) -> mx.array:
     return mx.put_along_axis(mx.zeros(scores.shape), chosen, mx.array(1.0), axis=-1)
 
 
+def hits(scores: mx.array, truth: mx.array, keep: int) -> mx.array:
+    """Share of the best ``keep`` neurons of ``truth`` among those of ``scores``. (M, f) -> (M,)."""
+    return mx.sum(marked(scores, keep) * marked(truth, keep), axis=-1) / keep
+
+
 def dropped(ffn: GatedFFN, x: mx.array, kept: mx.array) -> mx.array:
     """Activations of the dropped neurons, 0 for the kept. (B, n, d), (B, f) -> (B, n, f)."""
     return ffn.activations(x).astype(mx.float32) * (1 - kept)[:, None]

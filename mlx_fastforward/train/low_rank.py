@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import mlx.core as mx
 import numpy as np
 
-from ..compensators import LowRankWeights
+from ..compensators import LowRankWeights, features
 from ..ffn import GatedFFN
 from .lost import Blocks, dropped
 
@@ -54,12 +54,6 @@ class Directions:
         whiten = (vectors / root) @ vectors.T
         left, _, _ = np.linalg.svd(whiten @ (xe - np.outer(x, e)))
         return x, whiten @ left[:, :rank]
-
-
-def features(x: mx.array, center: mx.array, v: mx.array) -> mx.array:
-    """[1, (x - center) V]. (blocks, n, d) -> (blocks, n, k)."""
-    h = (x - center) @ v
-    return mx.concatenate([mx.ones((*h.shape[:-1], 1)), h], axis=-1)
 
 
 def fit_low_rank(ffn: GatedFFN, blocks: Blocks, rank: int) -> LowRankWeights:
