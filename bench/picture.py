@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from .ttft import Row
+from .ttft import Row, arm_name
 
 
 def picture(path: Path, rows: list[Row], title: str) -> None:
@@ -35,8 +35,5 @@ def picture(path: Path, rows: list[Row], title: str) -> None:
 def _lines(rows: list[Row]) -> dict[str, list[Row]]:
     found: dict[str, list[Row]] = {}
     for r in sorted(rows, key=lambda r: r.context):
-        name = f"{r.selector}, {r.sparsity:.0%}, block {r.block_size}, {r.strategy}"
-        if not r.sparsity:
-            name = f"{r.selector}, tuned: dense"
-        found.setdefault(name, []).append(r)
+        found.setdefault(arm_name(r), []).append(r)
     return found

@@ -15,27 +15,36 @@ from mlx_lm.generate import stream_generate as stock_stream_generate
 
 from ..attachment import detach, seat
 from ..engine import Engine
+from ..families import family_of, layer_mlps
 from ..generation import stream_generate
 from ..limits import Shape, ideal_speedup
+from ..plan import CHUNK
 
 DECODED = 16  # tokens after the first, for the decoding speed
 
 
 @dataclass
 class Row:
-    """One arm at one context. Times in seconds, medians; spread is (min, max)."""
+    """One arm at one context. Times in seconds, medians; spread is (min, max).
+
+    ideal_speedup is what the FLOPs allow; ffn_share is the FFNs' measured share of stock's time, and
+    reachable_speedup what skipping their FLOPs gives if all else takes as long as in stock.
+    """
 
     context: int
     sparsity: float
     block_size: int
     selector: str
     strategy: str
+    attention_block: int
     ttft_s: float
     ttft_spread_s: tuple[float, float]
     stock_ttft_s: float
     stock_ttft_spread_s: tuple[float, float]
     speedup: float
     ideal_speedup: float
+    ffn_share: float
+    reachable_speedup: float
     ffn_flops_skipped: float
     prefill_tps: float
     peak_memory_gb: float
@@ -96,7 +105,9 @@ def measure(
 ) -> list[Row]:
     """All arms on one prompt, interleaved round by round, ``delay`` seconds before each run."""
     stock, sparse = Timings(), [Timings() for _ in engines]
+    ffns = []
     for _ in range(rounds):
+        ffns.append(ffn_seconds(model, ids.size))
         time.sleep(delay)
         run(stock_stream_generate, model, tokenizer, ids, stock)
         tick()
@@ -107,12 +118,30 @@ def measure(
             detach(model)
             tick()
     shape = Shape.of(model)
+    share = statistics.median(ffns) / statistics.median(stock.ttft)
     pairs = zip(engines, sparse)
-    return [row(shape, ids.size, engine, stock, timings) for engine, timings in pairs]
+    return [row(shape, ids.size, e, stock, timings, share) for e, timings in pairs]
+
+
+def ffn_seconds(model: nn.Module, tokens: int) -> float:
+    """What the FFNs of a stock prefill take, from one of them over one chunk."""
+    mlp = layer_mlps(model, family_of(model))[0]
+    norm = model.layers[0].input_layernorm.weight
+    chunk = min(tokens, CHUNK)
+    x = mx.random.normal((1, chunk, len(norm))).astype(norm.dtype)
+    mx.eval(x)
+    start = time.perf_counter()
+    mx.eval(mlp(x))
+    return (time.perf_counter() - start) * tokens / chunk * (len(model.layers) - 1)
 
 
 def row(
-    shape: Shape, context: int, engine: Engine, stock: Timings, sparse: Timings
+    shape: Shape,
+    context: int,
+    engine: Engine,
+    stock: Timings,
+    sparse: Timings,
+    share: float,
 ) -> Row:
     config, ttft = engine.config, statistics.median(sparse.ttft)
     stock_ttft = statistics.median(stock.ttft)
@@ -122,12 +151,15 @@ def row(
         config.block_size,
         selector_name(engine),
         config.strategy,
+        config.attention_block,
         ttft,
         sparse.spread,
         stock_ttft,
         stock.spread,
         stock_ttft / ttft,
         ideal_speedup(shape, context, engine),
+        share,
+        1 / (1 - share * sparse.skipped),
         sparse.skipped,
         context / ttft,
         max(sparse.peak),
@@ -135,6 +167,20 @@ def row(
         statistics.median(sparse.decode or [0.0]),
         statistics.median(stock.decode or [0.0]),
     )
+
+
+def arm_name(row: Row) -> str:
+    """Short, for tables and pictures."""
+    if not row.sparsity:
+        return "tuned: dense"
+    parts = [
+        f"{row.selector} {row.sparsity:.0%}",
+        f"block {row.block_size}",
+        row.strategy,
+    ]
+    if row.attention_block:
+        parts.append(f"attention by {row.attention_block}")
+    return ", ".join(parts)
 
 
 def selector_name(engine: Engine) -> str:

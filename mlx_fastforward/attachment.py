@@ -4,6 +4,7 @@ Only classes are swapped: parameters, their paths and the modules stay the same 
 quantisation, saving and deep copies work as before.
 """
 
+import contextlib
 import functools
 from typing import Any, Optional, Sequence
 
@@ -11,6 +12,7 @@ import mlx.core as mx
 import mlx.nn as nn
 
 from .adapter import Adapter, BaseModel
+from .attention import attention_module, by_queries, replaced
 from .compensators import Compensator, LowRankCompensator, MLPCompensator
 from .config import ConfigError, PrefillConfig
 from .engine import Engine
@@ -102,11 +104,20 @@ def _sparse_model(base: type) -> type:
         batch, new = tokens.shape[:2]
         engine.call = engine.begin(batch, new, cache, self.training)
         try:
-            return base.__call__(self, inputs, cache, *args, **kwargs)
+            with _attention(self, engine):
+                return base.__call__(self, inputs, cache, *args, **kwargs)
         finally:
             engine.call = None
 
     return type(f"Sparse{base.__name__}", (base,), {"__call__": call})
+
+
+def _attention(model: nn.Module, engine: Engine) -> Any:
+    """Attention by blocks of queries, during a sparse call that wants it."""
+    rows = engine.config.attention_block
+    if engine.call is None or not rows:
+        return contextlib.nullcontext()
+    return replaced(attention_module(model), lambda whole: by_queries(whole, rows))
 
 
 @functools.cache

@@ -53,6 +53,7 @@ class PrefillConfig:
         probe_every: The probe selector runs every so-manieth token densely.
         strategy: How columns of the down projection are taken, see down.py.
         shortest: Prompts of fewer tokens stay dense.
+        attention_block: Queries per attention call, see attention.py; 0: all of a chunk.
     """
 
     sparsity: float = 0.5
@@ -67,6 +68,7 @@ class PrefillConfig:
     probe_every: int = 8
     strategy: str = "chunk"
     shortest: int = 0
+    attention_block: int = 0
 
     def __post_init__(self) -> None:
         _check_number("sparsity", self.sparsity, float)
@@ -86,6 +88,11 @@ class PrefillConfig:
         _check_choice("score", self.score, SCORES)
         _check_choice("strategy", self.strategy, STRATEGIES)
         _check_number("shortest", self.shortest, int)
+        _check_number("attention_block", self.attention_block, int)
+        if self.attention_block < 0:
+            raise ConfigError(
+                f"attention_block must be 0 or more queries, got {self.attention_block}."
+            )
         for name in ("dense_head", "dense_tail", "sparse_decode"):
             if not isinstance(getattr(self, name), bool):
                 raise ConfigError(

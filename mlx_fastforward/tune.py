@@ -2,7 +2,8 @@
 
 One FFN of the model runs over a chunk of random inputs, dense and by every candidate, interleaved.
 Dense is a candidate: where nothing is faster the prompt stays dense. Each candidate is first checked
-against the plain masked FFN; one that is wrong is reported and never used.
+against the plain masked FFN; one that is wrong is reported and never used. Attention is measured the
+same way: all queries of a chunk at once, as mlx-lm does, or in blocks.
 """
 
 import json
@@ -16,10 +17,12 @@ from typing import Any, Callable, Optional
 
 import mlx.core as mx
 
+from .attention import Attention, by_queries
 from .down import base_and_lora
 from .engine import Call, Engine
 from .ffn import GatedFFN
 from .finding import home
+from .limits import Shape
 from .plan import CHUNK, Plan
 from .version import __version__
 
@@ -28,6 +31,7 @@ LENGTHS = (512, 1024)  # short prompts: from which on is sparse faster?
 STRATEGIES = ("chunk", "columns")  # "stored" costs memory: only who asks for it gets it
 LARGEST = 512  # of them by default
 ROUNDS = 3
+ATTENTION_BLOCKS = (256, 512)  # queries
 MARGIN = 0.98  # a sparse candidate must beat dense by more than noise
 # Largest error, relative to the largest output, by dtype.
 TOLERANCE = {mx.float32: 1e-3, mx.float16: 1e-2, mx.bfloat16: 6e-2}
@@ -53,9 +57,10 @@ class Choice:
     shortest: int
     dense_seconds: float
     candidates: list[dict[str, Any]]
+    attention_block: int = 0
 
 
-def key(engine: Engine) -> str:
+def key(engine: Engine, shape: Shape) -> str:
     """What a choice depends on: device, system, versions, shapes, quantisation, settings."""
     ffn = engine.ffns[_sparse_layer(engine)]
     packed = sorted({_stored_as(m) for m in ffn.projections()})
@@ -65,6 +70,7 @@ def key(engine: Engine) -> str:
         f"mlx {version('mlx')}",
         __version__,
         "x".join(map(str, ffn.shape)),
+        f"{shape.heads}/{shape.kv_heads} heads of {shape.head_dim}",
         " ".join(packed),
         str(_dtype(engine)).removeprefix("mlx.core."),
         f"{engine.config.sparsity:g}",
@@ -111,6 +117,7 @@ def apply(engine: Engine, choice: Choice) -> None:
         block_size=choice.block_size,
         strategy=choice.strategy,
         shortest=choice.shortest,
+        attention_block=choice.attention_block,
     )
     for ffn in engine.ffns:
         ffn.strategy = choice.strategy
@@ -147,6 +154,7 @@ def remember(key: str, choice: Choice) -> None:
 
 def tune(
     engine: Engine,
+    shape: Shape,
     largest: int = LARGEST,
     tick: Callable[[float], None] = lambda share: None,
 ) -> Choice:
@@ -154,6 +162,7 @@ def tune(
 
     Args:
         engine: Of an attached model; stays as it is.
+        shape: Of the same model, for its attention.
         largest: Largest block size to try; larger ones are faster and a little less exact.
         tick: Called with the share that is done.
     """
@@ -161,7 +170,7 @@ def tune(
     trials = [(sizes[-1], s) for s in STRATEGIES] + [(b, "") for b in sizes[:-1]]
     x, dense = _inputs(engine), []  # type: mx.array, list[float]
     found: list[Candidate] = []
-    total = len(trials) + len(LENGTHS)
+    total = len(trials) + len(LENGTHS) + 1
     for done, (block, strategy) in enumerate(trials):
         strategy = strategy or _best(found).strategy
         found.append(_measured(_trial(engine, block, strategy), x, dense))
@@ -172,7 +181,8 @@ def tune(
         return Choice(0, best.strategy, 0, base, candidates)
     chosen = _trial(engine, best.block_size, best.strategy)
     shortest = _shortest(chosen, x, lambda i: tick((len(trials) + i) / total))
-    return Choice(best.block_size, best.strategy, shortest, base, candidates)
+    queries = attention_block(shape, x.dtype)
+    return Choice(best.block_size, best.strategy, shortest, base, candidates, queries)
 
 
 def _trial(engine: Engine, block: int, strategy: str) -> Engine:
@@ -243,9 +253,14 @@ def _error(engine: Engine, block: mx.array) -> float:
     ffn = engine.ffns[_sparse_layer(engine)]
     f = ffn.shape[1]
     kept = (mx.arange(f) % 2 == 0).astype(block.dtype)
-    plain = ffn.down(ffn.activations(block) * kept).astype(mx.float32)
+    plain = ffn.down(ffn.activations(block) * kept)
     neurons = mx.arange(0, f, 2, dtype=mx.uint32)[None]
-    ours = ffn.sparse(block, neurons).astype(mx.float32)
+    return _difference(ffn.sparse(block, neurons), plain)
+
+
+def _difference(ours: mx.array, plain: mx.array) -> float:
+    """Largest difference, relative to the largest value."""
+    ours, plain = ours.astype(mx.float32), plain.astype(mx.float32)
     largest = mx.maximum(mx.max(mx.abs(plain)), 1e-9)
     return float(mx.max(mx.abs(ours - plain)) / largest)
 
@@ -263,6 +278,38 @@ def _shortest(engine: Engine, x: mx.array, tick: Callable[[int], None]) -> int:
     return CHUNK
 
 
+def attention_block(shape: Shape, dtype: mx.Dtype) -> int:
+    """Queries per attention call that are fastest for a first chunk; 0: all of them."""
+    q, k, v = (
+        mx.random.normal(
+            (1, heads, CHUNK, shape.head_dim), key=mx.random.key(i)
+        ).astype(dtype)
+        for i, heads in enumerate([shape.heads, shape.kv_heads, shape.kv_heads])
+    )
+
+    def whole(q: mx.array, k: mx.array, v: mx.array, *, mask: str) -> mx.array:
+        scale = shape.head_dim**-0.5
+        return mx.fast.scaled_dot_product_attention(q, k, v, scale=scale, mask=mask)
+
+    arms: dict[int, Attention] = {0: whole}
+    plain = whole(q, k, v, mask="causal")
+    for rows in ATTENTION_BLOCKS:
+        arm = by_queries(whole, rows)
+        if _difference(arm(q, k, v, mask="causal"), plain) <= TOLERANCE.get(
+            dtype, 1e-2
+        ):
+            arms[rows] = arm
+    times: dict[int, list[float]] = {rows: [] for rows in arms}
+    for _ in range(ROUNDS):
+        for rows, arm in arms.items():
+            start = time.perf_counter()
+            mx.eval(arm(q, k, v, mask="causal"))
+            times[rows].append(time.perf_counter() - start)
+    seconds = {rows: statistics.median(t) for rows, t in times.items()}
+    best = min(seconds, key=lambda rows: seconds[rows])
+    return best if seconds[best] < MARGIN * seconds[0] else 0
+
+
 def summary(choice: Choice) -> str:
     """One line for the user, and one per candidate that is wrong."""
     wrong = [c for c in choice.candidates if not c["correct"]]
@@ -278,4 +325,6 @@ def summary(choice: Choice) -> str:
         f"{best / choice.dense_seconds:.2f} of its dense time. Prompts from "
         f"{choice.shortest} tokens on."
     )
+    if choice.attention_block:
+        line += f" Attention in blocks of {choice.attention_block} queries."
     return "\n".join([line, *lines])

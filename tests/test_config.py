@@ -123,6 +123,7 @@ def test_from_kwargs_sets_everything() -> None:
         "probe_every": 16,
         "strategy": "columns",
         "shortest": 700,
+        "attention_block": 256,
     }
     assert dataclasses.asdict(PrefillConfig.from_kwargs(**settings)) == settings
     assert PrefillConfig.from_kwargs() == PrefillConfig()

@@ -14,12 +14,16 @@ from mlx_fastforward import PrefillConfig, attach, detach, tune
 from mlx_fastforward.cli import tuning
 from mlx_fastforward.engine import Engine
 from mlx_fastforward.ffn import GatedFFN
+from mlx_fastforward.limits import Shape
 from mlx_fastforward.tune import Choice
+
+SHAPE = Shape.of(models.tiny("llama"))
 
 
 @pytest.fixture(autouse=True)
 def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.setenv("MLX_FASTFORWARD_HOME", str(tmp_path))
+    monkeypatch.setattr(tune, "ATTENTION_BLOCKS", ())  # 2,048 queries take a while
     return tmp_path
 
 
@@ -55,7 +59,7 @@ def clock(monkeypatch: pytest.MonkeyPatch) -> dict[Any, float]:
 
 def test_the_fastest_is_chosen(engine: Engine, clock: dict[Any, float]) -> None:
     clock |= {128: 0.9, 256: 0.6, (512, "columns"): 0.7, (512, "chunk"): 0.8}
-    choice = tune.tune(engine)
+    choice = tune.tune(engine, SHAPE)
     assert (choice.block_size, choice.strategy) == (256, "columns")
     assert choice.dense_seconds == pytest.approx(1.0)
 
@@ -64,7 +68,7 @@ def test_dense_is_chosen_where_nothing_is_faster(
     engine: Engine, clock: dict[Any, float]
 ) -> None:
     clock |= {128: 0.99, 256: 1.0, 512: 1.5}
-    assert tune.tune(engine).block_size == 0
+    assert tune.tune(engine, SHAPE).block_size == 0
 
 
 def test_a_wrong_candidate_is_not_used(
@@ -78,7 +82,7 @@ def test_a_wrong_candidate_is_not_used(
         return y * 1.1 if self.strategy == "columns" else y
 
     monkeypatch.setattr(GatedFFN, "sparse", sparse)
-    choice = tune.tune(engine)
+    choice = tune.tune(engine, SHAPE)
     assert (choice.block_size, choice.strategy) == (256, "chunk")
     assert "columns: wrong by 1.0e-01, not used" in tune.summary(choice)
 
@@ -87,8 +91,8 @@ def test_larger_blocks_are_tried_only_if_asked_for(
     engine: Engine, clock: dict[Any, float]
 ) -> None:
     clock |= {128: 0.9, 256: 0.8, 512: 0.7, 1024: 0.6, 2048: 0.5}
-    assert tune.tune(engine).block_size == 512
-    assert tune.tune(engine, largest=2048).block_size == 2048
+    assert tune.tune(engine, SHAPE).block_size == 512
+    assert tune.tune(engine, SHAPE, largest=2048).block_size == 2048
 
 
 @pytest.mark.parametrize("slow, wanted", [(0, 512), (512, 1024), (1024, 2048)])
@@ -107,12 +111,53 @@ def test_short_prompts_stay_dense_where_that_is_faster(
         return real(self, layer, x)
 
     monkeypatch.setattr(Engine, "forward", forward)
-    assert tune.tune(engine).shortest == wanted
+    assert tune.tune(engine, SHAPE).shortest == wanted
+
+
+@pytest.mark.parametrize(
+    "cost, wanted", [({8: 0.7, 16: 0.6}, 16), ({8: 0.99, 16: 2.0}, 0), ({}, 0)]
+)
+def test_attention_in_blocks_where_that_is_faster(
+    cost: dict[int, float], wanted: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    now, real = [0.0], tune.by_queries
+
+    def by_queries(whole: Any, rows: int) -> Any:
+        def timed(*args: Any, **kwargs: Any) -> mx.array:
+            y = real(whole, rows)(*args, **kwargs)
+            now[0] += cost[rows] - 1.0 * CHUNK / rows
+            return y
+
+        return timed
+
+    def whole(*args: Any, **kwargs: Any) -> mx.array:
+        now[0] += 1.0
+        return fused(*args, **kwargs)
+
+    fused = mx.fast.scaled_dot_product_attention
+    monkeypatch.setattr(tune, "CHUNK", CHUNK := 64)
+    monkeypatch.setattr(tune, "ATTENTION_BLOCKS", tuple(cost))
+    monkeypatch.setattr(tune, "by_queries", by_queries)
+    monkeypatch.setattr(tune.mx.fast, "scaled_dot_product_attention", whole)
+    monkeypatch.setattr(tune.time, "perf_counter", lambda: now[0])
+    assert tune.attention_block(SHAPE, mx.float32) == wanted
+
+
+def test_wrong_attention_is_not_used(monkeypatch: pytest.MonkeyPatch) -> None:
+    def by_queries(whole: Any, rows: int) -> Any:
+        return lambda *args, **kwargs: whole(*args, **kwargs) * 1.01
+
+    monkeypatch.setattr(tune, "CHUNK", 64)
+    monkeypatch.setattr(tune, "ATTENTION_BLOCKS", (16,))
+    monkeypatch.setattr(tune, "by_queries", by_queries)
+    clock = iter(float(2**-i) for i in range(99))  # later is faster
+    monkeypatch.setattr(tune.time, "perf_counter", lambda: next(clock))
+    assert tune.attention_block(SHAPE, mx.float32) == 0
 
 
 def test_the_engine_is_left_alone(engine: Engine) -> None:
     config, ffns, keep = engine.config, list(engine.ffns), list(engine.keep)
-    tune.tune(engine)
+    tune.tune(engine, SHAPE)
     assert (engine.config, engine.ffns, engine.keep) == (config, ffns, keep)
     assert engine.call is None
 
@@ -124,7 +169,7 @@ def test_every_candidate_is_correct(name: str, bits: int) -> None:
     if bits:
         tune.mx.eval(model.parameters())
         models.nn.quantize(model, 32, bits)
-    choice = tune.tune(attach(model, PrefillConfig(selector="probe")))
+    choice = tune.tune(attach(model, PrefillConfig(selector="probe")), Shape.of(model))
     assert len(choice.candidates) == 4
     assert all(c["correct"] and c["error"] < 1e-3 for c in choice.candidates)
 
@@ -133,7 +178,7 @@ def test_every_candidate_is_correct(name: str, bits: int) -> None:
 def test_quantisations_whose_scales_are_no_floats(mode: str) -> None:
     model = models.tiny("llama")
     models.nn.quantize(model, mode=mode)
-    choice = tune.tune(attach(model, PrefillConfig(selector="probe")))
+    choice = tune.tune(attach(model, PrefillConfig(selector="probe")), Shape.of(model))
     assert all(c["correct"] for c in choice.candidates)
 
 
@@ -173,7 +218,7 @@ def test_shorter_prompts_than_that_are_stock() -> None:
 
 
 def test_memory(home: Path, engine: Engine) -> None:
-    key, choice = tune.key(engine), Choice(256, "chunk", 512, 1.0, [{"a": 1}])
+    key, choice = tune.key(engine, SHAPE), Choice(256, "chunk", 512, 1.0, [{"a": 1}])
     assert tune.remembered(key) is None
     tune.remember(key, choice)
     tune.remember("another", choice)
@@ -184,7 +229,7 @@ def test_memory(home: Path, engine: Engine) -> None:
 
 @pytest.mark.parametrize("text", ["", "{", "[]", '{"KEY": 3}', '{"KEY": {"a": 1}}'])
 def test_damaged_memory_is_no_memory(text: str, home: Path, engine: Engine) -> None:
-    key = tune.key(engine)
+    key = tune.key(engine, SHAPE)
     (home / "tuned.json").write_text(text.replace("KEY", key))
     assert tune.remembered(key) is None
     tune.remember(key, Choice(128, "chunk", 0, 1.0, []))
@@ -206,7 +251,7 @@ def test_keys_tell_what_matters_apart() -> None:
         if bits:
             models.nn.quantize(model, 32, bits)
         more.setdefault("selector", "probe")
-        return tune.key(attach(model, PrefillConfig(**more)))
+        return tune.key(attach(model, PrefillConfig(**more)), Shape.of(model))
 
     keys = [key(), key(4), key(8), key(sparsity=0.4), key(selector="first-block")]
     assert len(set(keys)) == len(keys) and key() == keys[0]
@@ -225,7 +270,7 @@ def large(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> Iterator[Engine]:
 
 def told(engine: Engine) -> str:
     text = io.StringIO()
-    tuning.tune_once(engine, Console(file=text, width=200))
+    tuning.tune_once(models.tiny("llama"), engine, Console(file=text, width=200))
     return text.getvalue()
 
 

@@ -63,6 +63,13 @@ def bench(
             help="chunk, columns, stored. Default: the tuned one.", show_default=False
         ),
     ] = None,
+    attention_blocks: Annotated[
+        Optional[str],
+        typer.Option(
+            help="Queries per attention call, 0 for all as mlx-lm does. Default: as tuned.",
+            show_default=False,
+        ),
+    ] = None,
     adapter: o.Adapter = None,
     compensator: o.Compensator = "auto",
     trust_remote_code: o.TrustRemoteCode = False,
@@ -105,14 +112,17 @@ def bench(
         ]
         blocks = numbers("--block-sizes", block_sizes, int) if block_sizes else None
         ways = strategies.split(",") if strategies else None
+        queries = []
+        if attention_blocks:
+            queries = numbers("--attention-blocks", attention_blocks, int, 0)
         console = Console(stderr=True)
         engines = []
         for config in configs:
             for arm in _arms(config, blocks, ways):
                 engine = attach(net, arm, adapter=side)
                 if not no_tune and not blocks and not ways:
-                    tune_once(engine, console)
-                engines.append(engine)
+                    tune_once(net, engine, console)
+                engines += _attention_arms(engine, queries)
                 detach(net)
         sizes = sizes or _contexts(net)
         rows: list[ttft.Row] = []
@@ -146,7 +156,7 @@ def bench(
         _write(report, rows, json_file, png)
 
 
-def numbers(flag: str, text: str, kind: Any) -> list[Any]:
+def numbers(flag: str, text: str, kind: Any, least: int = 1) -> list[Any]:
     """A list of numbers with commas between them."""
     try:
         found = [kind(part) for part in text.split(",")]
@@ -154,8 +164,8 @@ def numbers(flag: str, text: str, kind: Any) -> list[Any]:
         raise ConfigError(
             f"{flag} must be numbers with commas between them, got {text!r}."
         ) from None
-    if kind is int and min(found) < 1:
-        raise ConfigError(f"{flag} must be above 0, got {text!r}.")
+    if kind is int and min(found) < least:
+        raise ConfigError(f"{flag} must be at least {least}, got {text!r}.")
     return found
 
 
@@ -222,6 +232,14 @@ def _arms(
     ]
 
 
+def _attention_arms(engine: Any, queries: list[int]) -> list[Any]:
+    """The engine with every attention block that was asked for; as it is if none was."""
+    if not queries:
+        return [engine]
+    configs = [replace(engine.config, attention_block=rows) for rows in queries]
+    return [replace(engine, config=config, call=None) for config in configs]
+
+
 def _check_files(json_file: Optional[Path], png: Optional[Path]) -> None:
     """Better before the measuring than after it."""
     if png and png.suffix.lower() != ".png":
@@ -255,18 +273,31 @@ def _write(
 
 
 def _show(rows: Any, environment: dict[str, Any]) -> None:
+    from ..bench.ttft import arm_name
+
     print(", ".join(f"{k} {v}" for k, v in environment.items()))
     table = Table(
-        "context", "arm", "TTFT", "stock", "x", "ideal", "GB", "stock", "tok/s", "stock"
+        "context",
+        "arm",
+        "TTFT",
+        "stock",
+        "x",
+        "ideal",
+        "FFN",
+        "GB",
+        "stock",
+        "tok/s",
+        "stock",
     )
     for r in rows:
         table.add_row(
             f"{r.context:,}",
-            f"{r.selector} {r.sparsity:.0%} block {r.block_size} {r.strategy}",
+            arm_name(r),
             _time(r.ttft_s, r.ttft_spread_s),
             _time(r.stock_ttft_s, r.stock_ttft_spread_s),
             f"{r.speedup:.2f}",
             f"{r.ideal_speedup:.2f}",
+            f"{r.ffn_share:.0%}",
             f"{r.peak_memory_gb:.2f}",
             f"{r.stock_peak_memory_gb:.2f}",
             f"{r.decode_tps:.1f}",

@@ -33,6 +33,7 @@ def tune(
     with one_line_errors(), interruptible():
         from .. import tune as tuning
         from ..attachment import engine_of
+        from ..limits import Shape
 
         if not 128 <= largest <= 2048:
             raise ConfigError(f"--largest must be 128 to 2048, got {largest}.")
@@ -49,8 +50,10 @@ def tune(
         assert engine is not None
         if not any(engine.keep):
             fail("nothing to tune: every layer stays dense.", 2 if not sparsity else 1)
-        choice = measured(engine, Console(stderr=True), largest)
-        tuning.remember(tuning.key(engine), choice)
+        shape = Shape.of(net)
+        choice = measured(engine, shape, Console(stderr=True), largest)
+        key = tuning.key(engine, shape)
+        tuning.remember(key, choice)
         table = Table("block", "strategy", "of the dense time", "error")
         for c in choice.candidates:
             share = f"{c['seconds'] / choice.dense_seconds:.2f}"
@@ -58,4 +61,4 @@ def tune(
             table.add_row(str(c["block_size"]), c["strategy"], share, error)
         Console().print(table)
         print(tuning.summary(choice))
-        print(f"Kept in {tuning.file()} for: {tuning.key(engine)}")
+        print(f"Kept in {tuning.file()} for: {key}")

@@ -15,26 +15,30 @@ def tune_first(model: Any, block_size: Optional[int], no_tune: bool) -> None:
 
     engine = engine_of(model)
     if engine is not None and block_size is None and not no_tune:
-        tune_once(engine, Console(stderr=True))
+        tune_once(model, engine, Console(stderr=True))
 
 
-def tune_once(engine: Any, console: Console) -> None:
+def tune_once(model: Any, engine: Any, console: Console) -> None:
     """Give an engine this device's block size and strategy, measured now or remembered."""
     from .. import tune
+    from ..limits import Shape
 
     d, f = engine.ffns[0].shape
     if not any(engine.keep) or 3 * d * f < SMALLEST:
         return
-    key = tune.key(engine)
+    shape = Shape.of(model)
+    key = tune.key(engine, shape)
     choice = tune.remembered(key)
     if choice is None:
-        choice = measured(engine, console)
+        choice = measured(engine, shape, console)
         tune.remember(key, choice)
         console.print(tune.summary(choice), style="dim", highlight=False)
     tune.apply(engine, choice)
 
 
-def measured(engine: Any, console: Console, largest: Optional[int] = None) -> Any:
+def measured(
+    engine: Any, shape: Any, console: Console, largest: Optional[int] = None
+) -> Any:
     """Tune, with a bar."""
     from .. import tune
 
@@ -43,6 +47,7 @@ def measured(engine: Any, console: Console, largest: Optional[int] = None) -> An
         task = bar.add_task("tuning for this device", total=1.0)
         return tune.tune(
             engine,
+            shape,
             largest or tune.LARGEST,
             tick=lambda share: bar.update(task, completed=share),
         )

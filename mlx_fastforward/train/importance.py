@@ -1,16 +1,12 @@
-"""Layer importances (eq. 23): attention mass on keys outside the first block.
+"""Layer importances (eq. 23): attention mass on keys outside the first block."""
 
-mlx-lm's model files import scaled_dot_product_attention by name: replacing it there gives queries and
-keys after RoPE and norms, for any architecture.
-"""
-
-import sys
 from typing import Any, Iterable
 
 import mlx.core as mx
 import mlx.nn as nn
 
-NAME = "scaled_dot_product_attention"
+from ..attention import Attention, attention_module, replaced
+
 ROWS = 256  # queries at a time: all of them against all keys would not fit
 
 
@@ -32,34 +28,26 @@ def importances(
 
 def masses(model: nn.Module, ids: mx.array, block: int) -> mx.array:
     """s_l of one sequence, (layers,)."""
-    module: Any = sys.modules[_defining_module(model)]
-    if not hasattr(module, NAME):  # Gemma 2 spells it out
-        return mx.ones((len(model.layers),))
-    original, found = getattr(module, NAME), []
+    found: list[mx.array] = []
 
-    def watched(
-        queries: mx.array, keys: mx.array, *args: Any, **kwargs: Any
-    ) -> mx.array:
-        mask = kwargs.get("mask")
-        mass = outside(queries, keys, kwargs["scale"], mask, block)
-        mx.eval(mass)
-        found.append(mass)
-        return original(queries, keys, *args, **kwargs)
+    def watching(original: Attention) -> Attention:
+        def watched(
+            queries: mx.array, keys: mx.array, *args: Any, **kwargs: Any
+        ) -> mx.array:
+            mask = kwargs.get("mask")
+            mass = outside(queries, keys, kwargs["scale"], mask, block)
+            mx.eval(mass)
+            found.append(mass)
+            return original(queries, keys, *args, **kwargs)
 
-    try:
-        setattr(module, NAME, watched)
-        model(ids[None])  # lazily: only the masses are computed
-    finally:
-        setattr(module, NAME, original)
+        return watched
+
+    with replaced(attention_module(model), watching) as seen:
+        if seen:
+            model(ids[None])  # lazily: only the masses are computed
     if len(found) != len(model.layers):
         return mx.ones((len(model.layers),))  # layers without plain attention
     return mx.stack(found)
-
-
-def _defining_module(model: nn.Module) -> str:
-    """The mlx-lm module whose attention the layers call."""
-    attention = getattr(model.layers[0], "self_attn")
-    return type(attention).__module__
 
 
 def outside(
