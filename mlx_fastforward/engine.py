@@ -157,7 +157,7 @@ class Engine:
             after=after,
             dense_head=self.config.dense_head,
             dense_tail=self.config.dense_tail,
-            unit=self.selector.probe_every or 1,
+            unit=self.selector.unit(self.config.block_size),
         )
 
     def drop_unsupported(self) -> None:

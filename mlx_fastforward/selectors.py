@@ -50,6 +50,10 @@ class Selector(Protocol):
         """Scores (M, f), larger is more wanted."""
         ...
 
+    def unit(self, block: int) -> int:
+        """What the lengths of blocks of about this many tokens have to be multiples of."""
+        ...
+
     def flops(self, block: int, dense: int, d: int, f: int) -> float:
         """FLOPs to score one block in a row with ``dense`` dense tokens, FFN not counted."""
         ...
@@ -132,6 +136,9 @@ class Probe:
         norms = mx.sqrt(votes @ mx.square(z)).reshape(m, -1)
         return norms * ffn.down_norms() if self.score == "weighted" else norms
 
+    def unit(self, block: int) -> int:
+        return self.probe_every
+
     def flops(self, block: int, dense: int, d: int, f: int) -> float:
         return 2.0 * (block / self.sample) * dense * d + 2.0 * dense * f
 
@@ -166,6 +173,9 @@ class FirstBlock:
         )
         return ffn.activations(seen.blocks.reshape(batch, -1, n, d)[:, 0]), valid
 
+    def unit(self, block: int) -> int:
+        return 1
+
     def flops(self, block: int, dense: int, d: int, f: int) -> float:
         return 0.0
 
@@ -183,6 +193,9 @@ class Oracle:
         z = ffn.activations(seen.blocks)
         valid = None if seen.valid is None else seen.valid[0]
         return neuron_scores(z, ffn, self.score, valid)
+
+    def unit(self, block: int) -> int:
+        return 1
 
     def flops(self, block: int, dense: int, d: int, f: int) -> float:
         return 4.0 * block * d * f
@@ -268,8 +281,21 @@ def token_features(h: mx.array, valid: Optional[mx.array] = None) -> mx.array:
     return mx.concatenate([mean, mx.sqrt(square + 1e-6)], axis=-1)
 
 
+PREDICTED = 128  # tokens that a predictor looks at together
+
+
+def parts(block: int) -> int:
+    """Into how many equal parts of about 128 tokens a block is cut for the predictor."""
+    divisors = [p for p in range(1, 2 + 2 * block // PREDICTED) if block % p == 0]
+    return min(divisors, key=lambda p: abs(math.log(block / p / PREDICTED)))
+
+
 class Trained:
-    """The adapter's predictor, one set of weights per layer."""
+    """The adapter's predictor, one set of weights per layer.
+
+    A block of more than 128 tokens is predicted in parts, and a neuron's score is its best one: what
+    only one part needs, a planted fact, is not outvoted by the others.
+    """
 
     probe_every = 0
     remembers = False
@@ -279,8 +305,20 @@ class Trained:
 
     def __call__(self, layer: int, ffn: GatedFFN, seen: Seen) -> mx.array:
         w = self.layers[layer]
-        x = seen.blocks.astype(w.w1.dtype)
-        return w(x, None if seen.valid is None else seen.valid[0])
+        m, n, d = seen.blocks.shape
+        cut = parts(n)
+        x = seen.blocks.astype(w.w1.dtype).reshape(m * cut, n // cut, d)
+        if seen.valid is None:
+            return mx.max(w(x).reshape(m, cut, -1), axis=1)
+        valid = seen.valid[0].reshape(m * cut, n // cut)
+        scores = w(x, at_least_one(valid))
+        real = mx.max(valid, axis=-1, keepdims=True) > 0
+        return mx.max(mx.where(real, scores, -mx.inf).reshape(m, cut, -1), axis=1)
+
+    def unit(self, block: int) -> int:
+        return max(1, round(block / PREDICTED))
 
     def flops(self, block: int, dense: int, d: int, f: int) -> float:
-        return sum(w.flops(block, d, f) for w in self.layers) / len(self.layers)
+        cut = parts(block)
+        total = sum(w.flops(block // cut, d, f) for w in self.layers)
+        return cut * total / len(self.layers)

@@ -11,6 +11,7 @@ from mlx_lm.models import gemma2
 
 from mlx_fastforward.families import FAMILIES
 from mlx_fastforward.ffn import GatedFFN
+from mlx_fastforward.plan import plan_call
 from mlx_fastforward.selectors import (
     FirstBlock,
     Oracle,
@@ -21,6 +22,7 @@ from mlx_fastforward.selectors import (
     Trained,
     at_least_one,
     neuron_scores,
+    parts,
     top_neurons,
 )
 
@@ -456,6 +458,38 @@ def test_predictors_of_a_block_of_nothing_but_padding(kind: Callable) -> None:
     assert mx.allclose(found[:2], selector(0, layer.ffn, seen), rtol=1e-4, atol=1e-4)
 
 
+@given(block=st.integers(8, 4096))
+def test_parts_of_large_blocks(block: int) -> None:
+    """Equal; those of a plan's blocks have about 128 tokens."""
+    assert block % parts(block) == 0
+    unit = Trained([]).unit(block)
+    plan = plan_call(16 * block, block, cache_empty=True, after=0, edge=8, unit=unit)
+    assert plan is not None and plan.block_size % unit == 0
+    if block >= 128:
+        assert 64 <= plan.block_size / parts(plan.block_size) <= 256
+
+
+@pytest.mark.parametrize("kind", [trained, token_wise])
+@pytest.mark.parametrize("padded", [False, True])
+def test_large_blocks_take_the_best_part(kind: Callable, padded: bool) -> None:
+    """Predicted in parts of 128 tokens; a part of nothing but padding has no say."""
+    layer = Layer()
+    selector, _ = kind(layer, 1)
+    x = 3 * mx.random.normal((2, 384, D), key=mx.random.key(5))
+    one = selector.layers[0]
+    each = [
+        mx.stack([one(x[b : b + 1, i : i + 128])[0] for i in (0, 128, 256)])
+        for b in (0, 1)
+    ]
+    valid = mx.ones((2, 384))
+    if padded:
+        valid[1, 256:] = 0
+        each[1] = each[1][:2]
+    seen = Seen(x, x[:, :0], x[:, :0], valid=(valid, valid[:, :0]) if padded else None)
+    found = selector(0, layer.ffn, seen)
+    assert mx.allclose(found, mx.stack([e.max(axis=0) for e in each]), atol=1e-5)
+
+
 @pytest.mark.parametrize("dtype", [mx.float16, mx.bfloat16], ids=str)
 def test_token_wise_under_a_half_precision_model(dtype: mx.Dtype) -> None:
     """The predictor runs in its own precision."""
@@ -516,6 +550,12 @@ def test_flops_of_token_wise_predictors() -> None:
     assert Trained(layers).flops(block, 40, D, F) == sum(by_hand) / 2
     for predictor, wanted in zip(layers, by_hand):
         assert Trained([predictor]).flops(block, 40, D, F) == wanted
+
+
+def test_flops_of_large_blocks() -> None:
+    """Four parts of 128 tokens."""
+    selector, _ = token_wise(Layer(), 1)
+    assert selector.flops(512, 40, D, F) == 4 * selector.flops(128, 40, D, F)
 
 
 def test_flops_of_pooled_predictors_of_several_ranks() -> None:

@@ -266,6 +266,9 @@ def test_an_interrupt_inside_a_forward_pass_voids_the_cache(layer: int) -> None:
         def flops(self, *_: Any) -> float:
             return 0.0
 
+        def unit(self, block: int) -> int:
+            return 1
+
     engine.selector = Interrupting()
     with pytest.raises(KeyboardInterrupt):
         ask(session, LONG)
