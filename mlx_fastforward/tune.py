@@ -29,7 +29,7 @@ from .version import __version__
 BLOCKS = (128, 256, 512, 1024, 2048)
 LENGTHS = (512, 1024)  # short prompts: from which on is sparse faster?
 STRATEGIES = ("chunk", "columns")  # "stored" costs memory: only who asks for it gets it
-LARGEST = 512  # of them by default
+LARGEST = 1024  # of them by default
 ROUNDS = 3
 ATTENTION_BLOCKS = (256, 512)  # queries
 MARGIN = 0.98  # a sparse candidate must beat dense by more than noise

@@ -23,7 +23,7 @@ def tune(
         typer.Option(
             help="Largest block to try, 128 to 2048: larger ones are faster and lose more."
         ),
-    ] = 512,
+    ] = 1024,
     trust_remote_code: o.TrustRemoteCode = False,
 ) -> None:
     """Find the fastest block size and gather strategy for a model on this device.
