@@ -165,7 +165,7 @@ def _record(lm: Any, name: str, question: list[Any]) -> Record:
 def _ask(lm: Any, task: Any, question: list[Any], metric: str) -> tuple[str, float]:
     """The answer to one question, and lm-eval's score for it."""
     doc = question[0].doc
-    responses = getattr(lm, question[0].request_type)(question)
+    responses = getattr(lm, question[0].request_type)(question, disable_tqdm=True)
     score = float(task.process_results(doc, responses)[metric])
     if isinstance(responses[0], str):
         return responses[0], score

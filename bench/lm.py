@@ -52,7 +52,8 @@ class SparseLM(TemplateLM):
         self, string: str, add_special_tokens: Any = None, **kwargs: Any
     ) -> list[int]:
         if add_special_tokens is None:
-            return [int(i) for i in encode_prompt(self.tokenizer, string).tolist()]
+            ids: Any = encode_prompt(self.tokenizer, string).tolist()
+            return ids
         return list(
             self.tokenizer.encode(string, add_special_tokens=add_special_tokens)
         )

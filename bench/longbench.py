@@ -173,7 +173,8 @@ def prompt_ids(
     """Tokens of one task's prompt: the middle cut out, then the chat template where it has one."""
     text = without_middle(tokenizer, text, max_length)
     if name in FEW_SHOT + CODE or not tokenizer.has_chat_template:
-        return [int(i) for i in encode_prompt(tokenizer, text).tolist()]
+        ids: Any = encode_prompt(tokenizer, text).tolist()
+        return ids
     return render(tokenizer, [{"role": "user", "content": text}], template)
 
 
