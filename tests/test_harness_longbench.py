@@ -316,6 +316,14 @@ def test_the_line_of_code_that_counts(text: str, line: str) -> None:
     assert got == pytest.approx(best if line else 0, abs=0.006)  # whole percents
 
 
+def test_code_tasks_are_scored_by_the_line_that_counts(
+    model: nn.Module, data: Path, stub: Callable[[Answer], Prompts]
+) -> None:
+    stub(lambda model, request: "# the next line\n\n" + right(model, request))
+    found = evaluate(model, ARMS[:1], data=data, tasks=["lcc", "repobench-p"])
+    assert [r["scores"]["dense"] for r in found["records"]] == [0.0] * 4
+
+
 def test_groups_averages_and_gaps_by_hand(
     model: nn.Module, data: Path, stub: Callable[[Answer], Prompts]
 ) -> None:
