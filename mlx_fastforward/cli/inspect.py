@@ -32,7 +32,11 @@ def inspect(
     ] = None,
     sparsity: o.Sparsity = 0.5,
     block_size: Annotated[
-        int, typer.Option(help="Tokens that share one set of neurons, about.")
+        int,
+        typer.Option(
+            help="Tokens that share one set of neurons, about.",
+            rich_help_panel=o.SPARSE,
+        ),
     ] = BLOCK_SIZE,
     selector: o.Selector = "auto",
     adapter: o.Adapter = None,
@@ -41,7 +45,8 @@ def inspect(
         str,
         typer.Option(
             help="Neurons per layer: auto, uniform, layerwise; without an adapter's importances "
-            "layerwise measures them on the text."
+            "layerwise measures them on the text.",
+            rich_help_panel=o.SPARSE,
         ),
     ] = "auto",
     layers: Annotated[
@@ -70,9 +75,8 @@ def inspect(
 ) -> None:
     """Show which neurons each block of a text keeps, and what dropping the others costs, by layer.
 
-    The text is read densely and sparsely side by side. Errors are relative, over the sparse tokens:
-    of each FFN's output from the dense model's inputs, and of the residual stream when all layers
-    are sparse.
+    The text is read densely and sparsely side by side. Errors are relative, over the tokens of the
+    sparse blocks.
 
     Examples:
 
