@@ -12,6 +12,7 @@ from .chat import chat
 from .convert import convert
 from .demo import demo
 from .generate import generate
+from .inspect import inspect
 from .train import train
 from .tune import tune
 from .upload import upload
@@ -49,6 +50,7 @@ app.command()(chat)
 app.command()(generate)
 app.command()(demo)
 app.command()(bench)
+app.command()(inspect)
 app.command()(tune)
 app.command()(train)
 app.command()(convert)

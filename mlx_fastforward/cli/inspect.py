@@ -1,0 +1,334 @@
+"""mlx_fastforward inspect: what sparse prefill does inside a model, on a text."""
+
+import json
+import os
+import sys
+import tempfile
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Annotated, Any, Callable, Optional
+
+import typer
+from rich.console import Console
+from rich.progress import Progress
+from rich.table import Table
+
+from .. import demo
+from ..config import BLOCK_SIZE, ConfigError, PrefillConfig
+from . import options as o
+from .common import fail, interruptible, load_model, one_line_errors, read_text
+
+HEADS = "layer,importance,kept,by importance,recall,FFN error,compensated,stream error"
+HEADS += ",overlap,oracle's"
+
+
+def inspect(
+    model: o.Model = None,
+    file: Annotated[
+        Optional[Path],
+        typer.Option(
+            help="The text to read. Default: the demo's document.", show_default=False
+        ),
+    ] = None,
+    sparsity: o.Sparsity = 0.5,
+    block_size: Annotated[
+        int,
+        typer.Option(
+            help="Tokens that share one set of neurons, about.",
+            rich_help_panel=o.SPARSE,
+        ),
+    ] = BLOCK_SIZE,
+    selector: o.Selector = "auto",
+    adapter: o.Adapter = None,
+    compensator: o.Compensator = "auto",
+    schedule: Annotated[
+        str,
+        typer.Option(
+            help="Neurons per layer: auto, uniform, layerwise; without an adapter's importances "
+            "layerwise measures them on the text.",
+            rich_help_panel=o.SPARSE,
+        ),
+    ] = "auto",
+    layers: Annotated[
+        Optional[str],
+        typer.Option(
+            help="Layers whose neurons are drawn, e.g. 0,3,6. Default: the first, middle and "
+            "last sparse one.",
+            show_default=False,
+        ),
+    ] = None,
+    dtype: Annotated[
+        Optional[str],
+        typer.Option(
+            help="float32, float16 or bfloat16. Default: the model's own.",
+            show_default=False,
+        ),
+    ] = None,
+    png: Annotated[Path, typer.Option(help="Write the picture here.")] = Path(
+        "inspect.png"
+    ),
+    json_file: Annotated[
+        Optional[Path],
+        typer.Option("--json", help="Write all figures here.", show_default=False),
+    ] = None,
+    trust_remote_code: o.TrustRemoteCode = False,
+) -> None:
+    """Show which neurons each block of a text keeps, and what dropping the others costs, by layer.
+
+    The text is read densely and sparsely side by side. Errors are relative, over the tokens of the
+    sparse blocks.
+
+    Examples:
+
+      mlx_fastforward inspect
+
+      mlx_fastforward inspect --model mlx-community/Llama-3.2-3B-Instruct-4bit --file report.txt
+
+      mlx_fastforward inspect --selector probe --sparsity 0.4 --layers 0,1,2 --json inspect.json
+    """
+    with one_line_errors(), interruptible():
+        config = PrefillConfig(
+            sparsity,
+            block_size,
+            selector=selector,
+            compensator=compensator,
+            schedule=schedule,
+        )
+        _check(sparsity, dtype, png, json_file)
+        text = read_text(file or demo.DOCUMENT)
+        net, tokenizer, side = _load(model, adapter, dtype, trust_remote_code)
+        numbers = _numbers(layers, len(net.layers)) if layers else None
+        ids = _ids(net, tokenizer, text)
+        engine, weights = _engine(net, config, side, ids)
+        shown = numbers or _first_middle_last(engine.keep)
+        found = _measure(net, ids, engine, weights)
+        settings = _settings(net, engine, model, side, weights, found)
+        _print(found, settings)
+        _write(found, shown, settings, png, json_file)
+        print(f"picture: {png}")
+
+
+def _check(
+    sparsity: float, dtype: Optional[str], png: Path, json_file: Optional[Path]
+) -> None:
+    """Better before the measuring than after it."""
+    if not sparsity:
+        raise ConfigError("--sparsity 0 drops nothing; give one above 0.")
+    if dtype not in (None, "float32", "float16", "bfloat16"):
+        raise ConfigError(f"--dtype must be float32, float16 or bfloat16; got {dtype}.")
+    if png.suffix.lower() != ".png":
+        raise ConfigError(f"--png must be a file ending in .png, got {png}.")
+    for path in (png, json_file):
+        if path is not None:
+            _replace(path, None)
+
+
+def _replace(path: Path, write: Optional[Callable[[Path], Any]]) -> None:
+    """Write a file under another name and rename it; with None only see whether that can be."""
+    try:
+        if path.is_dir():
+            raise IsADirectoryError(0, "it is a folder")
+        with tempfile.TemporaryDirectory(dir=path.parent, prefix=".writing-") as folder:
+            if write is not None:
+                half = Path(folder) / path.name
+                write(half)
+                os.replace(half, path)
+    except OSError as e:
+        fail(f"{path} cannot be written: {e.strerror or e}.")
+
+
+def _load(
+    model: Optional[str],
+    adapter: Optional[str],
+    dtype: Optional[str],
+    trust_remote_code: bool,
+) -> tuple[Any, Any, Any]:
+    """The model, stock, its tokenizer and its adapter."""
+    import mlx.core as mx
+
+    from ..adapter import BaseModel
+    from ..attachment import detach
+    from ..finding import adapter_for, named_adapter
+
+    net, tokenizer = load_model(
+        model,
+        sparsity=0.0,
+        adapter="none",
+        trust_remote_code=trust_remote_code,
+        tokenizer_config={"trust_remote_code": trust_remote_code},
+    )
+    detach(net)
+    if dtype:
+        net.set_dtype(getattr(mx, dtype))
+    if adapter:
+        return net, tokenizer, named_adapter(adapter)
+    name = str(demo.MODEL) if model is None else model
+    return net, tokenizer, adapter_for(name, BaseModel.of(net))
+
+
+def _ids(net: Any, tokenizer: Any, text: str) -> Any:
+    """The text's tokens, as many as the model was made for."""
+    from ..families import context_length
+    from ..generation import encode_prompt
+
+    ids, limit = encode_prompt(tokenizer, text), context_length(net)
+    if limit and ids.size > limit:
+        print(
+            f"mlx_fastforward: the text has {ids.size:,} tokens, the model was made for "
+            f"{limit:,}: only those are read.",
+            file=sys.stderr,
+        )
+        ids = ids[:limit]
+    return ids
+
+
+def _engine(net: Any, config: PrefillConfig, side: Any, ids: Any) -> tuple[Any, Any]:
+    """The engine of a detached model, and importances: the adapter's, else the text's."""
+    from ..attachment import attach, detach
+    from ..bench.inspection import check_length, measured_importances
+
+    engine = attach(net, replace(config, schedule="auto"), adapter=side)
+    detach(net)
+    check_length(engine, ids.size)
+    weights = side.importances if side is not None else None
+    if weights is None:
+        with Console(stderr=True).status("measuring importances"):
+            weights = measured_importances(net, ids, engine.edge)
+        if weights is None and config.schedule == "layerwise":
+            raise ConfigError(
+                "importances of this model cannot be measured: its attention is not mlx-lm's "
+                "usual one; use --schedule uniform."
+            )
+    if config.schedule != "auto":
+        engine = attach(net, config, adapter=side, importances=weights)
+        detach(net)
+    return engine, weights
+
+
+def _numbers(text: str, layers: int) -> list[int]:
+    """The numbers of --layers, of a model with so many layers."""
+    try:
+        found = sorted({int(part) for part in text.split(",")})
+    except ValueError:
+        raise ConfigError(
+            f"--layers must be numbers with commas between them, got {text!r}."
+        ) from None
+    for n in found:
+        if not 0 <= n < layers - 1:
+            raise ConfigError(
+                f"--layers: expected 0 to {layers - 2}, got {n}; the last layer never runs sparsely."
+            )
+    return found
+
+
+def _first_middle_last(keep: list[Optional[int]]) -> list[int]:
+    """Of the sparse layers."""
+    sparse = [i for i, k in enumerate(keep) if k is not None]
+    return sorted({sparse[0], sparse[len(sparse) // 2], sparse[-1]})
+
+
+def _measure(net: Any, ids: Any, engine: Any, weights: Any) -> Any:
+    from ..bench import inspection
+
+    console = Console(stderr=True)
+    bar = Progress(console=console, disable=not console.is_terminal, transient=True)
+    with bar:
+        task = bar.add_task("reading", total=inspection.steps(engine, ids.size))
+        return inspection.inspect(net, ids, engine, weights, lambda: bar.advance(task))
+
+
+def _settings(
+    net: Any, engine: Any, model: Optional[str], side: Any, weights: Any, found: Any
+) -> dict[str, Any]:
+    """What the figures are about."""
+    from ..bench.ttft import selector_name
+
+    name = "demo model" if model is None else model
+    if Path(name).exists():  # figures are shared, paths are not
+        name = Path(name).resolve().name
+    back = {"MLPCompensator": "mlp", "LowRankCompensator": "low-rank"}
+    own = side is not None and side.importances is not None
+    source = "the adapter's" if own else "this text's"
+    return {
+        "model": name,
+        "dtype": str(net.layers[0].input_layernorm.weight.dtype).rpartition(".")[2],
+        "selector": selector_name(engine),
+        "compensator": back.get(type(engine.compensator).__name__, "none"),
+        "sparsity": engine.config.sparsity,
+        "block_size": engine.config.block_size,
+        "importances": source if weights is not None else "none",
+        "tokens": found.tokens,
+        "blocks": found.blocks,
+        "neurons": found.neurons,
+        "ffn_flops_skipped": round(found.ffn_sparsity, 4),
+    }
+
+
+def _print(found: Any, settings: dict[str, Any]) -> None:
+    print(", ".join(f"{k} {v}" for k, v in settings.items()))
+    table = Table()
+    for head in HEADS.split(","):
+        table.add_column(head, justify="right")
+    for x in found.layers:
+        table.add_row(
+            str(x.layer),
+            "-" if x.importance is None else f"{x.importance:.3f}",
+            f"{x.kept:,}",
+            "-" if x.by_importance is None else f"{x.by_importance:,}",
+            _share(x.recall),
+            _share(x.error),
+            _share(x.error_compensated),
+            _share(x.stream_error),
+            _share(x.selector.neighbours),
+            _share(x.oracle.neighbours),
+        )
+    Console(width=120).print(table)
+    for name, kind in ((settings["selector"], "selector"), ("oracle", "oracle")):
+        print(_words(name, [getattr(x, kind) for x in found.layers], found.blocks))
+    shares = [x.kept / found.neurons for x in found.layers]
+    chance = sum(p / (2 - p) for p in shares) / len(shares)
+    print(
+        "Overlap: of the neurons that either of two blocks keeps, the share that both keep; "
+        f"{chance:.1%} by chance."
+    )
+
+
+def _words(name: str, overlaps: list[Any], blocks: int) -> str:
+    """Flocking in a sentence, mean of the layers."""
+
+    def mean(key: str) -> str:
+        values = [getattr(x, key) for x in overlaps]
+        return "-" if None in values else f"{sum(values) / len(values):.1%}"
+
+    return (
+        f"{name}: {mean('in_all')} of the neurons are kept by all {blocks} blocks, "
+        f"{mean('in_one')} by one only; neighbouring blocks overlap by {mean('neighbours')}, "
+        f"any two by {mean('pairs')}."
+    )
+
+
+def _share(value: Optional[float]) -> str:
+    return "-" if value is None else f"{value:.1%}"
+
+
+def _write(
+    found: Any,
+    shown: list[int],
+    settings: dict[str, Any],
+    png: Path,
+    json_file: Optional[Path],
+) -> None:
+    from ..bench.environment import describe
+    from ..bench.inspection_picture import picture
+
+    s = settings
+    title = (
+        f"{s['model']}, {s['dtype']}, {s['tokens']:,} tokens in {s['blocks']} sparse blocks; "
+        f"{s['selector']}, compensator {s['compensator']}, sparsity {s['sparsity']:.0%}"
+    )
+    _replace(png, lambda half: picture(half, found, shown, s["selector"], title))
+    if json_file is not None:
+        layers = [asdict(x) for x in found.layers]
+        report = {"environment": describe(), "settings": s, "layers": layers}
+        text = json.dumps(report, indent=2) + "\n"
+        _replace(json_file, lambda half: half.write_text(text, encoding="utf-8"))
