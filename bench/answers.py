@@ -12,6 +12,7 @@ from mlx_lm.models.cache import make_prompt_cache
 from ..continuation import follow, prefill
 from ..engine import Engine
 from ..session import Session, switched
+from .scores import first_line
 from .tasks import Document, first_message, render
 
 
@@ -73,6 +74,8 @@ def reply(
             cache = copy.deepcopy(reading.cache)
             logprobs[step] = follow(model, rest, mx.array(target), cache, step)
         text = reading.text.strip()
+        if not tokenizer.has_chat_template:
+            text = first_line(text)
         replies.append(Reply(target, logprobs, reading.prompt, text, reading.skipped))
     return replies
 

@@ -15,9 +15,11 @@ from ..adapter import Adapter
 from ..attachment import attach, detach, seat
 from ..config import ConfigError, PrefillConfig
 from ..continuation import divergence
+from ..engine import Engine
 from . import scores
 from .answers import Reply, reply
 from .tasks import Document
+from .ttft import selector_name
 
 
 @dataclass(frozen=True)
@@ -115,6 +117,18 @@ def evaluate(
                     records.append(_record(label, document, turn, d, s))
             mx.clear_cache()
     return records
+
+
+def label(engine: Engine, block: bool = False) -> str:
+    """What runs, whatever was asked for; with ``block`` the block size too."""
+    kinds = {"MLPCompensator": "mlp", "LowRankCompensator": "low-rank"}
+    parts = [selector_name(engine)]
+    if (kind := type(engine.compensator).__name__) in kinds:
+        parts += ["+", kinds[kind]]
+    parts.append(f"{100 * engine.config.sparsity:g}%")
+    if block:
+        parts.append(f"block {engine.config.block_size}")
+    return " ".join(parts)
 
 
 def _record(

@@ -11,6 +11,7 @@ from .bench import bench
 from .chat import chat
 from .convert import convert
 from .demo import demo
+from .eval import evaluate
 from .generate import generate
 from .train import train
 from .tune import tune
@@ -49,6 +50,7 @@ app.command()(chat)
 app.command()(generate)
 app.command()(demo)
 app.command()(bench)
+app.command("eval")(evaluate)
 app.command()(tune)
 app.command()(train)
 app.command()(convert)
