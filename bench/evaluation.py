@@ -91,11 +91,11 @@ def evaluate(
     Raises:
         ConfigError, AdapterError: before anything is computed.
     """
-    labels = [arm.label for arm in arms]
-    if len(set(labels)) < len(labels):
-        raise ConfigError(f"two arms have one label: {', '.join(labels)}.")
-    engines = [attach(model, arm.config, adapter=adapter) for arm in arms]
-    detach(model)
+    labels = labels_of(arms)
+    try:
+        engines = [attach(model, arm.config, adapter=adapter) for arm in arms]
+    finally:
+        detach(model)
     steps = {e.config.sparse_decode for e in engines}
     records: list[Record] = []
     with wired_limit(model):
@@ -117,6 +117,14 @@ def evaluate(
                     records.append(_record(label, document, turn, d, s))
             mx.clear_cache()
     return records
+
+
+def labels_of(arms: Sequence[Arm]) -> list[str]:
+    """Their labels; raises ConfigError where they do not tell the arms apart."""
+    labels = [arm.label for arm in arms]
+    if len(set(labels)) < len(labels):
+        raise ConfigError(f"two arms are the same: {', '.join(labels)}; drop one.")
+    return labels
 
 
 def label(engine: Engine, block: bool = False) -> str:

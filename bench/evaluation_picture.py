@@ -68,6 +68,8 @@ def _kl(axis: Any, found: list[Summary], arms: list[str]) -> None:
         axis.errorbar(xs, values, errors, fmt="o", color=f"C{i}", label=arm)
     axis.set_xticks(range(len(own)), [s.task for s in own], fontsize=9)
     axis.set_xlim(-0.5, len(own) - 0.5)
+    ends = [max(LEAST_KL, v) for s in found for v in (s.kl, *(s.kl_bounds or ()))]
+    axis.set_ylim(min(ends) / 2, max(ends) * 2)  # matplotlib finds none for one point
 
 
 def _depths(axis: Any, records: list[Record], arms: list[str]) -> None:

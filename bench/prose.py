@@ -70,34 +70,43 @@ def filler(rng: random.Random, characters: int) -> str:
 
 
 def sentence_ends(text: str) -> list[int]:
-    """Where a sentence may be put in: the places after sentences."""
-    return [m.start() for m in re.finditer(r"(?<=[.!?])\s", text)]
+    """Where a sentence may be put in: after sentences and paragraphs."""
+    return [m.end() for m in re.finditer(r"""[.!?]["'”’)]*(?=\s)|\n\n""", text)]
 
 
 def fit(
-    make: Callable[[int], str], count: Callable[[str], int], length: int, prose: str
+    make: Callable[[int, int], str],
+    count: Callable[[str], int],
+    length: int,
+    prose: str,
 ) -> str:
-    """The text made of as many characters of prose as give exactly ``length`` tokens.
+    """A text of exactly ``length`` tokens; the nearest below where no cut gives that.
 
     Args:
-        make: The document from the number of characters that it may take of ``prose``.
-        count: Its tokens. Where no cut gives ``length`` exactly, the nearest below is taken.
+        make: make(n, drop) is the document with n characters of ``prose`` but the first ``drop``.
+        count: Tokens of its prompt.
+
+    Raises:
+        ConfigError: not even a little prose fits.
     """
-    n, best = min(len(prose), 4 * length), ""
+    n, best, most = min(len(prose), 4 * length), "", 0
     for _ in range(20):
-        got = count(make(n))
+        got = count(make(n, 0))
         if got == length:
             break
         step = round((length - got) * n / max(1, got))
         n = min(max(1, n + (step or (1 if got < length else -1))), len(prose))
-    near = range(max(1, n - 60), min(len(prose), n + 60) + 1)
-    most = 0
-    for cut in sorted(near, key=lambda c: (not _between_words(prose, c), abs(c - n))):
-        got = count(text := make(cut))
-        if got == length:
-            return text
-        if most < got < length:
-            best, most = text, got
+    near = range(max(1, n - 30), min(len(prose), n + 30) + 1)
+    near_first = sorted(near, key=lambda c: (not _between_words(prose, c), abs(c - n)))
+    for drop in range(
+        12
+    ):  # a cut may skip over ``length``: one begun elsewhere will not
+        for cut in near_first:
+            got = count(text := make(cut, drop))
+            if got == length:
+                return text
+            if most < got < length:
+                best, most = text, got
     if not best:
         raise ConfigError(
             f"{length} tokens do not hold the questions; use longer prompts."

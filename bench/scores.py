@@ -10,8 +10,7 @@ _DROP = str.maketrans("", "", string.punctuation)
 
 def normal(text: str) -> list[str]:
     """Words in lower case, without punctuation and articles."""
-    words = text.lower().translate(_DROP).split()
-    return [w for w in words if w not in ("a", "an", "the")]
+    return re.sub(r"\b(a|an|the)\b", " ", text.lower().translate(_DROP)).split()
 
 
 def exact(answer: str, references: Sequence[str]) -> float:

@@ -76,20 +76,18 @@ def build(
     """
     for task in tasks:
         if task not in TASKS:
-            raise ConfigError(
-                f"tasks must be among {', '.join(TASKS)}; got {printed(task)}."
-            )
+            raise ConfigError(f"tasks must be among {', '.join(TASKS)}; got {task!r}.")
     if "qa" in tasks and data is None:
         raise ConfigError("the task qa needs --data, a JSONL file with questions.")
     if min(lengths) < SHORTEST:
         raise ConfigError(
             f"prompts must have at least {SHORTEST} tokens, got {min(lengths)}."
         )
+    own = read_data(data)[:count] if data is not None else []
     made: list[Document] = []
     for task in tasks:
         if task == "qa":
-            assert data is not None
-            made += _qa(tokenizer, max(lengths), read_data(data)[:count])
+            made += _qa(tokenizer, max(lengths), own)
             continue
         for length in lengths:
             if task == "continuation":
@@ -108,10 +106,6 @@ def default_lengths(context: Optional[int]) -> list[int]:
     return sorted({min(n, most) for n in (1024, 2048, 4096)})
 
 
-def printed(text: str) -> str:
-    return text or "nothing"
-
-
 def render(tokenizer: Any, messages: list[dict[str, str]]) -> list[int]:
     """Token ids of a conversation, ready for the answer; plain text without a chat template."""
     if tokenizer.has_chat_template:
@@ -120,7 +114,8 @@ def render(tokenizer: Any, messages: list[dict[str, str]]) -> list[int]:
         f"{m['content']}\nAnswer:" if m["role"] == "user" else f" {m['content']}\n\n"
         for m in messages
     )
-    return [int(i) for i in encode_prompt(tokenizer, "".join(parts))]
+    ids: Any = encode_prompt(tokenizer, "".join(parts)).tolist()
+    return ids
 
 
 def first_message(text: str, question: str) -> dict[str, str]:
@@ -160,7 +155,7 @@ def _planted(
     prose = filler(rng, 8 * length)
     asked = questions[:1] if task == "chat" else questions
     text = fit(
-        lambda n: plant(prose[:n].rstrip(), facts),
+        lambda n, drop: plant(prose[drop:n].strip(), facts),
         lambda text: _longest(tokenizer, text, asked),
         length,
         prose,
@@ -172,21 +167,21 @@ def _quote(
     tokenizer: Any, task: str, length: int, i: int, rng: random.Random
 ) -> Document:
     """Up to three sentences of the text to complete."""
-    prose = filler(rng, 8 * length)
 
-    def cut(questions: list[Question]) -> str:
+    def cut(prose: str, questions: list[Question]) -> str:
         return fit(
-            lambda n: prose[:n].rstrip(),
+            lambda n, drop: prose[drop:n].strip(),
             lambda text: _longest(tokenizer, text, questions),
             length,
             prose,
         )
 
-    # The questions are longer than this one, so the text will be a little shorter.
-    text = cut([Question("Complete this sentence from the text:", [], "quote")])
-    found = _sentences(text[: max(len(text) - 300, len(text) // 2)])
-    if not found:
-        raise ConfigError(f"no sentence to quote in {length} tokens; use more.")
+    found: list[str] = []
+    while not found:
+        prose = filler(rng, 8 * length)
+        # The true questions are longer than this one: they take the end of the text.
+        text = cut(prose, [Question("Complete this sentence from the text:", [], "")])
+        found = _sentences(text[: max(len(text) - 300, len(text) // 2)])
     questions = []
     for sentence in rng.sample(found, min(3, len(found))):
         words, k = sentence.split(), rng.randint(4, 6)
@@ -194,13 +189,14 @@ def _quote(
         depth = round(text.index(sentence) / len(text), 3)
         question = f"Complete this sentence from the text: {begun}"
         questions.append(Question(question, [rest], "quote", depth))
-    return _document(tokenizer, task, length, i, cut(questions), questions)
+    return _document(tokenizer, task, length, i, cut(prose, questions), questions)
 
 
 def _sentences(text: str) -> list[str]:
     """Sentences of 8 to 28 words whose beginning stands only once in the text."""
     parts = [s for p in text.split("\n\n") for s in re.split(r"(?<=[.!?])\s+", p)]
     found = [s for s in parts[1:-1] if 8 <= len(s.split()) <= 28]  # ends may be cut
+    found = [s for s in found if s.rstrip("\"'”’)")[-1:] in ".!?"]  # no heading
     return [s for s in found if text.count(" ".join(s.split()[:4])) == 1]
 
 
@@ -231,7 +227,7 @@ def _qa(tokenizer: Any, most: int, data: Sequence[Asked]) -> Iterator[Document]:
         text, questions = context, [Question(q, answers, "qa") for q, answers in asked]
         if _longest(tokenizer, text, questions) > most:
             text = fit(
-                lambda n: context[: n // 2] + context[len(context) - (n - n // 2) :],
+                lambda n, drop: context[: n // 2 - drop] + context[n // 2 - n :],
                 lambda text: _longest(tokenizer, text, questions),
                 most,
                 context,

@@ -228,7 +228,7 @@ def _lengths(net: Any, asked: Optional[list[int]]) -> list[int]:
 def _arms(net: Any, configs: list[PrefillConfig], side: Any) -> tuple[list[Any], int]:
     """Arms named by what they run, and from which length on all of them read sparsely."""
     from ..attachment import attach, detach
-    from ..bench.evaluation import Arm, label
+    from ..bench.evaluation import Arm, label, labels_of
 
     several = len({c.block_size for c in configs}) > 1
     arms, shortest = [], 0
@@ -237,6 +237,7 @@ def _arms(net: Any, configs: list[PrefillConfig], side: Any) -> tuple[list[Any],
         arms.append(Arm(label(engine, several), config))
         shortest = max(shortest, engine.shortest)
     detach(net)
+    labels_of(arms)
     return arms, shortest
 
 
