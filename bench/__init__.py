@@ -1,1 +1,1 @@
-"""Measuring: TTFT (ttft), quality (quality), predictors (recall), conversions (conversion)."""
+"""Measuring: TTFT (ttft), answers (evaluation), predictors (recall), conversions (conversion)."""

@@ -18,7 +18,7 @@ from ..selectors import Oracle, Seen, Selector, Trained
 from ..train.capture import capture, ffns_of
 from ..train.lost import hits
 from .environment import describe
-from .quality import DATA, passages
+from .prose import HELD_OUT, passages
 
 
 def per_layer(
@@ -42,7 +42,7 @@ def main(
     model: Annotated[
         Optional[str], typer.Option(help="Default: the demo model.")
     ] = None,
-    text: Annotated[Path, typer.Option(help="Prose, UTF-8.")] = DATA / "heldout.txt",
+    text: Annotated[Path, typer.Option(help="Prose, UTF-8.")] = HELD_OUT,
     prompts: int = 32,
     tokens: int = 1900,
     block_size: int = 128,

@@ -18,6 +18,41 @@ def prefill(model: nn.Module, tokens: mx.array, cache: Any) -> None:
         mx.eval([c.state for c in cache])
 
 
+def follow(
+    model: nn.Module,
+    rest: mx.array,
+    tokens: mx.array,
+    cache: Any,
+    step: bool = False,
+) -> mx.array:
+    """Log-probabilities (tokens.size, vocabulary) of ``tokens`` after a prompt.
+
+    Args:
+        rest: What the cache does not hold of the prompt, one token at least; it runs dense.
+        step: Feed ``tokens`` one by one with the engine on, for PrefillConfig.sparse_decode;
+            else they run dense, in one call.
+    """
+    with switched(model, sparse=False):
+        if not step:
+            ids = mx.concatenate([rest, tokens[:-1]])
+            logits = model(ids[None], cache=cache)[0, rest.size - 1 :]
+        else:
+            found = [model(rest[None], cache=cache)[0, -1:]]
+    if step:
+        for i in range(tokens.size - 1):
+            found.append(model(tokens[None, i : i + 1], cache=cache)[0])
+            mx.eval(found[-1])
+        logits = mx.concatenate(found)
+    return log_softmax(logits)
+
+
+def log_softmax(logits: mx.array) -> mx.array:
+    logits = logits.astype(mx.float32)
+    logprobs = logits - mx.logsumexp(logits, axis=-1, keepdims=True)
+    mx.eval(logprobs)
+    return logprobs
+
+
 def continuation(
     model: nn.Module, tokens: mx.array, prompt: int, engine: Optional[Engine]
 ) -> mx.array:
@@ -31,12 +66,7 @@ def continuation(
     else:
         with engine.prompt(prompt):
             prefill(model, tokens[: prompt - 1], cache)
-    with switched(model, sparse=False):
-        logits = model(tokens[None, prompt - 1 : -1], cache=cache)[0]
-    logits = logits.astype(mx.float32)
-    logprobs = logits - mx.logsumexp(logits, axis=-1, keepdims=True)
-    mx.eval(logprobs)
-    return logprobs
+    return follow(model, tokens[prompt - 1 : prompt], tokens[prompt:], cache)
 
 
 def divergence(dense: mx.array, sparse: mx.array) -> tuple[float, float]:

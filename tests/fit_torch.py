@@ -20,7 +20,7 @@ from rich.progress import track
 from torch_modules import Compensator, Layer, Network, Predictor
 
 from mlx_fastforward import demo, detach, load
-from mlx_fastforward.bench.quality import passages
+from mlx_fastforward.bench.prose import passages
 from mlx_fastforward.session import render
 from mlx_fastforward.train.capture import capture
 

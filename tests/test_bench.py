@@ -3,11 +3,12 @@
 import mlx.core as mx
 import numpy as np
 import pytest
-from models import demo_tokenizer, settings, tiny
+from models import demo_tokenizer, prefill, settings, tiny
 
 from mlx_fastforward import detach
 from mlx_fastforward.attachment import attach, engine_of
-from mlx_fastforward.bench import quality, recall, shapes, ttft
+from mlx_fastforward.bench import prose, recall, shapes, ttft
+from mlx_fastforward.continuation import continuation, divergence, follow
 from mlx_fastforward.selectors import Oracle
 
 PROMPT = 60
@@ -20,61 +21,45 @@ def prompts(n: int) -> list[mx.array]:
 
 def test_kl_and_agreement_are_those_of_the_distributions() -> None:
     model = tiny("llama", vocab=4096)
-    texts = prompts(2)
-    dense = [quality.continuation(model, t, PROMPT, None) for t in texts]
+    (text,) = prompts(1)
+    dense = continuation(model, text, PROMPT, None)
     engine = attach(model, settings(sparsity=0.8))
-    sparse = [quality.continuation(model, t, PROMPT, engine) for t in texts]
-    kl, top1, exact, skipped = quality.measure(
-        model, demo_tokenizer(), texts, [], dense, PROMPT, engine
-    )
-    p, q = (
-        np.stack([np.array(x, dtype=np.float64) for x in xs]) for xs in (dense, sparse)
-    )
-    assert p.shape == (2, 8, 4096)
-    wanted = (np.exp(p) * (p - q)).sum(-1).mean(-1)
-    np.testing.assert_allclose(np.array(kl), wanted, rtol=1e-3)
-    assert wanted.min() > 0
+    sparse = continuation(model, text, PROMPT, engine)
+    kl, top1 = divergence(dense, sparse)
+    p, q = (np.array(x, dtype=np.float64) for x in (dense, sparse))
+    assert p.shape == (8, 4096)
+    wanted = (np.exp(p) * (p - q)).sum(-1).mean()
+    assert kl == pytest.approx(wanted, rel=1e-3) and wanted > 0
     assert top1 == pytest.approx((p.argmax(-1) == q.argmax(-1)).mean())
-    assert exact is None and 0 < skipped < 0.8
+    assert 0 < engine.tally.sparsity < 0.8
 
 
 def test_a_model_compared_with_itself() -> None:
     model = tiny("llama", vocab=4096)
-    texts = prompts(1)
-    dense = [quality.continuation(model, t, PROMPT, None) for t in texts]
-    kl, top1, _, skipped = quality.measure(
-        model, demo_tokenizer(), texts, [], dense, PROMPT, None
-    )
-    assert abs(kl.item()) < 1e-6 and top1 == 1 and skipped == 0
+    (text,) = prompts(1)
+    dense = [continuation(model, text, PROMPT, None) for _ in range(2)]
+    kl, top1 = divergence(*dense)
+    assert abs(kl) < 1e-6 and top1 == 1
+
+
+def test_what_follows_is_the_same_in_one_call_and_token_by_token() -> None:
+    model = tiny("llama", vocab=4096)
+    (text,) = prompts(1)
+    wanted, cache = prefill(model, text.tolist())
+    wanted = wanted[PROMPT - 1 : -1].astype(np.float64)
+    wanted -= np.logaddexp.reduce(wanted, axis=-1, keepdims=True)
+    for step in (False, True):
+        _, cache = prefill(model, text[: PROMPT - 3].tolist())
+        rest, after = text[PROMPT - 3 : PROMPT], text[PROMPT:]
+        got = follow(model, rest, after, cache, step)
+        np.testing.assert_allclose(np.array(got), wanted, atol=1e-3)
 
 
 def test_passages_are_of_one_length_and_from_the_whole_text() -> None:
     text = "<|end of book|>".join("word %d " % i * 300 for i in range(4))
-    got = quality.passages(text, demo_tokenizer(), 6, 50)
+    got = prose.passages(text, demo_tokenizer(), 6, 50)
     assert [t.size for t in got] == [50] * 6
     assert len({tuple(t.tolist()) for t in got}) > 3
-
-
-def test_questions_are_asked_one_by_one_after_the_shared_text() -> None:
-    """Every answer must be what the model says to its own prompt, whatever was asked before."""
-    model, tokenizer = tiny("llama", vocab=4096), demo_tokenizer(ends=True)
-    text = "The secret code of Felix is 4821. " * 3 + "\n\n"
-    questions = ["Who is Felix?", "Who is Mabel?", "Who is Felix?"]
-
-    def task(answers: list[str]) -> dict:
-        content = text + questions[0]
-        pairs = [list(p) for p in zip(questions, answers)]
-        return {"messages": [{"content": content}], "questions": pairs}
-
-    wanted = []
-    for q in questions:
-        message = [{"role": "user", "content": text + q}]
-        ids = tokenizer.apply_chat_template(message, add_generation_prompt=True)
-        cache = quality.make_prompt_cache(model)
-        wanted.append(quality._greedy(model, tokenizer, mx.array(ids), cache))
-    assert wanted[0] == wanted[2] != wanted[1]
-    assert quality.ask(model, tokenizer, task(wanted), None) == [True] * 3
-    assert quality.ask(model, tokenizer, task(["no"] * 3), None) == [False] * 3
 
 
 def test_ttft_leaves_the_model_stock_and_reports_the_ratio() -> None:

@@ -11,6 +11,7 @@ from .bench import bench
 from .chat import chat
 from .convert import convert
 from .demo import demo
+from .eval import evaluate
 from .generate import generate
 from .inspect import inspect
 from .train import train
@@ -50,6 +51,7 @@ app.command()(chat)
 app.command()(generate)
 app.command()(demo)
 app.command()(bench)
+app.command("eval")(evaluate)
 app.command()(inspect)
 app.command()(tune)
 app.command()(train)

@@ -100,7 +100,7 @@ def bench(
         from ..bench import ttft
         from ..bench.environment import describe
 
-        _check_files(json_file, png)
+        check_files(json_file, png)
         sizes = numbers("--contexts", contexts, int) if contexts else None
         net, tokenizer, side = _model(
             model, random, layers, q_bits, dtype, adapter, trust_remote_code
@@ -240,13 +240,15 @@ def _attention_arms(engine: Any, queries: list[int]) -> list[Any]:
     return [replace(engine, config=config, call=None) for config in configs]
 
 
-def _check_files(json_file: Optional[Path], png: Optional[Path]) -> None:
+def check_files(json_file: Optional[Path], png: Optional[Path]) -> None:
     """Better before the measuring than after it."""
     if png and png.suffix.lower() != ".png":
         raise ConfigError(f"--png must be a file ending in .png, got {png}.")
     for file in (json_file, png):
         if file and not file.absolute().parent.is_dir():
             fail(f"{file} cannot be written: no such folder.")
+        if file and file.is_dir():
+            fail(f"{file} cannot be written: it is a folder.")
 
 
 def _contexts(net: Any) -> list[int]:

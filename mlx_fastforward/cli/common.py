@@ -240,3 +240,14 @@ def status_line(r: Any) -> str:
         f"{r.prompt_tokens:,} prompt tokens{reused} · TTFT {r.ttft:.2f} s · "
         f"{r.generation_tps:.1f} tok/s · {r.ffn_sparsity:.0%} of the prompt's FFN skipped"
     )
+
+
+@contextlib.contextmanager
+def replacing(path: Path) -> Iterator[Path]:
+    """A name beside ``path`` to write to; it takes the file's place when all is written."""
+    half = path.with_name(f".{path.name}.half")
+    try:
+        yield half
+        half.replace(path)
+    finally:
+        half.unlink(missing_ok=True)

@@ -1,0 +1,115 @@
+"""The evaluation's picture: scores and KL per task, and scores by the depth of the fact."""
+
+from pathlib import Path
+from typing import Any, Sequence
+
+from .evaluation import Record
+from .intervals import Bounds, interval
+from .summaries import ALL, Summary
+
+DENSE = "0.6"
+PLANTED = ("needle", "key-value", "chat")
+DEPTHS = (0, 25, 50, 75, 100)
+LEAST_KL = 1e-6  # rounding; a logarithmic axis has no zero
+
+
+def picture(
+    path: Path, records: Sequence[Record], found: Sequence[Summary], title: str
+) -> None:
+    """Write a PNG; bars and points with their 95 % intervals."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(14, 4.6), layout="constrained")
+    FigureCanvasAgg(figure)
+    axes = figure.subplots(1, 3)
+    arms = list(dict.fromkeys(s.arm for s in found))
+    _scores(axes[0], [s for s in found if s.score_dense is not None], arms)
+    _kl(axes[1], [s for s in found if s.task != ALL], arms)
+    _depths(axes[2], [r for r in records if r.task in PLANTED], arms)
+    for axis in axes:
+        axis.spines[["top", "right"]].set_visible(False)
+    scores, kl = (axis.get_legend_handles_labels() for axis in axes[:2])
+    figure.legend(
+        *(scores if scores[0] else kl), loc="outside lower center", ncols=4, fontsize=9
+    )
+    figure.suptitle(title, fontsize=10, parse_math=False)
+    figure.savefig(path, dpi=120, format="png")
+
+
+def _scores(axis: Any, found: list[Summary], arms: list[str]) -> None:
+    axis.set(title="score: share right; quote and qa: token F1", ylim=(0, 1.05))
+    if not found:
+        return _nothing(axis, "no task with answers")
+    width = 0.8 / (len(arms) + 1)
+    for i, arm in enumerate([None, *arms]):  # None: dense, the same in every arm
+        own = [s for s in found if s.arm == (arm or arms[0])]
+        name = "sparse" if arm else "dense"
+        values = [getattr(s, f"score_{name}") for s in own]
+        bounds = [getattr(s, f"score_{name}_bounds") for s in own]
+        axis.bar(
+            [at + (i + 0.5) * width - 0.4 for at in range(len(own))],
+            values,
+            0.94 * width,
+            yerr=_errors(values, bounds),
+            color=f"C{i - 1}" if arm else DENSE,
+            label=arm or "dense",
+        )
+    axis.set_xticks(range(len(own)), [s.task for s in own], fontsize=9)
+
+
+def _kl(axis: Any, found: list[Summary], arms: list[str]) -> None:
+    axis.set(title="KL (dense || sparse), nats per token", yscale="log")
+    for i, arm in enumerate(arms):
+        own = [s for s in found if s.arm == arm]
+        values = [max(LEAST_KL, s.kl) for s in own]
+        errors = _errors(values, [s.kl_bounds for s in own])
+        xs = [at + (i + 0.5) * 0.6 / len(arms) - 0.3 for at in range(len(own))]
+        axis.errorbar(xs, values, errors, fmt="o", color=f"C{i}", label=arm)
+    axis.set_xticks(range(len(own)), [s.task for s in own], fontsize=9)
+    axis.set_xlim(-0.5, len(own) - 0.5)
+    ends = [max(LEAST_KL, v) for s in found for v in (s.kl, *(s.kl_bounds or ()))]
+    axis.set_ylim(min(ends) / 2, max(ends) * 2)  # matplotlib finds none for one point
+
+
+def _depths(axis: Any, records: list[Record], arms: list[str]) -> None:
+    axis.set(title="planted facts: share right by depth", ylim=(0, 1.05))
+    if not records:
+        return _nothing(axis, "no task with planted facts")
+    for i, arm in enumerate([None, *arms]):
+        own = [r for r in records if r.arm == (arm or arms[0])]
+        bins = [[r for r in own if _bin(r) == depth] for depth in DEPTHS]
+        xs = [depth + 1.2 * i for depth, near in zip(DEPTHS, bins) if near]
+        field = "score_sparse" if arm else "score_dense"
+        means, bounds = [], []
+        for near in filter(None, bins):
+            values = [getattr(r, field) for r in near]
+            means.append(sum(values) / len(values))
+            bounds.append(interval(values, [r.document for r in near]))
+        axis.errorbar(
+            xs,  # a little apart, to show the intervals
+            means,
+            _errors(means, bounds),
+            fmt="o-" if arm else "o--",
+            markersize=4,
+            color=f"C{i - 1}" if arm else DENSE,
+        )
+    axis.set(xlabel="depth in the document, %", xticks=DEPTHS)
+
+
+def _bin(record: Record) -> int:
+    """The nearest of DEPTHS."""
+    assert record.depth is not None
+    return 25 * round(4 * record.depth)
+
+
+def _errors(values: list[float], bounds: list[Bounds]) -> Any:
+    """Distances below and above; 0 where there is no interval. A log axis needs a rest below."""
+    both = [b or (v, v) for v, b in zip(values, bounds)]
+    low = [max(0.0, min(v - b[0], 0.999 * v)) for v, b in zip(values, both)]
+    return [low, [max(0.0, b[1] - v) for v, b in zip(values, both)]]
+
+
+def _nothing(axis: Any, why: str) -> None:
+    axis.text(0.5, 0.5, why, ha="center", transform=axis.transAxes, color="0.4")
+    axis.set(xticks=[], yticks=[])

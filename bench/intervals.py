@@ -1,0 +1,49 @@
+"""How far a mean can be trusted: a bootstrap that draws whole documents.
+
+Questions about one document share its prefill, so they are no independent samples; documents are.
+"""
+
+from typing import Callable, Optional, Sequence
+
+import numpy as np
+
+RESAMPLES = 10_000
+AT_ONCE = 1_000  # resamples held in memory
+
+Bounds = Optional[tuple[float, float]]
+
+
+def interval(
+    values: Sequence[float] | np.ndarray,
+    clusters: Sequence[str],
+    of: Callable[[np.ndarray], np.ndarray] = lambda means: means[:, 0],
+    seed: int = 0,
+    resamples: int = RESAMPLES,
+) -> Bounds:
+    """95 % interval of a mean over questions, or of a function of several means.
+
+    Percentile bootstrap (Efron and Tibshirani 1993), clusters drawn with replacement. A paired
+    difference is a mean of differences: pass those.
+
+    Args:
+        values: One number per question, (n,), or several, (n, k).
+        clusters: The document of every question, (n).
+        of: Turns resampled means (resamples, k) into what is reported, (resamples,).
+
+    Returns:
+        (low, high), or None where fewer than two documents say nothing about others.
+    """
+    columns = np.asarray(values, dtype=np.float64).reshape(len(clusters), -1)
+    names, place = np.unique(np.asarray(clusters), return_inverse=True)
+    if len(names) < 2:
+        return None
+    sums = np.zeros((len(names), columns.shape[1]))
+    np.add.at(sums, place, columns)
+    sizes = np.bincount(place)
+    rng, found = np.random.default_rng(seed), []
+    for start in range(0, resamples, AT_ONCE):
+        count = min(AT_ONCE, resamples - start)
+        drawn = rng.multinomial(len(names), [1 / len(names)] * len(names), count)
+        found.append(of((drawn @ sums) / (drawn @ sizes)[:, None]))
+    low, high = np.percentile(np.concatenate(found), [2.5, 97.5])
+    return float(low), float(high)

@@ -1,0 +1,279 @@
+"""mlx_fastforward eval: does the model still answer right when it reads sparsely?"""
+
+import json
+import time
+from dataclasses import asdict
+from pathlib import Path
+from typing import Annotated, Any, Optional
+
+import typer
+from rich.console import Console
+from rich.progress import Progress
+
+from ..config import ConfigError, PrefillConfig
+from . import options as o
+from .bench import check_files, numbers
+from .common import fail, interruptible, load_model, one_line_errors, replacing
+from .evaluation_tables import announce, show
+
+
+def evaluate(
+    model: o.Model = None,
+    adapter: o.Adapter = None,
+    selectors: Annotated[
+        str, typer.Option(help="auto, trained, probe, first-block, oracle.")
+    ] = "auto",
+    compensators: Annotated[
+        str, typer.Option(help="auto, none, mlp, low-rank.")
+    ] = "auto",
+    sparsities: Annotated[
+        str, typer.Option(help="Shares of FFN neurons dropped.")
+    ] = "0.5",
+    block_sizes: Annotated[
+        str, typer.Option(help="Tokens that share one set of neurons, about.")
+    ] = "128",
+    schedule: o.Schedule = "auto",
+    sparse_decode: o.SparseDecode = False,
+    tasks: Annotated[
+        Optional[str],
+        typer.Option(
+            help="continuation, needle, key-value, quote, chat, qa. Default: all, qa with --data.",
+            show_default=False,
+        ),
+    ] = None,
+    lengths: Annotated[
+        Optional[str],
+        typer.Option(
+            help="Prompt tokens. Default: 1024,2048,4096, as the model allows.",
+            show_default=False,
+        ),
+    ] = None,
+    prompts: Annotated[
+        int, typer.Option(min=1, help="Documents per task and length.")
+    ] = 10,
+    data: Annotated[
+        Optional[Path],
+        typer.Option(
+            help='Your questions, JSONL: {"context", "question", "answers": [...]}.',
+            show_default=False,
+        ),
+    ] = None,
+    max_tokens: Annotated[
+        int, typer.Option("--max-tokens", "-m", min=1, help="Of an answer, at most.")
+    ] = 40,
+    seed: Annotated[int, typer.Option(min=0, help="Other seeds, other prompts.")] = 0,
+    dtype: Annotated[
+        Optional[str],
+        typer.Option(
+            help="float32, float16 or bfloat16. Default: the model's own.",
+            show_default=False,
+        ),
+    ] = None,
+    json_file: Annotated[
+        Optional[Path],
+        typer.Option("--json", help="Write all figures and answers here."),
+    ] = None,
+    png: Annotated[Optional[Path], typer.Option(help="Write a picture here.")] = None,
+    trust_remote_code: o.TrustRemoteCode = False,
+) -> None:
+    """Compare answers after a sparse prefill with the dense model's, on the same prompts.
+
+    Examples:
+
+      mlx_fastforward eval --model mlx-community/Llama-3.2-3B-Instruct-4bit --json eval.json
+
+      mlx_fastforward eval --sparsities 0.3,0.5 --tasks key-value,chat --lengths 1900 --prompts 32
+
+      mlx_fastforward eval --data questions.jsonl --tasks qa
+    """
+    with one_line_errors(), interruptible():
+        check_files(json_file, png)
+        configs = [
+            PrefillConfig(
+                sparsity,
+                block,
+                selector=selector,
+                compensator=compensator,
+                schedule=schedule,
+                sparse_decode=sparse_decode,
+            )
+            for selector in selectors.split(",")
+            for compensator in compensators.split(",")
+            for sparsity in numbers("--sparsities", sparsities, float)
+            for block in numbers("--block-sizes", block_sizes, int)
+        ]
+        asked = _tasks(tasks, data)
+        sizes = numbers("--lengths", lengths, int) if lengths else None
+        if dtype not in (None, "float32", "float16", "bfloat16"):
+            raise ConfigError(
+                f"--dtype must be float32, float16 or bfloat16; got {dtype}."
+            )
+        net, tokenizer, side = _model(model, dtype, adapter, trust_remote_code)
+        from ..bench.evaluation import evaluate as run
+        from ..bench.summaries import summaries, worst
+        from ..bench.tasks import build
+
+        sizes = _lengths(net, sizes)
+        arms, shortest = _arms(net, configs, side)
+        console = Console(stderr=True, highlight=False)
+        with console.status("choosing prompts"):
+            documents = build(tokenizer, asked, sizes, prompts, seed, data)
+        announce(console, documents, [a.label for a in arms], shortest)
+        start = time.perf_counter()
+        with Progress(console=console, disable=not console.is_terminal) as bar:
+            total = sum(d.length for d in documents) * (len(arms) + 1)
+            task = bar.add_task("asking", total=total)
+            records = run(
+                net,
+                tokenizer,
+                documents,
+                arms,
+                side,
+                lambda tokens: bar.advance(task, tokens),
+                max_tokens,
+            )
+        seconds = time.perf_counter() - start
+        found, bad = summaries(records), worst(records)
+        settings = {
+            "adapter": _public(side.source) if side else "none",
+            "tasks": asked,
+            "lengths": sizes,
+            "prompts": prompts,
+            "data": data.name if data else None,
+            "seed": seed,
+            "max_tokens": max_tokens,
+        }
+        environment = _environment(net, model)
+        show(environment, found, bad)
+        report = {
+            "environment": environment,
+            "settings": settings,
+            "seconds": round(seconds, 1),
+            "arms": [{"label": a.label, **asdict(a.config)} for a in arms],
+            "summaries": [asdict(s) for s in found],
+            "worst": [asdict(r) for r in bad],
+            "records": [asdict(r) for r in records],
+        }
+        _write(report, records, found, json_file, png)
+        console.print(
+            f"{len(records):,} answers compared in {seconds / 60:.1f} minutes."
+        )
+
+
+def _tasks(tasks: Optional[str], data: Optional[Path]) -> list[str]:
+    from ..bench.tasks import BUILT, TASKS
+
+    asked = [*BUILT, *(["qa"] if data else [])]
+    if tasks is not None:
+        asked = list(dict.fromkeys(t.strip() for t in tasks.split(",")))
+    for task in asked:
+        if task not in TASKS:
+            raise ConfigError(
+                f"--tasks must be among {', '.join(TASKS)}; got {task!r}."
+            )
+    if ("qa" in asked) != (data is not None):
+        raise ConfigError("--data and the task qa need each other.")
+    return asked
+
+
+def _model(
+    model: Optional[str],
+    dtype: Optional[str],
+    adapter: Optional[str],
+    trust_remote_code: bool,
+) -> tuple[Any, Any, Any]:
+    """The model, stock, its tokenizer and its adapter."""
+    import mlx.core as mx
+
+    from .. import demo
+    from ..adapter import BaseModel
+    from ..attachment import detach
+    from ..finding import adapter_for, named_adapter
+
+    net, tokenizer = load_model(
+        model,
+        sparsity=0.0,
+        adapter="none",
+        trust_remote_code=trust_remote_code,
+        tokenizer_config={"trust_remote_code": trust_remote_code},
+    )
+    detach(net)
+    if dtype:
+        net.set_dtype(getattr(mx, dtype))
+    place = model or str(demo.MODEL)
+    side = named_adapter(adapter) if adapter else adapter_for(place, BaseModel.of(net))
+    return net, tokenizer, side
+
+
+def _lengths(net: Any, asked: Optional[list[int]]) -> list[int]:
+    """Prompt lengths that leave room for the answers."""
+    from ..bench.tasks import ROOM, SHORTEST, default_lengths
+    from ..families import context_length
+
+    context = context_length(net)
+    if asked is None:
+        return default_lengths(context)
+    if context and max(asked) + ROOM > context:
+        raise ConfigError(
+            f"--lengths {max(asked)} is too long: the model's context has {context:,} tokens, "
+            f"{ROOM} of them for questions and answers; use at most {context - ROOM}."
+        )
+    if min(asked) < SHORTEST:
+        raise ConfigError(
+            f"--lengths must be at least {SHORTEST} tokens, got {min(asked)}."
+        )
+    return sorted(set(asked))
+
+
+def _arms(net: Any, configs: list[PrefillConfig], side: Any) -> tuple[list[Any], int]:
+    """Arms named by what they run, and from which length on all of them read sparsely."""
+    from ..attachment import attach, detach
+    from ..bench.evaluation import Arm, label, labels_of
+
+    several = len({c.block_size for c in configs}) > 1
+    arms, shortest = [], 0
+    for config in configs:
+        engine = attach(net, config, adapter=side)
+        arms.append(Arm(label(engine, several), config))
+        shortest = max(shortest, engine.shortest)
+    detach(net)
+    labels_of(arms)
+    return arms, shortest
+
+
+def _environment(net: Any, model: Optional[str]) -> dict[str, Any]:
+    from ..bench.environment import describe
+
+    name = f"{_public(model or 'demo model')}, {len(net.layers)} layers"
+    dtype = str(net.layers[0].input_layernorm.weight.dtype)[9:]
+    return describe() | {"model": name, "dtype": dtype}
+
+
+def _public(name: Optional[str]) -> str:
+    """Figures are shared, paths are not."""
+    if name and Path(name).exists():
+        return Path(name).resolve().name
+    return name or "unknown"
+
+
+def _write(
+    report: dict[str, Any],
+    records: Any,
+    found: Any,
+    json_file: Optional[Path],
+    png: Optional[Path],
+) -> None:
+    from ..bench.evaluation_picture import picture
+
+    env = report["environment"]
+    title = f"{env['model']}, {env['dtype']}, {env['device']}, mlx {env['mlx']}"
+    try:
+        if json_file:
+            with replacing(json_file) as half:
+                text = json.dumps(report, indent=2, ensure_ascii=False) + "\n"
+                half.write_text(text, encoding="utf-8")
+        if png:
+            with replacing(png) as half:
+                picture(half, records, found, title)
+    except OSError as e:
+        fail(f"{e.filename or json_file or png} cannot be written: {e.strerror or e}.")
