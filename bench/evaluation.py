@@ -19,7 +19,6 @@ from ..engine import Engine
 from . import scores
 from .answers import Reply, reply
 from .tasks import Document
-from .ttft import selector_name
 
 
 @dataclass(frozen=True)
@@ -129,10 +128,9 @@ def labels_of(arms: Sequence[Arm]) -> list[str]:
 
 def label(engine: Engine, block: bool = False) -> str:
     """What runs, whatever was asked for; with ``block`` the block size too."""
-    kinds = {"MLPCompensator": "mlp", "LowRankCompensator": "low-rank"}
-    parts = [selector_name(engine)]
-    if (kind := type(engine.compensator).__name__) in kinds:
-        parts += ["+", kinds[kind]]
+    parts = [engine.selector.name]
+    if engine.compensator is not None:
+        parts += ["+", engine.compensator.name]
     parts.append(f"{100 * engine.config.sparsity:g}%")
     if block:
         parts.append(f"block {engine.config.block_size}")

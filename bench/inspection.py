@@ -100,10 +100,14 @@ class Given:
 
     scores: mx.array
     probe_every: int
+    name: str = "given"
     remembers: bool = False
 
     def __call__(self, layer: int, ffn: Any, seen: Seen) -> mx.array:
         return self.scores
+
+    def unit(self, block: int) -> int:
+        return 1
 
     def flops(self, block: int, dense: int, d: int, f: int) -> float:
         return 0.0

@@ -51,7 +51,7 @@ def of_groups(groups: mx.array) -> mx.array:
     return (groups[:, None] * GROUP + mx.arange(GROUP, dtype=mx.uint32)).reshape(-1)
 
 
-def stacked(linear: Any) -> list[mx.array]:
+def stacked(linear: Any) -> list[Any]:
     """Weight, scales and biases of a projection to neurons, (groups, 64, ...) each."""
     parts = [linear.weight, linear.get("scales"), linear.get("biases")]
     return [p.reshape(-1, GROUP, p.shape[-1]) for p in parts if p is not None]
@@ -66,8 +66,11 @@ def gathered(mlp: MLP, groups: mx.array) -> FFN:
             (w,) = stacked(linear)
             y = mx.gather_mm(x[None], w.swapaxes(-1, -2), rhs_indices=groups)
         else:
-            size = {"group_size": linear.group_size, "bits": linear.bits}
-            y = mx.gather_qmm(x[None], *stacked(linear), rhs_indices=groups, **size)
+            stack = stacked(linear)
+            size: Any = {"group_size": linear.group_size, "bits": linear.bits}
+            y = mx.gather_qmm(
+                x[None], stack[0], stack[1], stack[2], rhs_indices=groups, **size
+            )
         return y.swapaxes(0, 1).reshape(len(x), -1)
 
     return lambda x: down(swiglu(project(mlp.gate_proj, x), project(mlp.up_proj, x)))
@@ -91,10 +94,10 @@ def grouped_down(linear: Any, groups: mx.array) -> FFN:
         neurons = linear.weight.shape[1]
         return lambda z: z @ take(linear.weight).T
     neurons = linear.scales.shape[1] * linear.group_size
-    size = {"group_size": linear.group_size, "bits": linear.bits}
+    size: Any = {"group_size": linear.group_size, "bits": linear.bits}
 
     def down(z: mx.array) -> mx.array:
-        parts = [take(p) for p in (linear.weight, linear.scales, linear.biases)]
+        parts: Any = [take(p) for p in (linear.weight, linear.scales, linear.biases)]
         return mx.quantized_matmul(z, *parts, **size)
 
     return down

@@ -149,7 +149,7 @@ def row(
         context,
         config.sparsity,
         config.block_size,
-        selector_name(engine),
+        engine.selector.name,
         config.strategy,
         config.attention_block,
         ttft,
@@ -181,9 +181,3 @@ def arm_name(row: Row) -> str:
     if row.attention_block:
         parts.append(f"attention by {row.attention_block}")
     return ", ".join(parts)
-
-
-def selector_name(engine: Engine) -> str:
-    """As in --selector, whatever was asked for."""
-    names = {"Trained": "trained", "Probe": "probe", "FirstBlock": "first-block"}
-    return names.get(type(engine.selector).__name__, "oracle")

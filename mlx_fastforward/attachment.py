@@ -13,7 +13,7 @@ import mlx.nn as nn
 
 from .adapter import Adapter, BaseModel
 from .attention import attention_module, by_queries, replaced
-from .compensators import Compensator, LowRankCompensator, MLPCompensator
+from .compensators import Compensator
 from .config import ConfigError, PrefillConfig
 from .engine import Engine
 from .families import family_of, layer_mlps
@@ -188,13 +188,11 @@ def _compensator(
     config: PrefillConfig, adapter: Optional[Adapter]
 ) -> Optional[Compensator]:
     compensator = adapter.compensator if adapter is not None else None
-    kinds = {"mlp": MLPCompensator, "low-rank": LowRankCompensator}
-    wanted = kinds.get(config.compensator)
-    if wanted and not isinstance(compensator, wanted):
-        found = [name for name, kind in kinds.items() if isinstance(compensator, kind)]
-        here = f"this one has {found[0] if found else 'none'}"
+    found = compensator.name if compensator is not None else "none"
+    if config.compensator not in ("auto", "none", found):
+        here = f"this one has {found}" if adapter is not None else "there is none"
         raise ConfigError(
-            f"compensator {config.compensator} needs an adapter that has one, "
-            f"{here if adapter is not None else 'there is none'}; use compensator none or auto."
+            f"compensator {config.compensator} needs an adapter that has one, {here}; "
+            "use compensator none or auto."
         )
     return None if config.compensator == "none" else compensator

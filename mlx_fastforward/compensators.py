@@ -27,6 +27,10 @@ class Estimate:
 
 
 class Compensator(Protocol):
+    """What the engine asks of a compensator. name: as in --compensator."""
+
+    name: str
+
     def __call__(self, layer: int, x: mx.array) -> mx.array | Estimate:
         """What to add to the sparse FFN's output (M, n, d), or guesses for the dropped neurons.
 
@@ -50,6 +54,8 @@ class MLPWeights:
 
 class MLPCompensator:
     """The paper's error compensator, W_c2 act(W_c1 X) (eq. 20-21)."""
+
+    name = "mlp"
 
     def __init__(self, layers: Sequence[MLPWeights], activation: str = "relu"):
         if activation not in ACTIVATIONS:
@@ -95,6 +101,8 @@ class LowRankCompensator:
     neuron is fitted on tokens of blocks that drop it, where it is small. W is the model's own, so
     one fit serves all of its quantisations.
     """
+
+    name = "low-rank"
 
     def __init__(self, layers: Sequence[LowRankWeights]):
         self.layers = layers

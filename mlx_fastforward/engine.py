@@ -146,6 +146,11 @@ class Engine:
             return None
         return Call(plan, memory, valid_tokens(cache, batch, new))
 
+    @property
+    def compensation(self) -> str:
+        """As in --compensator, whatever was asked for."""
+        return "none" if self.compensator is None else self.compensator.name
+
     def plan(self, new: int, empty: bool, after: Optional[int]) -> Optional[Plan]:
         """plan_call() under this engine's settings."""
         return plan_call(

@@ -39,10 +39,12 @@ class Seen:
 class Selector(Protocol):
     """What the engine asks of a selector.
 
+    name: as in --selector.
     probe_every > 0: run every so-manieth token of a block densely beforehand.
     remembers: decode steps need what the prompt left in ``Seen.memory``.
     """
 
+    name: str
     probe_every: int
     remembers: bool
 
@@ -109,6 +111,7 @@ class Probe:
     so a dense token counts as often as it has look-alikes in the block.
     """
 
+    name = "probe"
     sharpness = 32.0
     sample = 4
     remembers = False
@@ -146,6 +149,7 @@ class Probe:
 class FirstBlock:
     """GRIFFIN: the neurons of the first block serve the whole prompt."""
 
+    name = "first-block"
     probe_every = 0
     remembers = True
 
@@ -183,6 +187,7 @@ class FirstBlock:
 class Oracle:
     """The dense FFN first, then the best neurons of the block. Saves nothing: for measuring."""
 
+    name = "oracle"
     probe_every = 0
     remembers = False
 
@@ -297,6 +302,7 @@ class Trained:
     only one part needs, a planted fact, is not outvoted by the others.
     """
 
+    name = "trained"
     probe_every = 0
     remembers = False
 

@@ -74,8 +74,8 @@ def key(engine: Engine, shape: Shape) -> str:
         " ".join(packed),
         str(_dtype(engine)).removeprefix("mlx.core."),
         f"{engine.config.sparsity:g}",
-        type(engine.selector).__name__,
-        type(engine.compensator).__name__,
+        engine.selector.name,
+        engine.compensation,
         f"{_overhead(engine):.3f}",
     ]
     return ", ".join(parts)

@@ -297,6 +297,8 @@ def test_compensators_change_what_is_read(saved: dict[str, Adapter], held: str) 
 class Constant:
     """Adds the number of the layer."""
 
+    name = "own"
+
     def __call__(self, layer: int, x: mx.array) -> mx.array | Estimate:
         return mx.full(x.shape, layer, x.dtype)
 
@@ -352,8 +354,8 @@ def test_own_guesses_change_what_is_read() -> None:
 
 
 @pytest.mark.parametrize("asked", ["mlp", "low-rank"])
-def test_own_compensators_are_of_no_kind(asked: str) -> None:
-    with pytest.raises(ConfigError, match="this one has none; use compensator none"):
+def test_own_compensators_are_of_no_other_kind(asked: str) -> None:
+    with pytest.raises(ConfigError, match="this one has own; use compensator none"):
         attach_own(models.tiny("llama"), Constant(), asked)
 
 

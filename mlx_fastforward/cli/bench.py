@@ -1,6 +1,5 @@
 """mlx_fastforward bench: TTFT of stock mlx-lm against sparse prefill, on this device."""
 
-import json
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Annotated, Any, Optional
@@ -12,7 +11,17 @@ from rich.table import Table
 
 from ..config import ConfigError, PrefillConfig
 from . import options as o
-from .common import fail, interruptible, load_model, one_line_errors
+from .common import interruptible, one_line_errors
+from .measuring import (
+    check_dtype,
+    check_files,
+    dtype_name,
+    numbers,
+    public_name,
+    stock_model,
+    write,
+    write_json,
+)
 from .tuning import tune_once
 
 
@@ -141,32 +150,16 @@ def bench(
                     delay,
                     lambda: bar.advance(task),
                 )
-        name = random or model or "demo model"
-        if Path(name).exists():  # figures are shared, paths are not
-            name = Path(name).resolve().name
         settings = {
-            "model": f"{name}, {len(net.layers)} layers"
+            "model": f"{random or public_name(model)}, {len(net.layers)} layers"
             + (f", {q_bits} bits" if q_bits else ""),
-            "dtype": str(net.layers[0].input_layernorm.weight.dtype)[9:],
+            "dtype": dtype_name(net),
             "trials": num_trials,
         }
         environment = describe() | settings
         _show(rows, environment)
         report = {"environment": environment, "rows": [asdict(r) for r in rows]}
         _write(report, rows, json_file, png)
-
-
-def numbers(flag: str, text: str, kind: Any, least: int = 1) -> list[Any]:
-    """A list of numbers with commas between them."""
-    try:
-        found = [kind(part) for part in text.split(",")]
-    except ValueError:
-        raise ConfigError(
-            f"{flag} must be numbers with commas between them, got {text!r}."
-        ) from None
-    if kind is int and min(found) < least:
-        raise ConfigError(f"{flag} must be at least {least}, got {text!r}.")
-    return found
 
 
 def _model(
@@ -183,42 +176,23 @@ def _model(
     from mlx_lm.utils import load_tokenizer
 
     from .. import demo
-    from ..attachment import detach
     from ..bench import shapes
-    from ..finding import adapter_for, named_adapter
 
     if q_bits not in (0, 2, 3, 4, 5, 6, 8):
         raise ConfigError(f"--q-bits must be 2, 3, 4, 5, 6 or 8, or 0; got {q_bits}.")
     if random is not None and model is not None:
         raise ConfigError("give --model or --random, not both.")
-    if dtype not in (None, "float32", "float16", "bfloat16"):
-        raise ConfigError(f"--dtype must be float32, float16 or bfloat16; got {dtype}.")
+    check_dtype(dtype)
     if random is None:
         if layers or q_bits:
             raise ConfigError("--layers and --q-bits go with --random.")
-        net, tokenizer = load_model(
-            model,
-            sparsity=0.0,
-            adapter="none",
-            trust_remote_code=trust_remote_code,
-            tokenizer_config={"trust_remote_code": trust_remote_code},
-        )
-        detach(net)
-        name = model or str(demo.MODEL)
-    else:
-        if random not in shapes.SHAPES:
-            known = ", ".join(shapes.SHAPES)
-            raise ConfigError(f"--random must be one of {known}; got {random}.")
-        usual = "bfloat16" if mx.default_device() == mx.gpu else "float32"
-        kind = getattr(mx, dtype or usual)
-        net = shapes.random_model(random, layers, kind, q_bits)
-        return net, load_tokenizer(demo.MODEL), shapes.random_adapter(net)
-    if dtype:
-        net.set_dtype(getattr(mx, dtype))
-    from ..adapter import BaseModel
-
-    side = named_adapter(adapter) if adapter else adapter_for(name, BaseModel.of(net))
-    return net, tokenizer, side
+        return stock_model(model, dtype, adapter, trust_remote_code)
+    if random not in shapes.SHAPES:
+        known = ", ".join(shapes.SHAPES)
+        raise ConfigError(f"--random must be one of {known}; got {random}.")
+    usual = "bfloat16" if mx.default_device() == mx.gpu else "float32"
+    net = shapes.random_model(random, layers, getattr(mx, dtype or usual), q_bits)
+    return net, load_tokenizer(demo.MODEL), shapes.random_adapter(net)
 
 
 def _arms(
@@ -240,17 +214,6 @@ def _attention_arms(engine: Any, queries: list[int]) -> list[Any]:
     return [replace(engine, config=config, call=None) for config in configs]
 
 
-def check_files(json_file: Optional[Path], png: Optional[Path]) -> None:
-    """Better before the measuring than after it."""
-    if png and png.suffix.lower() != ".png":
-        raise ConfigError(f"--png must be a file ending in .png, got {png}.")
-    for file in (json_file, png):
-        if file and not file.absolute().parent.is_dir():
-            fail(f"{file} cannot be written: no such folder.")
-        if file and file.is_dir():
-            fail(f"{file} cannot be written: it is a folder.")
-
-
 def _contexts(net: Any) -> list[int]:
     from ..families import context_length
 
@@ -265,13 +228,8 @@ def _write(
 
     env = report["environment"]
     title = f"{env['model']}, {env['dtype']}, {env['device']}, mlx {env['mlx']}"
-    try:
-        if json_file:
-            json_file.write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
-        if png:
-            picture(png, rows, title)
-    except OSError as e:
-        fail(f"{e.filename or json_file or png} cannot be written: {e.strerror or e}.")
+    write_json(json_file, report)
+    write(png, lambda half: picture(half, rows, title))
 
 
 def _show(rows: Any, environment: dict[str, Any]) -> None:

@@ -8,17 +8,23 @@ from rich.progress import Progress
 
 from ..config import ConfigError
 
-NAMES = ("longbench", "mmlu")
 
-
-def chosen(longbench: bool, mmlu: bool, **others: Any) -> Optional[str]:
-    """Which of the two is asked for; ``others`` are flags of eval that do not go with them."""
-    name = "longbench" if longbench else "mmlu" if mmlu else None
+def chosen(
+    longbench: bool,
+    mmlu: bool,
+    limit: Optional[int],
+    lengths: Optional[str],
+    png: Optional[Path],
+) -> Optional[str]:
+    """Which of the two is asked for; flags that do not go together are refused."""
     if longbench and mmlu:
         raise ConfigError("give --longbench or --mmlu, not both.")
-    for flag, value in others.items():
+    name = "longbench" if longbench else "mmlu" if mmlu else None
+    if name is None and limit is not None:
+        raise ConfigError("--limit goes with --longbench or --mmlu; use --prompts.")
+    for flag, value in (("--lengths", lengths), ("--png", png)):
         if name and value is not None:
-            raise ConfigError(f"--{flag} does not go with --{name}.")
+            raise ConfigError(f"{flag} does not go with --{name}.")
     return name
 
 
@@ -33,10 +39,11 @@ def run_benchmark(
     data: Optional[Path],
     console: Console,
 ) -> dict[str, Any]:
-    """Run it, dense first, and return its report."""
+    """Run it, dense first, print its table and return its report."""
     from ..bench import longbench, mmlu
+    from ..bench.harness import table
 
-    run = {"longbench": longbench.longbench, "mmlu": mmlu.mmlu}[name]
+    run: Any = {"longbench": longbench.longbench, "mmlu": mmlu.mmlu}[name]
     with Progress(console=console, disable=not console.is_terminal) as bar:
         task = bar.add_task(name, total=None)
 
@@ -53,4 +60,5 @@ def run_benchmark(
             data=data,
             tick=tick,
         )
+    Console(width=120).print(table(report))
     return report

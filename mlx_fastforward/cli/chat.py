@@ -163,9 +163,8 @@ class Chat:
         if self.engine.tuned_dense:
             mode += ", the fastest on this device; --no-tune runs sparsely"
         if config.sparsity:
-            selector = type(self.engine.selector).__name__.lower()
             mode = f"{config.sparsity:.0%} of FFN neurons dropped per {config.block_size} tokens"
-            mode += f", selector {selector}"
+            mode += f", selector {self.engine.selector.name}"
         self.console.print(Text("mlx_fastforward chat", style="bold"))
         if model is None:
             from .. import demo

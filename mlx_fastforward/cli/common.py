@@ -245,7 +245,7 @@ def status_line(r: Any) -> str:
 @contextlib.contextmanager
 def replacing(path: Path) -> Iterator[Path]:
     """A name beside ``path`` to write to; it takes the file's place when all is written."""
-    half = path.with_name(f".{path.name}.half")
+    half = path.with_name(f".half-{path.name}")
     try:
         yield half
         half.replace(path)

@@ -1,6 +1,5 @@
 """mlx_fastforward eval: does the model still answer right when it reads sparsely?"""
 
-import json
 import time
 from dataclasses import asdict
 from pathlib import Path
@@ -12,9 +11,19 @@ from rich.progress import Progress
 
 from ..config import ConfigError, PrefillConfig
 from . import options as o
-from .bench import check_files, numbers
-from .common import fail, interruptible, load_model, one_line_errors, replacing
+from .benchmarks import chosen, run_benchmark
+from .common import interruptible, one_line_errors
 from .evaluation_tables import announce, show
+from .measuring import (
+    check_dtype,
+    check_files,
+    dtype_name,
+    numbers,
+    public_name,
+    stock_model,
+    write,
+    write_json,
+)
 
 
 def evaluate(
@@ -37,7 +46,26 @@ def evaluate(
     tasks: Annotated[
         Optional[str],
         typer.Option(
-            help="continuation, needle, key-value, quote, chat, qa. Default: all, qa with --data.",
+            help="continuation, needle, key-value, quote, chat, qa. Default: all, qa with --data. "
+            "Or LongBench's or MMLU's.",
+            show_default=False,
+        ),
+    ] = None,
+    longbench: Annotated[
+        bool,
+        typer.Option(
+            "--longbench",
+            help="LongBench instead, through lm-eval (pip install 'mlx-fastforward[eval]').",
+        ),
+    ] = False,
+    mmlu: Annotated[
+        bool, typer.Option("--mmlu", help="MMLU instead, through lm-eval.")
+    ] = False,
+    limit: Annotated[
+        Optional[int],
+        typer.Option(
+            min=1,
+            help="Prompts per task of LongBench or MMLU. Default: all.",
             show_default=False,
         ),
     ] = None,
@@ -54,7 +82,8 @@ def evaluate(
     data: Annotated[
         Optional[Path],
         typer.Option(
-            help='Your questions, JSONL: {"context", "question", "answers": [...]}.',
+            help='Your questions, JSONL: {"context", "question", "answers": [...]}. A folder with '
+            "the files of LongBench or MMLU; default: from the hub.",
             show_default=False,
         ),
     ] = None,
@@ -102,20 +131,24 @@ def evaluate(
             for sparsity in numbers("--sparsities", sparsities, float)
             for block in numbers("--block-sizes", block_sizes, int)
         ]
-        asked = _tasks(tasks, data)
+        benchmark = chosen(longbench, mmlu, limit, lengths, png)
+        asked = [] if benchmark else _tasks(tasks, data)
         sizes = numbers("--lengths", lengths, int) if lengths else None
-        if dtype not in (None, "float32", "float16", "bfloat16"):
-            raise ConfigError(
-                f"--dtype must be float32, float16 or bfloat16; got {dtype}."
-            )
-        net, tokenizer, side = _model(model, dtype, adapter, trust_remote_code)
+        check_dtype(dtype)
+        net, tokenizer, side = stock_model(model, dtype, adapter, trust_remote_code)
         from ..bench.evaluation import evaluate as run
         from ..bench.summaries import summaries, worst
         from ..bench.tasks import build
 
-        sizes = _lengths(net, sizes)
         arms, shortest = _arms(net, configs, side)
         console = Console(stderr=True, highlight=False)
+        if benchmark:
+            table = run_benchmark(
+                benchmark, net, tokenizer, arms, side, tasks, limit, data, console
+            )
+            write_json(json_file, table | {"environment": _environment(net, model)})
+            return
+        sizes = _lengths(net, sizes)
         with console.status("choosing prompts"):
             documents = build(tokenizer, asked, sizes, prompts, seed, data)
         announce(console, documents, [a.label for a in arms], shortest)
@@ -135,7 +168,7 @@ def evaluate(
         seconds = time.perf_counter() - start
         found, bad = summaries(records), worst(records)
         settings = {
-            "adapter": _public(side.source) if side else "none",
+            "adapter": public_name(side.source) if side else "none",
             "tasks": asked,
             "lengths": sizes,
             "prompts": prompts,
@@ -174,35 +207,6 @@ def _tasks(tasks: Optional[str], data: Optional[Path]) -> list[str]:
     if ("qa" in asked) != (data is not None):
         raise ConfigError("--data and the task qa need each other.")
     return asked
-
-
-def _model(
-    model: Optional[str],
-    dtype: Optional[str],
-    adapter: Optional[str],
-    trust_remote_code: bool,
-) -> tuple[Any, Any, Any]:
-    """The model, stock, its tokenizer and its adapter."""
-    import mlx.core as mx
-
-    from .. import demo
-    from ..adapter import BaseModel
-    from ..attachment import detach
-    from ..finding import adapter_for, named_adapter
-
-    net, tokenizer = load_model(
-        model,
-        sparsity=0.0,
-        adapter="none",
-        trust_remote_code=trust_remote_code,
-        tokenizer_config={"trust_remote_code": trust_remote_code},
-    )
-    detach(net)
-    if dtype:
-        net.set_dtype(getattr(mx, dtype))
-    place = model or str(demo.MODEL)
-    side = named_adapter(adapter) if adapter else adapter_for(place, BaseModel.of(net))
-    return net, tokenizer, side
 
 
 def _lengths(net: Any, asked: Optional[list[int]]) -> list[int]:
@@ -244,16 +248,8 @@ def _arms(net: Any, configs: list[PrefillConfig], side: Any) -> tuple[list[Any],
 def _environment(net: Any, model: Optional[str]) -> dict[str, Any]:
     from ..bench.environment import describe
 
-    name = f"{_public(model or 'demo model')}, {len(net.layers)} layers"
-    dtype = str(net.layers[0].input_layernorm.weight.dtype)[9:]
-    return describe() | {"model": name, "dtype": dtype}
-
-
-def _public(name: Optional[str]) -> str:
-    """Figures are shared, paths are not."""
-    if name and Path(name).exists():
-        return Path(name).resolve().name
-    return name or "unknown"
+    name = f"{public_name(model)}, {len(net.layers)} layers"
+    return describe() | {"model": name, "dtype": dtype_name(net)}
 
 
 def _write(
@@ -267,13 +263,5 @@ def _write(
 
     env = report["environment"]
     title = f"{env['model']}, {env['dtype']}, {env['device']}, mlx {env['mlx']}"
-    try:
-        if json_file:
-            with replacing(json_file) as half:
-                text = json.dumps(report, indent=2, ensure_ascii=False) + "\n"
-                half.write_text(text, encoding="utf-8")
-        if png:
-            with replacing(png) as half:
-                picture(half, records, found, title)
-    except OSError as e:
-        fail(f"{e.filename or json_file or png} cannot be written: {e.strerror or e}.")
+    write_json(json_file, report)
+    write(png, lambda half: picture(half, records, found, title))

@@ -1,12 +1,9 @@
 """mlx_fastforward inspect: what sparse prefill does inside a model, on a text."""
 
-import json
-import os
 import sys
-import tempfile
 from dataclasses import asdict, replace
 from pathlib import Path
-from typing import Annotated, Any, Callable, Optional
+from typing import Annotated, Any, Optional
 
 import typer
 from rich.console import Console
@@ -16,7 +13,17 @@ from rich.table import Table
 from .. import demo
 from ..config import BLOCK_SIZE, ConfigError, PrefillConfig
 from . import options as o
-from .common import fail, interruptible, load_model, one_line_errors, read_text
+from .common import interruptible, one_line_errors, read_text
+from .measuring import (
+    check_dtype,
+    check_files,
+    dtype_name,
+    numbers,
+    public_name,
+    stock_model,
+    write,
+    write_json,
+)
 
 HEADS = "layer,importance,kept,by importance,recall,FFN error,compensated,stream error"
 HEADS += ",overlap,oracle's"
@@ -94,76 +101,21 @@ def inspect(
             compensator=compensator,
             schedule=schedule,
         )
-        _check(sparsity, dtype, png, json_file)
+        if not sparsity:
+            raise ConfigError("--sparsity 0 drops nothing; give one above 0.")
+        check_dtype(dtype)
+        check_files(json_file, png)
         text = read_text(file or demo.DOCUMENT)
-        net, tokenizer, side = _load(model, adapter, dtype, trust_remote_code)
-        numbers = _numbers(layers, len(net.layers)) if layers else None
+        net, tokenizer, side = stock_model(model, dtype, adapter, trust_remote_code)
+        chosen = _numbers(layers, len(net.layers)) if layers else None
         ids = _ids(net, tokenizer, text)
         engine, weights = _engine(net, config, side, ids)
-        shown = numbers or _first_middle_last(engine.keep)
+        shown = chosen or _first_middle_last(engine.keep)
         found = _measure(net, ids, engine, weights)
         settings = _settings(net, engine, model, side, weights, found)
         _print(found, settings)
         _write(found, shown, settings, png, json_file)
         print(f"picture: {png}")
-
-
-def _check(
-    sparsity: float, dtype: Optional[str], png: Path, json_file: Optional[Path]
-) -> None:
-    """Better before the measuring than after it."""
-    if not sparsity:
-        raise ConfigError("--sparsity 0 drops nothing; give one above 0.")
-    if dtype not in (None, "float32", "float16", "bfloat16"):
-        raise ConfigError(f"--dtype must be float32, float16 or bfloat16; got {dtype}.")
-    if png.suffix.lower() != ".png":
-        raise ConfigError(f"--png must be a file ending in .png, got {png}.")
-    for path in (png, json_file):
-        if path is not None:
-            _replace(path, None)
-
-
-def _replace(path: Path, write: Optional[Callable[[Path], Any]]) -> None:
-    """Write a file under another name and rename it; with None only see whether that can be."""
-    try:
-        if path.is_dir():
-            raise IsADirectoryError(0, "it is a folder")
-        with tempfile.TemporaryDirectory(dir=path.parent, prefix=".writing-") as folder:
-            if write is not None:
-                half = Path(folder) / path.name
-                write(half)
-                os.replace(half, path)
-    except OSError as e:
-        fail(f"{path} cannot be written: {e.strerror or e}.")
-
-
-def _load(
-    model: Optional[str],
-    adapter: Optional[str],
-    dtype: Optional[str],
-    trust_remote_code: bool,
-) -> tuple[Any, Any, Any]:
-    """The model, stock, its tokenizer and its adapter."""
-    import mlx.core as mx
-
-    from ..adapter import BaseModel
-    from ..attachment import detach
-    from ..finding import adapter_for, named_adapter
-
-    net, tokenizer = load_model(
-        model,
-        sparsity=0.0,
-        adapter="none",
-        trust_remote_code=trust_remote_code,
-        tokenizer_config={"trust_remote_code": trust_remote_code},
-    )
-    detach(net)
-    if dtype:
-        net.set_dtype(getattr(mx, dtype))
-    if adapter:
-        return net, tokenizer, named_adapter(adapter)
-    name = str(demo.MODEL) if model is None else model
-    return net, tokenizer, adapter_for(name, BaseModel.of(net))
 
 
 def _ids(net: Any, tokenizer: Any, text: str) -> Any:
@@ -207,12 +159,7 @@ def _engine(net: Any, config: PrefillConfig, side: Any, ids: Any) -> tuple[Any, 
 
 def _numbers(text: str, layers: int) -> list[int]:
     """The numbers of --layers, of a model with so many layers."""
-    try:
-        found = sorted({int(part) for part in text.split(",")})
-    except ValueError:
-        raise ConfigError(
-            f"--layers must be numbers with commas between them, got {text!r}."
-        ) from None
+    found = sorted(set(numbers("--layers", text, int, 0)))
     for n in found:
         if not 0 <= n < layers - 1:
             raise ConfigError(
@@ -241,19 +188,13 @@ def _settings(
     net: Any, engine: Any, model: Optional[str], side: Any, weights: Any, found: Any
 ) -> dict[str, Any]:
     """What the figures are about."""
-    from ..bench.ttft import selector_name
-
-    name = "demo model" if model is None else model
-    if Path(name).exists():  # figures are shared, paths are not
-        name = Path(name).resolve().name
-    back = {"MLPCompensator": "mlp", "LowRankCompensator": "low-rank"}
     own = side is not None and side.importances is not None
     source = "the adapter's" if own else "this text's"
     return {
-        "model": name,
-        "dtype": str(net.layers[0].input_layernorm.weight.dtype).rpartition(".")[2],
-        "selector": selector_name(engine),
-        "compensator": back.get(type(engine.compensator).__name__, "none"),
+        "model": public_name(model),
+        "dtype": dtype_name(net),
+        "selector": engine.selector.name,
+        "compensator": engine.compensation,
         "sparsity": engine.config.sparsity,
         "block_size": engine.config.block_size,
         "importances": source if weights is not None else "none",
@@ -326,9 +267,6 @@ def _write(
         f"{s['model']}, {s['dtype']}, {s['tokens']:,} tokens in {s['blocks']} sparse blocks; "
         f"{s['selector']}, compensator {s['compensator']}, sparsity {s['sparsity']:.0%}"
     )
-    _replace(png, lambda half: picture(half, found, shown, s["selector"], title))
-    if json_file is not None:
-        layers = [asdict(x) for x in found.layers]
-        report = {"environment": describe(), "settings": s, "layers": layers}
-        text = json.dumps(report, indent=2) + "\n"
-        _replace(json_file, lambda half: half.write_text(text, encoding="utf-8"))
+    write(png, lambda half: picture(half, found, shown, s["selector"], title))
+    layers = [asdict(x) for x in found.layers]
+    write_json(json_file, {"environment": describe(), "settings": s, "layers": layers})
