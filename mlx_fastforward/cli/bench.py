@@ -89,9 +89,7 @@ def bench(
     delay: Annotated[
         float, typer.Option(min=0, help="Seconds of rest before each run.")
     ] = 0,
-    json_file: Annotated[
-        Optional[Path], typer.Option("--json", help="Write all figures here.")
-    ] = None,
+    json_file: o.JsonFile = None,
     png: Annotated[Optional[Path], typer.Option(help="Write a picture here.")] = None,
 ) -> None:
     """Measure the time to first token, sparse against stock mlx-lm, interleaved.

@@ -88,7 +88,6 @@ def chat(
             sparse_decode=sparse_decode,
             adapter_path=adapter_path,
             trust_remote_code=trust_remote_code,
-            tokenizer_config={"trust_remote_code": trust_remote_code},
         )
         tune_first(net, block_size, no_tune)
         import mlx.core as mx

@@ -129,8 +129,9 @@ def load_model(name: Optional[str], **kwargs: Any) -> tuple[Any, Any]:
     from ..loading import load
 
     name = checked_name(name)
+    trust = {"trust_remote_code": kwargs.get("trust_remote_code", False)}
     with load_problems(name):
-        return load(name, **kwargs)
+        return load(name, tokenizer_config=trust, **kwargs)
 
 
 def describe_base(name: Optional[str], trust_remote_code: bool) -> tuple[Any, str]:

@@ -55,7 +55,7 @@ def evaluate(
         bool,
         typer.Option(
             "--longbench",
-            help="LongBench instead, through lm-eval (pip install 'mlx-fastforward[eval]').",
+            help="LongBench instead, through lm-eval (pip install 'mlx-fastforward\\[eval]').",
         ),
     ] = False,
     mmlu: Annotated[
@@ -91,17 +91,8 @@ def evaluate(
         int, typer.Option("--max-tokens", "-m", min=1, help="Of an answer, at most.")
     ] = 40,
     seed: Annotated[int, typer.Option(min=0, help="Other seeds, other prompts.")] = 0,
-    dtype: Annotated[
-        Optional[str],
-        typer.Option(
-            help="float32, float16 or bfloat16. Default: the model's own.",
-            show_default=False,
-        ),
-    ] = None,
-    json_file: Annotated[
-        Optional[Path],
-        typer.Option("--json", help="Write all figures and answers here."),
-    ] = None,
+    dtype: o.Dtype = None,
+    json_file: o.JsonFile = None,
     png: Annotated[Optional[Path], typer.Option(help="Write a picture here.")] = None,
     trust_remote_code: o.TrustRemoteCode = False,
 ) -> None:

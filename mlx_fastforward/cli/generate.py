@@ -134,7 +134,6 @@ def generate(
             adapter=adapter,
             adapter_path=adapter_path,
             trust_remote_code=trust_remote_code,
-            tokenizer_config={"trust_remote_code": trust_remote_code},
             **settings,
         )
         tune_first(net, block_size, no_tune)

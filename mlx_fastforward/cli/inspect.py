@@ -64,20 +64,11 @@ def inspect(
             show_default=False,
         ),
     ] = None,
-    dtype: Annotated[
-        Optional[str],
-        typer.Option(
-            help="float32, float16 or bfloat16. Default: the model's own.",
-            show_default=False,
-        ),
-    ] = None,
+    dtype: o.Dtype = None,
     png: Annotated[Path, typer.Option(help="Write the picture here.")] = Path(
         "inspect.png"
     ),
-    json_file: Annotated[
-        Optional[Path],
-        typer.Option("--json", help="Write all figures here.", show_default=False),
-    ] = None,
+    json_file: o.JsonFile = None,
     trust_remote_code: o.TrustRemoteCode = False,
 ) -> None:
     """Show which neurons each block of a text keeps, and what dropping the others costs, by layer.

@@ -48,7 +48,6 @@ def stock_model(
         sparsity=0.0,
         adapter="none",
         trust_remote_code=trust_remote_code,
-        tokenizer_config={"trust_remote_code": trust_remote_code},
     )
     detach(net)
     if dtype:

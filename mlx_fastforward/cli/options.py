@@ -107,6 +107,16 @@ SparseDecode = Annotated[
         rich_help_panel=SPARSE,
     ),
 ]
+Dtype = Annotated[
+    Optional[str],
+    typer.Option(
+        help="float32, float16 or bfloat16. Default: the model's own.",
+        show_default=False,
+    ),
+]
+JsonFile = Annotated[
+    Optional[Path], typer.Option("--json", help="Write all figures here.")
+]
 MaxTokens = Annotated[
     int,
     typer.Option(

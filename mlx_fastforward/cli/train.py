@@ -124,7 +124,6 @@ def train(
             sparsity=0.0,
             adapter="none",
             trust_remote_code=trust_remote_code,
-            tokenizer_config={"trust_remote_code": trust_remote_code},
         )
         detach(net)
         name = "demo model" if model is None else model

@@ -44,7 +44,6 @@ def tune(
             adapter=adapter,
             compensator=compensator,
             trust_remote_code=trust_remote_code,
-            tokenizer_config={"trust_remote_code": trust_remote_code},
         )
         engine = engine_of(net)
         assert engine is not None
