@@ -19,6 +19,7 @@ class Summary:
     None where a task has no such figure, or where one document says nothing about others.
 
     Args:
+        n: Questions; ``scored`` of them have an answer to be right about.
         score_difference: Sparse - dense, of the same questions.
         perplexity_difference: Sparse - dense, of the same true tokens.
         ffn_sparsity: Share of the prompts' FFN FLOPs that was skipped, mean over documents.
@@ -28,6 +29,7 @@ class Summary:
     task: str
     documents: int
     n: int
+    scored: int
     score_dense: Optional[float]
     score_sparse: Optional[float]
     score_dense_bounds: Bounds
@@ -73,6 +75,7 @@ def summary(records: Sequence[Record], task: str) -> Summary:
         task=task,
         documents=len(documents),
         n=len(records),
+        scored=len(scores.keys),
         score_dense=scores.dense,
         score_sparse=scores.sparse,
         score_dense_bounds=scores.bounds(lambda m: m[:, 0]),

@@ -308,6 +308,7 @@ def test_a_summary_by_hand() -> None:
     t, c, whole = summaries(rows)
     assert [s.task for s in (t, c, whole)] == ["t", "c", "all"]
     assert (t.n, t.documents, whole.n, whole.documents) == (3, 2, 5, 4)
+    assert (t.scored, c.scored, whole.scored) == (3, 0, 3)
     assert (t.kl, t.top1) == (3.0, 0.5) and t.kl_bounds == (1.5, 6.0)
     assert t.score_dense == pytest.approx(2 / 3)
     assert t.score_sparse == pytest.approx(0.6)

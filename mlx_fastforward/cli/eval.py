@@ -78,7 +78,7 @@ def evaluate(
     ] = None,
     prompts: Annotated[
         int, typer.Option(min=1, help="Documents per task and length.")
-    ] = 10,
+    ] = 8,
     data: Annotated[
         Optional[Path],
         typer.Option(

@@ -83,7 +83,7 @@ def _scores(found: Any) -> Table:
         table.add_row(
             arm,
             s.task,
-            str(s.n),
+            str(s.scored),
             f"{s.score_dense:.3f}",
             f"{s.score_sparse:.3f}",
             f"{s.score_difference:+.3f}",
