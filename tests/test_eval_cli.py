@@ -8,11 +8,13 @@ import models
 import pytest
 from typer.testing import CliRunner, Result
 
+from mlx_fastforward import tune
 from mlx_fastforward.bench.summaries import Summary
 from mlx_fastforward.bench.tasks import BUILT
-from mlx_fastforward.cli import app
+from mlx_fastforward.cli import app, tuning
 from mlx_fastforward.cli.eval import _tasks as asked_tasks
 from mlx_fastforward.cli.evaluation_tables import verdict
+from mlx_fastforward.tune import Choice
 
 SMALL = ["--lengths", "256", "--prompts", "1", "--block-sizes", "8", "-m", "4"]
 
@@ -84,6 +86,25 @@ def test_the_tables_fit_and_say_what_they_must(tmp_path: Path, tiny: Path) -> No
     for title in ("Scores: ", "KL(dense || sparse)", "Perplexity of ", "Largest KL "):
         assert title in told
     assert "probe 50%: score " in rest[-1]
+
+
+@pytest.mark.parametrize("block, args", [(32, []), (128, ["--no-tune"]), (128, None)])
+def test_blocks_are_as_tuned(
+    block: int,
+    args: Any,
+    tmp_path: Path,
+    tiny: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """None: tuning found dense to be the fastest, and the default is measured."""
+    choice = Choice(0 if args is None else 32, "columns", 0, 1.0, [])
+    monkeypatch.setattr(tuning, "SMALLEST", 0)
+    monkeypatch.setattr(tune, "remembered", lambda key: choice)
+    small = ["--lengths", "256", "--prompts", "1", "--tasks", "needle", "-m", "1"]
+    _, found = report(tmp_path, "--model", tiny, *small, *(args or []))
+    (arm,) = found["arms"]
+    assert (arm["block_size"], arm["sparsity"]) == (block, 0.5)
+    assert arm["label"] == ("probe 50% block 32" if block == 32 else "probe 50%")
 
 
 def test_only_prose_has_no_scores(tmp_path: Path, tiny: Path) -> None:

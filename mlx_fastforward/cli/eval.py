@@ -9,7 +9,7 @@ import typer
 from rich.console import Console
 from rich.progress import Progress
 
-from ..config import ConfigError, PrefillConfig
+from ..config import BLOCK_SIZE, ConfigError, PrefillConfig
 from . import options as o
 from .benchmarks import chosen, run_benchmark
 from .common import interruptible, one_line_errors
@@ -24,6 +24,7 @@ from .measuring import (
     write,
     write_json,
 )
+from .tuning import tune_once
 
 
 def evaluate(
@@ -39,8 +40,14 @@ def evaluate(
         str, typer.Option(help="Shares of FFN neurons dropped.")
     ] = "0.5",
     block_sizes: Annotated[
-        str, typer.Option(help="Tokens that share one set of neurons, about.")
-    ] = "128",
+        Optional[str],
+        typer.Option(
+            help="Tokens that share one set of neurons, about. Default: as tuned for this "
+            "device, as chat runs.",
+            show_default=False,
+        ),
+    ] = None,
+    no_tune: o.NoTune = False,
     schedule: o.Schedule = "auto",
     sparse_decode: o.SparseDecode = False,
     tasks: Annotated[
@@ -108,6 +115,9 @@ def evaluate(
     """
     with one_line_errors(), interruptible():
         check_files(json_file, png)
+        blocks = [BLOCK_SIZE]
+        if block_sizes:
+            blocks = numbers("--block-sizes", block_sizes, int)
         configs = [
             PrefillConfig(
                 sparsity,
@@ -120,7 +130,7 @@ def evaluate(
             for selector in selectors.split(",")
             for compensator in compensators.split(",")
             for sparsity in numbers("--sparsities", sparsities, float)
-            for block in numbers("--block-sizes", block_sizes, int)
+            for block in blocks
         ]
         benchmark = chosen(longbench, mmlu, limit, lengths, png)
         asked = [] if benchmark else _tasks(tasks, data)
@@ -131,8 +141,11 @@ def evaluate(
         from ..bench.summaries import summaries, worst
         from ..bench.tasks import build
 
-        arms, shortest = _arms(net, configs, side)
         console = Console(stderr=True, highlight=False)
+        if not block_sizes and not no_tune:
+            configs = [_tuned(net, config, side, console) for config in configs]
+        usual = set() if block_sizes else {BLOCK_SIZE}
+        arms, shortest = _arms(net, configs, side, usual)
         if benchmark:
             table = run_benchmark(
                 benchmark, net, tokenizer, arms, side, tasks, limit, data, console
@@ -220,12 +233,29 @@ def _lengths(net: Any, asked: Optional[list[int]]) -> list[int]:
     return sorted(set(asked))
 
 
-def _arms(net: Any, configs: list[PrefillConfig], side: Any) -> tuple[list[Any], int]:
-    """Arms named by what they run, and from which length on all of them read sparsely."""
+def _tuned(
+    net: Any, config: PrefillConfig, side: Any, console: Console
+) -> PrefillConfig:
+    """The settings that chat would run with; where dense is faster, those asked for."""
+    from ..attachment import attach, detach
+
+    engine = attach(net, config, adapter=side)
+    detach(net)
+    tune_once(net, engine, console)
+    return config if engine.tuned_dense else engine.config
+
+
+def _arms(
+    net: Any, configs: list[PrefillConfig], side: Any, usual: set[int]
+) -> tuple[list[Any], int]:
+    """Arms named by what they run, and from which length on all of them read sparsely.
+
+    Block sizes are named where there are several, those that are ``usual`` counted.
+    """
     from ..attachment import attach, detach
     from ..bench.evaluation import Arm, label, labels_of
 
-    several = len({c.block_size for c in configs}) > 1
+    several = len({c.block_size for c in configs} | usual) > 1
     arms, shortest = [], 0
     for config in configs:
         engine = attach(net, config, adapter=side)
