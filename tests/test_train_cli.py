@@ -370,6 +370,13 @@ def test_a_dry_run_writes_nothing(loaded: None, flags: Flags, tmp_path: Path) ->
     assert done.stdout == "" and left(tmp_path) == []
 
 
+def test_a_dry_run_minds_no_adapter(loaded: None, flags: Flags, tmp_path: Path) -> None:
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / FILES[0]).write_text("{}")
+    good(*flags, "--dry-run")
+    assert left(tmp_path / "out") == [FILES[0]]
+
+
 def test_a_dry_run_forgets_nothing(
     loaded: None, flags: Flags, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -11,6 +11,7 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 from ..config import ConfigError, expanded
 from . import options as o
 from .common import fail, interruptible, load_model, one_line_errors
+from .measuring import public_name
 
 PREDICTORS = ("token-wise", "pooled")
 SCORES = ("relative", "weighted", "plain")
@@ -126,15 +127,12 @@ def train(
             trust_remote_code=trust_remote_code,
         )
         detach(net)
-        name = "demo model" if model is None else model
-        if Path(name).exists():
-            name = Path(name).resolve().name
+        name = public_name(model)
         base = BaseModel.of(net, name)
         out = expanded(out or default_folder(base))
-        unfinished = (
-            out / WORK / "state.json"
-        ).exists()  # of the same command, perhaps
-        if (out / JSON_NAME).exists() and not (overwrite or unfinished and not restart):
+        # of the same command, perhaps
+        unfinished = (out / WORK / "state.json").exists() and not restart
+        if (out / JSON_NAME).exists() and not (overwrite or unfinished or dry_run):
             fail(
                 f"{out} holds an adapter: --overwrite replaces it, --out puts the new one elsewhere."
             )
