@@ -484,6 +484,8 @@ def stopped(args: Flags, work: Path, moment: Condition, sign: int) -> tuple[int,
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
+        # a test run in the background may have been told to ignore it
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
     )
     wait(moment, work, lambda: child.poll() is None)
     child.send_signal(sign)
