@@ -9,7 +9,7 @@ import mlx.core as mx
 import mlx.nn as nn
 from mlx_lm.models.cache import make_prompt_cache
 
-from ..continuation import follow, prefill
+from ..continuation import follow, read
 from ..engine import Engine
 from ..session import Session, switched
 from .scores import first_line
@@ -90,13 +90,8 @@ def _ask_each(
     """The shared beginning of the prompts is read once; each question goes on from a copy."""
     prompts, cache = document.prompts, make_prompt_cache(model)
     shared, longest = shared_tokens(prompts), max(map(len, prompts))
-    beginning, skipped = mx.array(prompts[0][:shared]), 0.0
-    if engine is None:
-        prefill(model, beginning, cache)
-    else:
-        with engine.prompt(longest) as tally:
-            prefill(model, beginning, cache)
-        skipped = tally.sparsity * shared / longest
+    sparsity = read(model, mx.array(prompts[0][:shared]), cache, longest, engine)
+    skipped = sparsity * shared / longest
     for ids in prompts:
         rest = ids[shared:]
         sparse = engine is not None and engine.config.sparse_decode

@@ -8,7 +8,9 @@ from mlx_lm.models import llama, qwen3
 
 from ..adapter import Adapter, BaseModel
 from ..compensators import LowRankCompensator, LowRankWeights
+from ..families import float_dtype
 from ..selectors import PredictorWeights
+from ..train.state import Settings
 
 LLAMA_1B = dict(
     hidden_size=2048,
@@ -68,8 +70,8 @@ def random_adapter(model: nn.Module) -> Adapter:
     """Predictors and a low-rank compensator of the sizes that `train` makes by default."""
     base = BaseModel.of(model, "random")
     d, f = base.hidden_size, base.ffn_size
-    r, k = min(256, max(8, d // 8)), min(64, max(4, d // 8)) + 1
-    dtype = model.layers[0].input_layernorm.weight.dtype
+    sizes, dtype = Settings().with_ranks(d), float_dtype(model)
+    r, k = sizes.rank, sizes.compensator_rank + 1
 
     def random(*shape: int) -> mx.array:
         return (mx.random.normal(shape) * 0.02).astype(dtype)

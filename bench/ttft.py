@@ -15,7 +15,7 @@ from mlx_lm.generate import stream_generate as stock_stream_generate
 
 from ..attachment import detach, seat
 from ..engine import Engine
-from ..families import family_of, layer_mlps
+from ..families import family_of, float_dtype, layer_mlps
 from ..generation import stream_generate
 from ..limits import Shape, ideal_speedup
 from ..plan import CHUNK
@@ -126,9 +126,8 @@ def measure(
 def ffn_seconds(model: nn.Module, tokens: int) -> float:
     """What the FFNs of a stock prefill take, from one of them over one chunk."""
     mlp = layer_mlps(model, family_of(model))[0]
-    norm = model.layers[0].input_layernorm.weight
-    chunk = min(tokens, CHUNK)
-    x = mx.random.normal((1, chunk, len(norm))).astype(norm.dtype)
+    chunk, width = min(tokens, CHUNK), Shape.of(model).hidden
+    x = mx.random.normal((1, chunk, width)).astype(float_dtype(model))
     mx.eval(x)
     start = time.perf_counter()
     mx.eval(mlp(x))

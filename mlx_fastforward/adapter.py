@@ -28,7 +28,7 @@ from .config import FastForwardError
 from .families import family_of, layer_mlps, layer_norm_weights
 from .ffn import GatedFFN
 from .selectors import QUANTIZATION_BITS, PredictorWeights, group_size
-from .tensor_file import TensorFileError, open_tensors
+from .tensor_file import TensorFileError, open_tensors, write_tensors
 
 FORMAT = 1
 POOLED, TOKENWISE = "pooled", "token-wise"
@@ -360,13 +360,6 @@ def _read(path: Path) -> tuple[dict[str, Any], dict[str, mx.array]]:
     return info, tensors
 
 
-def _save_tensors(path: str, tensors: dict[str, mx.array]) -> None:
-    try:
-        mx.save_safetensors(path, tensors)
-    except RuntimeError as e:  # mlx's own for a full disk
-        raise OSError(str(e)) from e
-
-
 def save_adapter(
     path: str | Path, info: dict[str, Any], tensors: dict[str, mx.array]
 ) -> None:
@@ -376,7 +369,7 @@ def save_adapter(
     path.mkdir(parents=True, exist_ok=True)
     try:
         with tempfile.TemporaryDirectory(dir=path, prefix=".writing-") as tmp:
-            _save_tensors(f"{tmp}/{TENSORS_NAME}", tensors)
+            write_tensors(f"{tmp}/{TENSORS_NAME}", tensors)
             text = json.dumps({"format": FORMAT, **info}, indent=2)
             Path(tmp, JSON_NAME).write_text(text + "\n", encoding="utf-8")
             (path / JSON_NAME).unlink(

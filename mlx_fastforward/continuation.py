@@ -18,6 +18,29 @@ def prefill(model: nn.Module, tokens: mx.array, cache: Any) -> None:
         mx.eval([c.state for c in cache])
 
 
+def read(
+    model: nn.Module,
+    tokens: mx.array,
+    cache: Any,
+    prompt: int,
+    engine: Optional[Engine],
+) -> float:
+    """Prefill ``tokens``, the first of a prompt's; sparsely if there is an engine.
+
+    Args:
+        prompt: Tokens of the whole prompt.
+
+    Returns:
+        float: Share of their FFN FLOPs that was skipped.
+    """
+    if engine is None:
+        prefill(model, tokens, cache)
+        return 0.0
+    with engine.prompt(prompt) as tally:
+        prefill(model, tokens, cache)
+    return tally.sparsity
+
+
 def follow(
     model: nn.Module,
     rest: mx.array,
@@ -61,11 +84,7 @@ def continuation(
     The prompt is read sparsely if there is an engine, all that follows runs dense.
     """
     cache = make_prompt_cache(model)
-    if engine is None:
-        prefill(model, tokens[: prompt - 1], cache)
-    else:
-        with engine.prompt(prompt):
-            prefill(model, tokens[: prompt - 1], cache)
+    read(model, tokens[: prompt - 1], cache, prompt, engine)
     return follow(model, tokens[prompt - 1 : prompt], tokens[prompt:], cache)
 
 

@@ -218,13 +218,21 @@ class Engine:
             self.tally.run += dense
             if plan is None or keep is None:
                 continue
-            split = Split(plan, self.selector.probe_every)
-            tokens = plan.block_size - split.probes
-            saved = 6.0 * tokens * d * (f - keep)
-            paid = self.selector.flops(plan.block_size, split.dense_tokens, d, f)
-            if self.compensator is not None:
-                paid += self.compensator.flops(tokens, d, keep)
-            self.tally.run += batch * plan.blocks * (paid - saved)
+            saved, selection, compensation = self.block_flops(plan, d, f, keep)
+            self.tally.run += batch * (selection + compensation - saved)
+
+    def block_flops(
+        self, plan: Plan, d: int, f: int, keep: int
+    ) -> tuple[float, float, float]:
+        """FLOPs of a layer that a plan's blocks save, and that selection and compensation take."""
+        split = Split(plan, self.selector.probe_every)
+        tokens, blocks = plan.block_size - split.probes, plan.blocks
+        saved = 6.0 * tokens * d * (f - keep)
+        selection = self.selector.flops(plan.block_size, split.dense_tokens, d, f)
+        compensation = 0.0
+        if self.compensator is not None:
+            compensation = self.compensator.flops(tokens, d, keep)
+        return blocks * saved, blocks * selection, blocks * compensation
 
 
 @dataclass(frozen=True)

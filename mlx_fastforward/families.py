@@ -77,6 +77,12 @@ def layer_norm_weights(model: nn.Module, family: Family) -> list[mx.array]:
     return [getattr(layer, family.norm).weight for layer in model.layers]
 
 
+def float_dtype(model: nn.Module) -> mx.Dtype:
+    """What a model computes in, whatever its weights are packed in."""
+    dtype: mx.Dtype = layer_norm_weights(model, family_of(model))[0].dtype
+    return dtype
+
+
 def context_length(model: nn.Module) -> int | None:
     """Tokens that the model was made for, where its config says so."""
     args: Any = getattr(model, "args", None)

@@ -11,7 +11,7 @@ from typing import Any
 import mlx.nn as nn
 
 from .down import base_and_lora
-from .engine import Engine, Split
+from .engine import Engine
 from .families import family_of, layer_mlps
 from .ffn import GatedFFN
 from .plan import CHUNK
@@ -121,14 +121,9 @@ def sparse_cost(shape: Shape, tokens: int, engine: Engine) -> Cost:
             ffn_bytes += whole * shape.weight_bytes
             if plan is None or keep is None:
                 continue
-            split = Split(plan, engine.selector.probe_every)
-            each = plan.block_size - split.probes
-            ffn -= 6.0 * plan.blocks * each * shape.hidden * (shape.ffn - keep)
-            size = (plan.block_size, split.dense_tokens, shape.hidden, shape.ffn)
-            selection += plan.blocks * engine.selector.flops(*size)
-            if engine.compensator is not None:
-                one = engine.compensator.flops(each, shape.hidden, keep)
-                compensation += plan.blocks * one
+            found = engine.block_flops(plan, shape.hidden, shape.ffn, keep)
+            ffn, selection = ffn - found[0], selection + found[1]
+            compensation += found[2]
             taken = 3.0 * keep * shape.hidden * shape.weight_bytes
             gathered += 2 * plan.blocks * taken  # read and written
             if engine.config.strategy == "chunk":

@@ -2,7 +2,7 @@
 
 import contextlib
 from pathlib import Path
-from typing import Any, Iterator
+from typing import Any, Iterator, Optional
 
 import mlx.core as mx
 from safetensors import SafetensorError, safe_open
@@ -42,3 +42,15 @@ def open_tensors(path: Path) -> dict[str, mx.array]:
         raise TensorFileError(" ".join(str(e).split())) from e
     assert isinstance(tensors, dict)
     return tensors
+
+
+def write_tensors(
+    path: str | Path,
+    tensors: dict[str, mx.array],
+    metadata: Optional[dict[str, str]] = None,
+) -> None:
+    """A safetensors file; raises OSError where it cannot be written."""
+    try:
+        mx.save_safetensors(str(path), tensors, metadata or {})
+    except RuntimeError as e:  # mlx's own for a full disk
+        raise OSError(str(e)) from e

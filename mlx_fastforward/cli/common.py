@@ -39,6 +39,13 @@ def interruptible() -> Iterator[None]:
         raise typer.Exit(130) from None
 
 
+def check_choice(flag: str, value: Any, known: tuple) -> None:
+    """A flag's value is one of these, or None; raises ConfigError."""
+    if value is not None and value not in known:
+        names = ", ".join(map(str, known))
+        raise ConfigError(f"{flag} must be one of {names}; got {value}.")
+
+
 def check_lengths(max_tokens: int, prefill_step_size: int, block_size: int) -> None:
     if max_tokens == 0 or max_tokens < -1:
         raise ConfigError(

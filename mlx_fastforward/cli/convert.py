@@ -8,11 +8,16 @@ import typer
 from rich.console import Console
 from rich.progress import track
 
-from ..config import ConfigError, expanded, printable
+from ..config import expanded, printable
 from . import options as o
-from .common import describe_base, fail, interruptible, one_line_errors
-
-DTYPES = ("float32", "float16", "bfloat16")
+from .common import (
+    check_choice,
+    describe_base,
+    fail,
+    interruptible,
+    one_line_errors,
+)
+from .measuring import DTYPES
 
 
 def convert(
@@ -92,9 +97,9 @@ def convert(
         from ..convert.naming import read_map
         from ..selectors import QUANTIZATION_BITS
 
-        _choice("--dtype", dtype, DTYPES)
-        _choice("--quantize", quantize, QUANTIZATION_BITS)
-        _choice("--activation", activation, tuple(ACTIVATIONS))
+        check_choice("--dtype", dtype, DTYPES)
+        check_choice("--quantize", quantize, QUANTIZATION_BITS)
+        check_choice("--activation", activation, tuple(ACTIVATIONS))
         rules = read_map(map_file) if map_file else []
         source = _open(checkpoint)
         if list_only:
@@ -111,12 +116,6 @@ def convert(
             overwrite,
             trust_remote_code,
         )
-
-
-def _choice(flag: str, value: Any, known: tuple) -> None:
-    if value is not None and value not in known:
-        names = ", ".join(map(str, known))
-        raise ConfigError(f"{flag} must be one of {names}; got {value}.")
 
 
 def _open(checkpoint: str) -> Any:

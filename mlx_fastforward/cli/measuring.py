@@ -66,7 +66,9 @@ def public_name(name: Optional[str]) -> str:
 
 def dtype_name(net: Any) -> str:
     """Of the activations."""
-    return str(net.layers[0].input_layernorm.weight.dtype).rpartition(".")[2]
+    from ..families import float_dtype
+
+    return str(float_dtype(net)).rpartition(".")[2]
 
 
 def check_files(json_file: Optional[Path], png: Optional[Path]) -> None:

@@ -8,9 +8,15 @@ import typer
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
-from ..config import ConfigError, expanded
+from ..config import expanded
 from . import options as o
-from .common import fail, interruptible, load_model, one_line_errors
+from .common import (
+    check_choice,
+    fail,
+    interruptible,
+    load_model,
+    one_line_errors,
+)
 from .measuring import public_name
 
 PREDICTORS = ("token-wise", "pooled")
@@ -102,15 +108,9 @@ def train(
       mlx_fastforward train --data notes/ --data chats.jsonl --tokens 1000000 --out adapter
     """
     with one_line_errors(), interruptible():
-        for flag, value, known in (
-            ("--predictor", predictor, PREDICTORS),
-            ("--score", score, SCORES),
-            ("--compensator", compensator, COMPENSATORS),
-        ):
-            if value not in known:
-                raise ConfigError(
-                    f"{flag} must be one of {', '.join(known)}; got {value}."
-                )
+        check_choice("--predictor", predictor, PREDICTORS)
+        check_choice("--score", score, SCORES)
+        check_choice("--compensator", compensator, COMPENSATORS)
         from ..adapter import JSON_NAME, BaseModel
         from ..attachment import detach
         from ..finding import default_folder

@@ -24,7 +24,7 @@ from ..compensators import (
     MLPWeights,
 )
 from ..config import PrefillConfig
-from ..families import family_of, layer_norm_weights
+from ..families import float_dtype
 from .capture import capture, ffns_of
 from .data import Sequences
 from .descent import Curve, Descent
@@ -71,7 +71,7 @@ class Run:
     ):
         self.base = BaseModel.of(model, name)
         self.ffns = ffns_of(model)
-        self.dtype = layer_norm_weights(model, family_of(model))[0].dtype
+        self.dtype = float_dtype(model)
         if mx.default_device() == mx.cpu:
             model.set_dtype(mx.float32)  # mlx's bfloat16 is slow on CPUs
         self.model, self.out, self.tick = model, out, tick
@@ -138,12 +138,13 @@ class Run:
             wanted = settings.held_out
         share = HELD if stage == "held-out" else CAPTURE / len(self.stages)
         budget = self.seconds(share)
+        below = self.adapter("dense") if stage == "sparse" else None
         start, before = time.perf_counter(), state.tokens.get(stage, 0)
         while stage not in state.enough:
             i = state.captured.setdefault(stage, 0)
             ids = source[first + i]
             if len(ids) >= settings.block_size:
-                self.store(stage).add(i, *self._taken(stage, ids, i))
+                self.store(stage).add(i, *self._taken(below, ids, i))
             state.captured[stage] = i + 1
             tokens = state.tokens[stage] = state.tokens.get(stage, 0) + len(ids)
             if i > 100 and not tokens:
@@ -155,14 +156,16 @@ class Run:
             speed = (tokens - before) / (time.perf_counter() - start)
             self.tick(f"capture {stage}", tokens, wanted, f"{speed:,.0f} tok/s")
 
-    def _taken(self, stage: str, ids: mx.array, i: int) -> tuple[mx.array, mx.array]:
+    def _taken(
+        self, below: Optional[Adapter], ids: mx.array, i: int
+    ) -> tuple[mx.array, mx.array]:
         """One sequence through the dense model, or through the sparse one so far."""
         block, score = self.settings.block_size, self.settings.score
-        if stage != "sparse":
+        if below is None:
             return capture(self.model, ids, block, score)
         level = random.Random(f"{self.settings.seed} level {i}").choice(LEVELS)
         config = PrefillConfig(level, block, selector="trained")
-        engine = attach(self.model, config, adapter=self.adapter("dense"))
+        engine = attach(self.model, config, adapter=below)
         try:
             with engine.prompt(len(ids)):
                 return capture(self.model, ids, block, score)

@@ -11,6 +11,7 @@ from typing import Any, Callable, Optional
 import mlx.core as mx
 
 from ..adapter import LOW_RANK, TOKENWISE, AdapterError
+from ..tensor_file import write_tensors
 
 HELD_OUT = 10  # sequences to judge on
 
@@ -127,11 +128,4 @@ def save_tensors(
     path: Path, tensors: dict[str, mx.array], metadata: dict[str, str] = {}
 ) -> None:
     """All or nothing; OSError where they cannot be written."""
-
-    def write(half: Path) -> None:
-        try:
-            mx.save_safetensors(str(half), tensors, metadata)
-        except RuntimeError as e:  # mlx's own
-            raise OSError(str(e)) from e
-
-    replace(path, write)
+    replace(path, lambda half: write_tensors(half, tensors, metadata))
