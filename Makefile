@@ -2,8 +2,6 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
-# the package as it is installed, with bench/ and convert/ in it
-TYPES := build/types/mlx_fastforward
 DEV := $(VENV)/.installed-dev
 
 .PHONY: demo test lint format clean
@@ -18,8 +16,6 @@ test: $(DEV)
 lint: $(DEV)
 	$(BIN)/black --check -q .
 	$(BIN)/isort --check -q .
-	rm -rf $(TYPES) && mkdir -p $(TYPES)
-	ln -s $(CURDIR)/mlx_fastforward/* $(CURDIR)/bench $(CURDIR)/convert $(TYPES)
 	$(BIN)/mypy
 
 format: $(DEV)

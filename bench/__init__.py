@@ -1,1 +1,1 @@
-"""Measuring: TTFT (ttft), answers (evaluation), predictors (recall), conversions (conversion)."""
+"""Measuring: speed, answers, what happens inside, and studies for developers."""

@@ -2,6 +2,8 @@
 
 import os
 import platform
+import resource
+import sys
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -48,3 +50,9 @@ def blas() -> str:
     # NumPy's wheel brings an OpenBLAS of its own, which mlx does not use.
     found = any("openblas" in m and "numpy.libs" not in m for m in maps)
     return "OpenBLAS (preloaded)" if found else "as in the mlx wheel"
+
+
+def resident() -> float:
+    """Most memory that this process has held so far, bytes; pages of mapped files are in it."""
+    unit = 1 if sys.platform == "darwin" else 1024
+    return float(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit)

@@ -1,1 +1,1 @@
-"""Trained PyTorch checkpoints -> adapters: files (reading), naming (what is what), conversion."""
+"""Trained PyTorch checkpoints -> predictors: files (reading), naming (what is what), conversion."""

@@ -1,12 +1,12 @@
-"""A checkpoint's tensors -> an adapter: everything is checked before anything is written."""
+"""A checkpoint's tensors -> a predictor: everything is checked before anything is written."""
 
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any, Iterable, Optional
 
 import mlx.core as mx
 
-from ..adapter import MLP, POOLED, BaseModel, packed
-from ..compensators import ACTIVATIONS
+from ..neurons.compensators import ACTIVATIONS
+from ..predictors.file import MLP, POOLED, BaseModel, packed
 from .files import Checkpoint, CheckpointError, Entry
 from .naming import IMPORTANCE, PARTS, Match, Rule, Unknown, place
 
@@ -17,7 +17,7 @@ DTYPES = {"float32": mx.float32, "float16": mx.float16, "bfloat16": mx.bfloat16}
 
 @dataclass(frozen=True)
 class Source:
-    """Where one tensor of the adapter comes from.
+    """Where one tensor of the predictor comes from.
 
     Args:
         index: Which slice along the first axis, for tensors that hold all layers.
@@ -48,7 +48,7 @@ class Layout:
 
     Args:
         sources: Part -> layer -> where from. Importances: layer -1 where one tensor holds all.
-        ignored: Names of tensors that belong to no adapter, such as the base model's.
+        ignored: Names of tensors that belong to no predictor, such as the base model's.
         matched: Name -> canonical name, for --list.
         problems: Name -> why it cannot be what its name says.
     """
@@ -193,9 +193,8 @@ def _orient(
 
     w1 is (d, rank); w2 is (rank, f) of a predictor and (rank, d) of a compensator.
     """
-    d, out = base.hidden_size, (
-        base.ffn_size if kind == "predictor" else base.hidden_size
-    )
+    d = base.hidden_size
+    out = base.widths[layer] if kind == "predictor" else d
     oriented = {}
     if kind == "predictor":
         query = parts["predictor.query"]
@@ -318,7 +317,7 @@ def activation(checkpoint: Checkpoint, asked: Optional[str]) -> tuple[str, bool]
 def information(
     plan: Plan, checkpoint: Checkpoint, activation: str, bits: Optional[int]
 ) -> dict[str, Any]:
-    """What the adapter's JSON says of itself."""
+    """What the predictor's JSON says of itself."""
     info: dict[str, Any] = {"base_model": asdict(plan.base)}
     for kind, name in (("predictor", POOLED), ("compensator", MLP)):
         if ranks := plan.ranks.get(kind):

@@ -19,8 +19,9 @@ import numpy as np
 from numpy.lib import format as npy
 from safetensors import safe_open
 
-from ..config import FastForwardError, expanded, printable
-from ..tensor_file import TensorFileError, safe_header
+from ..errors import FastForwardError, printable
+from ..files import expanded
+from ..predictors.tensors import TensorFileError, safe_header
 
 TORCH = (".pt", ".pth", ".bin")
 KINDS = {"safetensors": (".safetensors",), "PyTorch": TORCH, "NumPy": (".npz",)}

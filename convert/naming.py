@@ -1,4 +1,4 @@
-"""Which part of an adapter a checkpoint's tensor is, told by its name or by the user's map."""
+"""Which part of a predictor a checkpoint's tensor is, told by its name or by the user's map."""
 
 import json
 import re
@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Optional
 
-from ..config import expanded
+from ..files import expanded
 from .files import CheckpointError
 
 PARTS = (
@@ -56,7 +56,7 @@ class Unknown(Exception):
 
 
 def match(name: str) -> Optional[Match]:
-    """Read a tensor's name; None for tensors that are none of an adapter's business.
+    """Read a tensor's name; None for tensors that are none of a predictor's business.
 
     Known are ``[...]layers.3.[...]predictor.w1[.weight]`` and ``predictors.3.w1[.weight]``, with
     usual other words for each, and the same without a layer for tensors that hold all layers.

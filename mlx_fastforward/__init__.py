@@ -6,27 +6,33 @@ from typing import TYPE_CHECKING, Any
 from .version import __version__
 
 if TYPE_CHECKING:
-    from .adapter import Adapter, AdapterError, load_adapter, save_adapter
     from .attachment import attach, detach
-    from .config import ConfigError, FastForwardError, PrefillConfig
-    from .families import UnsupportedModel
+    from .config import DeviceSettings, PrefillConfig
+    from .errors import (
+        ConfigError,
+        FastForwardError,
+        PredictorError,
+        UnsupportedModel,
+    )
     from .generation import Response, stream_generate
     from .loading import load
+    from .predictors.file import PredictorFile, load_predictor, save_predictor
 
 # Loaded on first use: importing mlx-lm takes seconds that --help should not wait for.
 _HOME = {
-    "Adapter": "adapter",
-    "AdapterError": "adapter",
-    "ConfigError": "config",
-    "FastForwardError": "config",
+    "ConfigError": "errors",
+    "DeviceSettings": "config",
+    "FastForwardError": "errors",
+    "PredictorError": "errors",
+    "PredictorFile": "predictors.file",
     "PrefillConfig": "config",
     "Response": "generation",
-    "UnsupportedModel": "families",
+    "UnsupportedModel": "errors",
     "attach": "attachment",
     "detach": "attachment",
     "load": "loading",
-    "load_adapter": "adapter",
-    "save_adapter": "adapter",
+    "load_predictor": "predictors.file",
+    "save_predictor": "predictors.file",
     "stream_generate": "generation",
 }
 

@@ -1,32 +1,51 @@
-"""The bridge to mlx-lm: attach() makes a loaded model prefill sparsely, detach() undoes it.
+"""The bridge to mlx-lm, and the only file that swaps classes or names of it.
 
-Only classes are swapped: parameters, their paths and the modules stay the same objects, so LoRA,
-quantisation, saving and deep copies work as before.
+attach() makes a loaded model prefill sparsely, detach() undoes it, watched() looks on. Only classes
+of this model's own modules are swapped: parameters, their paths and the modules stay the same
+objects, so LoRA, quantisation, saving and deep copies work as before, and two models of one
+architecture do not see each other.
 """
 
 import contextlib
 import functools
-from typing import Any, Optional, Sequence
+import types
+from typing import Any, Callable, Iterator, Optional, Sequence
 
 import mlx.core as mx
 import mlx.nn as nn
 
-from .adapter import Adapter, BaseModel
-from .attention import attention_module, by_queries, replaced
-from .compensators import Compensator
-from .config import ConfigError, PrefillConfig
-from .engine import Engine
-from .families import family_of, layer_mlps
-from .ffn import GatedFFN
-from .schedule import layerwise, neurons_kept, uniform
-from .selectors import FirstBlock, Oracle, Probe, Selector, Trained
+from .config import DeviceSettings, PrefillConfig
+from .engine import Call, Engine, Prompt
+from .errors import ConfigError
+from .model.attention import NAME, Attention, by_queries
+from .model.families import (
+    family_of,
+    layer_attention,
+    layer_mlps,
+    prefilled,
+)
+from .model.ffn import GatedFFN
+from .neurons.compensators import Compensator
+from .neurons.schedule import layerwise, neurons_kept, uniform
+from .neurons.selectors import FirstBlock, Oracle, Probe, Selector, Trained
+from .predictors.file import BaseModel, PredictorFile
+
+
+class Attached:
+    """What an attached model carries, and shares with its FFNs: its engine and what is going on."""
+
+    def __init__(self, engine: Engine):
+        self.engine = engine
+        self.enabled = True
+        self.prompt: Optional[Prompt] = None
+        self.call: Optional[Call] = None
 
 
 class _Seat:
-    """What an attached FFN module carries: its engine and its place in it."""
+    """What a module of an attached model carries: the model's part, and its layer."""
 
-    def __init__(self, engine: Engine, layer: int):
-        self.engine = engine
+    def __init__(self, attached: Attached, layer: int):
+        self.attached = attached
         self.layer = layer
 
 
@@ -34,165 +53,322 @@ def attach(
     model: nn.Module,
     config: Optional[PrefillConfig] = None,
     *,
-    adapter: Optional[Adapter] = None,
+    predictor: Optional[PredictorFile] = None,
     importances: Optional[Sequence[float]] = None,
+    device: DeviceSettings = DeviceSettings(),
 ) -> Engine:
     """Make a loaded mlx-lm model prefill sparsely, in place.
 
     Args:
         model: A model of a supported architecture; attached before, it gets the new settings.
         config: Defaults to ``PrefillConfig()``.
-        adapter: Trained predictors, compensators and importances for this model.
-        importances: s_l per layer for the layerwise schedule; the adapter's are the default.
+        predictor: Trained predictors, compensators and importances for this model.
+        importances: s_l per layer for the layerwise schedule; the predictor's are the default.
+        device: What tuning found.
 
     Raises:
-        UnsupportedModel, ConfigError, AdapterError: before anything of the model is touched.
+        UnsupportedModel, ConfigError, PredictorError: before anything of the model is touched.
     """
-    config = config or PrefillConfig()
-    family = family_of(model)
-    ffns = [GatedFFN(mlp, family, config.strategy) for mlp in layer_mlps(model, family)]
-    if adapter is not None:
-        adapter.check(BaseModel.of(model))
-    engine = Engine(
-        config,
-        ffns,
-        _budgets(config, ffns, adapter, importances),
-        _selector(config, adapter),
-        _compensator(config, adapter),
-        adapter=adapter.source if adapter is not None else None,
-    )
-    engine.drop_unsupported()
+    engine = engine_for(model, config, predictor, importances, device)
     detach(model)
     seat(model, engine)
     return engine
 
 
+def engine_for(
+    model: nn.Module,
+    config: Optional[PrefillConfig] = None,
+    predictor: Optional[PredictorFile] = None,
+    importances: Optional[Sequence[float]] = None,
+    device: DeviceSettings = DeviceSettings(),
+) -> Engine:
+    """The engine that attach() would give the model, which stays as it is."""
+    config = config or PrefillConfig()
+    family, mlps = family_of(model), layer_mlps(model)
+    ffns = [GatedFFN(mlp, family, device.strategy) for mlp in mlps]
+    if predictor is not None:
+        predictor.check(BaseModel.of(model))
+    engine = Engine(
+        config,
+        ffns,
+        _budgets(config, ffns, predictor, importances),
+        _selector(config, predictor),
+        _compensator(config, predictor),
+        predictor=predictor.source if predictor is not None else None,
+        device=device,
+    )
+    engine.drop_unsupported()
+    return engine
+
+
 def seat(model: nn.Module, engine: Engine) -> None:
-    """Put an engine made by attach() (back) into its model after a detach()."""
-    for i, ffn in enumerate(engine.ffns):
-        ffn.mlp._fastforward = _Seat(engine, i)
-        ffn.mlp.__class__ = _sparse_mlp(type(ffn.mlp))
-    model._fastforward = engine
+    """Put an engine of this model (back) into it, after a detach()."""
+    model._fastforward = attached = Attached(engine)
     model.__class__ = _sparse_model(type(model))
+    for i, ffn in enumerate(engine.ffns):
+        _sit(ffn.mlp, _Seat(attached, i), _sparse_mlp)
+    if engine.device.attention_block:
+        for i, module in enumerate(layer_attention(model)):
+            _sit(module, _Seat(attached, i), _blocked_attention)
+
+
+def _sit(module: nn.Module, seat: _Seat, subclass: Callable[[type], type]) -> None:
+    module._fastforward = seat
+    module.__class__ = subclass(type(module))
 
 
 def detach(model: nn.Module) -> None:
     """Give an attached model its own classes back; does nothing to any other model."""
-    engine = engine_of(model)
-    if engine is None:
+    if (engine := engine_of(model)) is None:
         return
-    for module in [model, *(ffn.mlp for ffn in engine.ffns)]:
-        module.__class__ = type(module).__bases__[0]
-        del module.__dict__["_fastforward"]
+    mlps = [ffn.mlp for ffn in engine.ffns]
+    for module in [model, *mlps, *layer_attention(model)]:
+        if "_fastforward" in module.__dict__:
+            module.__class__ = type(module).__bases__[0]
+            del module.__dict__["_fastforward"]
 
 
 def engine_of(model: nn.Module) -> Optional[Engine]:
     """The engine of an attached model, None for any other."""
-    return model.__dict__.get("_fastforward")
+    attached = model.__dict__.get("_fastforward")
+    return None if attached is None else attached.engine
+
+
+def is_enabled(model: nn.Module) -> bool:
+    """Whether an attached model runs sparsely at present."""
+    attached = model.__dict__.get("_fastforward")
+    return attached is not None and attached.enabled
+
+
+@contextlib.contextmanager
+def seated(model: nn.Module, engine: Optional[Engine]) -> Iterator[None]:
+    """A detached model with an engine in it for a while; None leaves it stock."""
+    if engine is not None:
+        seat(model, engine)
+    try:
+        yield
+    finally:
+        detach(model)
+
+
+@contextlib.contextmanager
+def switched(model: nn.Module, sparse: bool) -> Iterator[None]:
+    """Run an attached model sparse, or as stock mlx-lm would."""
+    before = is_enabled(model)
+    switch(model, sparse)
+    try:
+        yield
+    finally:
+        switch(model, before)
+
+
+def switch(model: nn.Module, sparse: bool) -> None:
+    """The same for good; nothing happens to a model that is not attached."""
+    if (attached := model.__dict__.get("_fastforward")) is not None:
+        attached.enabled = sparse
+
+
+@contextlib.contextmanager
+def reading(model: nn.Module, tokens: int) -> Iterator[Prompt]:
+    """The calls in here read one prompt of ``tokens`` tokens, and its FLOPs are counted.
+
+    The prompt of a model that is not attached counts nothing.
+    """
+    attached = model.__dict__.get("_fastforward")
+    if attached is None:
+        yield Prompt(None)
+        return
+    before, attached.prompt = attached.prompt, attached.engine.prompt(tokens)
+    try:
+        yield attached.prompt
+    finally:
+        attached.prompt = before
 
 
 @functools.cache
 def _sparse_model(base: type) -> type:
-    @functools.wraps(
-        base.__call__
-    )  # mlx-lm looks for input_embeddings in the signature
+    # mlx-lm looks for input_embeddings in the signature
+    @functools.wraps(base.__call__)
     def call(self: Any, inputs: mx.array, cache: Any = None, *args: Any, **kwargs: Any):
-        engine = self._fastforward
-        tokens = kwargs.get("input_embeddings")
-        if tokens is None:
-            tokens = args[0] if args and args[0] is not None else inputs
-        batch, new = tokens.shape[:2]
-        engine.call = engine.begin(batch, new, cache, self.training)
+        attached = self._fastforward
+        if attached.enabled and not self.training:
+            tokens = kwargs.get("input_embeddings")
+            if tokens is None:
+                tokens = args[0] if args and args[0] is not None else inputs
+            batch, new = tokens.shape[:2]
+            engine, prompt = attached.engine, attached.prompt
+            attached.call = engine.begin(prompt, batch, new, cache)
         try:
-            with _attention(self, engine):
-                return base.__call__(self, inputs, cache, *args, **kwargs)
+            return base.__call__(self, inputs, cache, *args, **kwargs)
         finally:
-            engine.call = None
+            attached.call = None
 
     return type(f"Sparse{base.__name__}", (base,), {"__call__": call})
-
-
-def _attention(model: nn.Module, engine: Engine) -> Any:
-    """Attention by blocks of queries, during a sparse call that wants it."""
-    rows = engine.config.attention_block
-    if engine.call is None or not rows:
-        return contextlib.nullcontext()
-    return replaced(attention_module(model), lambda whole: by_queries(whole, rows))
 
 
 @functools.cache
 def _sparse_mlp(base: type) -> type:
     def call(self: Any, x: mx.array) -> mx.array:
-        seat = self._fastforward
-        engine = seat.engine
-        if engine.call is None or engine.keep[seat.layer] is None:
+        attached, layer = self._fastforward.attached, self._fastforward.layer
+        if attached.call is None or attached.engine.keep[layer] is None:
             return base.__call__(self, x)
-        return engine.forward(seat.layer, x)
+        return attached.engine.forward(attached.call, layer, x)
 
     return type(f"Sparse{base.__name__}", (base,), {"__call__": call})
+
+
+@functools.cache
+def _blocked_attention(base: type) -> type:
+    """Attention by blocks of queries, during a sparse call."""
+
+    def call(self: Any, *args: Any, **kwargs: Any) -> Any:
+        attached = self._fastforward.attached
+        own: Any = base.__call__
+        if attached.call is not None:
+            rows = attached.engine.device.attention_block
+            own = _by_queries(base, rows) or own
+        return own(self, *args, **kwargs)
+
+    return type(f"Blocked{base.__name__}", (base,), {"__call__": call})
+
+
+@functools.cache
+def _by_queries(base: type, rows: int) -> Optional[Callable[..., Any]]:
+    return with_attention(base, lambda original: by_queries(original, rows))
+
+
+def with_attention(
+    base: type, replacement: Callable[[Attention], Attention]
+) -> Optional[Callable[..., Any]]:
+    """A class's ``__call__`` with ``replacement(original)`` in its attention function's place.
+
+    Every file of mlx-lm calls attention by the same name: the method is copied with other globals,
+    so queries and keys arrive after RoPE and norms, and no other module sees the change. None where
+    the method spells attention out (Gemma 2).
+    """
+    own: Any = base.__call__
+    if not isinstance(own, types.FunctionType) or NAME not in own.__code__.co_names:
+        return None
+    names = {**own.__globals__, NAME: replacement(own.__globals__[NAME])}
+    copy = types.FunctionType(
+        own.__code__, names, own.__name__, own.__defaults__, own.__closure__
+    )
+    copy.__kwdefaults__ = own.__kwdefaults__
+    return copy
+
+
+@contextlib.contextmanager
+def watched(
+    modules: Sequence[nn.Module], around: Callable[..., mx.array]
+) -> Iterator[None]:
+    """Call ``around(i, own, ...)`` in the place of each module's own call.
+
+    An attached module goes on doing what it does.
+    """
+    classes = [type(m) for m in modules]
+
+    def stand_in(i: int, own: Any) -> type:
+        def call(self: Any, *args: Any, **kwargs: Any) -> mx.array:
+            return around(i, functools.partial(own.__call__, self), *args, **kwargs)
+
+        return type(f"Watched{own.__name__}", (own,), {"__call__": call})
+
+    try:
+        for i, (module, own) in enumerate(zip(modules, classes)):
+            module.__class__ = stand_in(i, own)
+        yield
+    finally:
+        for module, own in zip(modules, classes):
+            module.__class__ = own
+
+
+@contextlib.contextmanager
+def watched_attention(
+    model: nn.Module, around: Callable[..., mx.array]
+) -> Iterator[bool]:
+    """Call ``around(layer, original, queries, keys, values, ...)`` where layers call attention.
+
+    Yields whether every layer of this model can be watched.
+    """
+    modules = layer_attention(model)
+    calls = [
+        with_attention(
+            type(m),
+            lambda original, i=i: functools.partial(around, i, original),  # type: ignore
+        )
+        for i, m in enumerate(modules)
+    ]
+    if len(modules) < len(model.layers) or None in calls:
+        yield False
+        return
+
+    def through(i: int, own: Any, *args: Any, **kwargs: Any) -> Any:
+        call: Any = calls[i]
+        return call(modules[i], *args, **kwargs)
+
+    with watched(modules, through):
+        yield True
 
 
 def _budgets(
     config: PrefillConfig,
     ffns: list[GatedFFN],
-    adapter: Optional[Adapter],
+    predictor: Optional[PredictorFile],
     importances: Optional[Sequence[float]],
 ) -> list[Optional[int]]:
     """Neurons kept per layer, None for a dense layer. The last layer is always dense."""
-    layers, neurons = len(ffns) - 1, ffns[0].shape[1]
-    if importances is None and adapter is not None:
-        importances = adapter.importances
+    widths = [ffn.shape[1] for ffn in prefilled(ffns)]
+    if importances is None and predictor is not None:
+        importances = predictor.importances
     if config.schedule == "layerwise" and importances is None:
         raise ConfigError(
-            "schedule layerwise needs importances, from an adapter or from attach(importances=); "
-            "use schedule uniform or auto."
+            "schedule layerwise needs importances, from a predictor file or from "
+            "attach(importances=); use schedule uniform or auto."
         )
     if config.sparsity == 0:
         return [None] * len(ffns)
     if importances is None or config.schedule == "uniform":
-        budgets = uniform(layers, config.sparsity)
+        budgets = uniform(len(widths), config.sparsity)
     elif len(importances) != len(ffns):
         raise ConfigError(
             f"expected one importance per layer ({len(ffns)}), got {len(importances)}."
         )
     else:
-        budgets = layerwise(importances[:-1], config.sparsity)
-    keep = neurons_kept(budgets, neurons)
-    return [None if k == neurons else k for k in keep] + [None]
+        budgets = layerwise(prefilled(importances), config.sparsity)
+    return [*map(neurons_kept, budgets, widths), None]
 
 
-def _selector(config: PrefillConfig, adapter: Optional[Adapter]) -> Selector:
+def _selector(config: PrefillConfig, predictor: Optional[PredictorFile]) -> Selector:
     name = config.selector
-    predictors = adapter.predictors if adapter is not None else None
+    trained = predictor.layers if predictor is not None else None
     if name == "auto":
-        name = "trained" if predictors else "probe"
+        name = "trained" if trained else "probe"
     if name == "trained":
-        if not predictors:
+        if not trained:
             raise ConfigError(
-                "selector trained needs an adapter with predictors; "
+                "selector trained needs a predictor file with predictors; "
                 "use selector probe, which needs no training."
             )
-        return Trained(predictors)
-    if name == "first-block":
-        return FirstBlock(config.score)
-    if name == "oracle":
-        return Oracle(config.score)
-    if config.sparse_decode:
+        return Trained(trained)
+    if name == "probe" and config.sparse_decode:
         raise ConfigError(
             "sparse_decode needs the selector trained, first-block or oracle."
         )
-    return Probe(config.score, config.probe_every)
+    known: dict[str, type[Selector]] = {
+        kind.name: kind for kind in (Probe, FirstBlock, Oracle)
+    }
+    return known[name]()
 
 
 def _compensator(
-    config: PrefillConfig, adapter: Optional[Adapter]
+    config: PrefillConfig, predictor: Optional[PredictorFile]
 ) -> Optional[Compensator]:
-    compensator = adapter.compensator if adapter is not None else None
+    compensator = predictor.compensator if predictor is not None else None
     found = compensator.name if compensator is not None else "none"
     if config.compensator not in ("auto", "none", found):
-        here = f"this one has {found}" if adapter is not None else "there is none"
+        here = f"this one has {found}" if predictor is not None else "there is none"
         raise ConfigError(
-            f"compensator {config.compensator} needs an adapter that has one, {here}; "
+            f"compensator {config.compensator} needs a predictor file that has one, {here}; "
             "use compensator none or auto."
         )
     return None if config.compensator == "none" else compensator

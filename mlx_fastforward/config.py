@@ -1,36 +1,43 @@
-"""What a user can set, checked once."""
+"""What a user can set, checked once, and what a device was found to do best."""
 
 from dataclasses import dataclass, fields
-from pathlib import Path
-from typing import Any
+from typing import Any, Optional
+
+from .errors import ConfigError
 
 SELECTORS = ("auto", "trained", "probe", "first-block", "oracle")
 COMPENSATORS = ("auto", "none", "mlp", "low-rank")
 SCHEDULES = ("auto", "uniform", "layerwise")
-SCORES = ("weighted", "griffin")
 BLOCK_SIZE = 128
 STRATEGIES = ("chunk", "columns", "stored")
 
 
-class FastForwardError(Exception):
-    """A failure that the user can act on; its text is one line."""
+@dataclass(frozen=True)
+class DeviceSettings:
+    """How a device runs a sparse prefill fastest: found by tuning, never a matter of taste.
 
+    Args:
+        block_size: Tokens of a block where the user does not say.
+        strategy: How columns of the down projection are taken, see model/gather.py.
+        shortest: Prompts of fewer tokens stay dense.
+        attention_block: Queries per attention call, see model/attention.py; 0: all of a chunk.
+        dense: Nothing is faster than stock mlx-lm here.
+    """
 
-class ConfigError(FastForwardError, ValueError):
-    """A setting that cannot work, said in one line."""
+    block_size: int = BLOCK_SIZE
+    strategy: str = "chunk"
+    shortest: int = 0
+    attention_block: int = 0
+    dense: bool = False
 
-
-def printable(text: str) -> str:
-    """One line without the letters that drive a terminal: names from files may hold any."""
-    return "".join(c if c.isprintable() else "\ufffd" for c in " ".join(text.split()))
-
-
-def expanded(path: Path) -> Path:
-    """``path`` with ~ as the user's home; an unknown user is a FastForwardError."""
-    try:
-        return path.expanduser()
-    except RuntimeError:
-        raise FastForwardError(f"{path}: no such user; write the folder out.") from None
+    def __post_init__(self) -> None:
+        _check_choice("strategy", self.strategy, STRATEGIES)
+        for name in ("block_size", "shortest", "attention_block"):
+            _check_number(name, getattr(self, name), int)
+        if self.attention_block < 0:
+            raise ConfigError(
+                f"attention_block must be 0 or more queries, got {self.attention_block}."
+            )
 
 
 @dataclass(frozen=True)
@@ -39,36 +46,26 @@ class PrefillConfig:
 
     Args:
         sparsity: Share of FFN neurons that a sparse block drops, 0 <= s < 1. 0 is stock mlx-lm.
-        block_size: Tokens that share one set of neurons, about: blocks are of equal length.
-        selector: "auto" takes the adapter's trained predictor if there is one, else "probe".
-        compensator: "auto" takes the adapter's if there is one.
+        block_size: Tokens that share one set of neurons, about: blocks are of equal length. None:
+            as tuned for the device, else 128.
+        selector: "auto" takes the predictor's trained predictor if there is one, else "probe".
+        compensator: "auto" takes the predictor's if there is one.
         schedule: "auto" is layerwise (algorithm 1) where importances are known, else uniform.
-        score: Neuron score over a block: "weighted" is the activation norm times the norm of the
-            neuron's down column, "griffin" the norm of row-normalised activations.
         dense_head: Keep the first block (128 tokens at most) of an empty cache dense: attention sinks.
         dense_tail: Keep the end of the prompt dense: 256 tokens, one block where blocks are smaller
             than 128.
         sparse_decode: Also run single-token steps sparsely (the paper's table 3): to measure what it
             does to answers, slower than dense decoding.
-        probe_every: The probe selector runs every so-manieth token densely.
-        strategy: How columns of the down projection are taken, see down.py.
-        shortest: Prompts of fewer tokens stay dense.
-        attention_block: Queries per attention call, see attention.py; 0: all of a chunk.
     """
 
     sparsity: float = 0.5
-    block_size: int = BLOCK_SIZE
+    block_size: Optional[int] = None
     selector: str = "auto"
     compensator: str = "auto"
     schedule: str = "auto"
-    score: str = "weighted"
     dense_head: bool = True
     dense_tail: bool = True
     sparse_decode: bool = False
-    probe_every: int = 8
-    strategy: str = "chunk"
-    shortest: int = 0
-    attention_block: int = 0
 
     def __post_init__(self) -> None:
         _check_number("sparsity", self.sparsity, float)
@@ -77,33 +74,20 @@ class PrefillConfig:
                 f"sparsity must be at least 0 and below 1, got {self.sparsity}; "
                 "0.5 drops half of the FFN neurons."
             )
-        _check_number("block_size", self.block_size, int)
-        if self.block_size < 8:
+        if self.block_size is not None:
+            _check_number("block_size", self.block_size, int)
+        if self.block_size is not None and self.block_size < 8:
             raise ConfigError(
                 f"block_size must be at least 8 tokens, got {self.block_size}; try 128."
             )
         _check_choice("selector", self.selector, SELECTORS)
         _check_choice("compensator", self.compensator, COMPENSATORS)
         _check_choice("schedule", self.schedule, SCHEDULES)
-        _check_choice("score", self.score, SCORES)
-        _check_choice("strategy", self.strategy, STRATEGIES)
-        _check_number("shortest", self.shortest, int)
-        _check_number("attention_block", self.attention_block, int)
-        if self.attention_block < 0:
-            raise ConfigError(
-                f"attention_block must be 0 or more queries, got {self.attention_block}."
-            )
         for name in ("dense_head", "dense_tail", "sparse_decode"):
             if not isinstance(getattr(self, name), bool):
                 raise ConfigError(
                     f"{name} must be True or False, got {getattr(self, name)!r}."
                 )
-        _check_number("probe_every", self.probe_every, int)
-        if self.probe_every < 2 or self.block_size % self.probe_every:
-            raise ConfigError(
-                f"probe_every must be at least 2 and divide block_size ({self.block_size}), "
-                f"got {self.probe_every}."
-            )
         if self.sparse_decode and self.selector == "probe":
             raise ConfigError(
                 "sparse_decode needs the selector trained, first-block or oracle: "

@@ -1,4 +1,4 @@
-"""The dense model's word on a prompt that was read sparsely: what comes after, next to dense."""
+"""What a model says after a prompt that was read sparsely, next to the dense model."""
 
 from typing import Any, Optional
 
@@ -6,39 +6,9 @@ import mlx.core as mx
 import mlx.nn as nn
 from mlx_lm.models.cache import make_prompt_cache
 
+from .attachment import seated, switched
 from .engine import Engine
-from .plan import CHUNK
-from .session import switched
-
-
-def prefill(model: nn.Module, tokens: mx.array, cache: Any) -> None:
-    """Feed all of ``tokens`` in chunks, as mlx-lm does."""
-    for start in range(0, tokens.size, CHUNK):
-        model(tokens[None, start : start + CHUNK], cache=cache)
-        mx.eval([c.state for c in cache])
-
-
-def read(
-    model: nn.Module,
-    tokens: mx.array,
-    cache: Any,
-    prompt: int,
-    engine: Optional[Engine],
-) -> float:
-    """Prefill ``tokens``, the first of a prompt's; sparsely if there is an engine.
-
-    Args:
-        prompt: Tokens of the whole prompt.
-
-    Returns:
-        float: Share of their FFN FLOPs that was skipped.
-    """
-    if engine is None:
-        prefill(model, tokens, cache)
-        return 0.0
-    with engine.prompt(prompt) as tally:
-        prefill(model, tokens, cache)
-    return tally.sparsity
+from .prefill import read
 
 
 def follow(
@@ -81,10 +51,12 @@ def continuation(
 ) -> mx.array:
     """Log-probabilities (tokens.size - prompt, vocabulary) of what follows the prompt.
 
-    The prompt is read sparsely if there is an engine, all that follows runs dense.
+    The prompt is read sparsely if there is an engine, all that follows runs dense. The model is
+    detached, before and after.
     """
     cache = make_prompt_cache(model)
-    read(model, tokens[: prompt - 1], cache, prompt, engine)
+    with seated(model, engine):
+        read(model, tokens[: prompt - 1], cache, prompt)
     return follow(model, tokens[prompt - 1 : prompt], tokens[prompt:], cache)
 
 

@@ -1,21 +1,28 @@
-"""One sparse forward pass: the plan of the call in hand, and the FFN of each layer under it."""
+"""One sparse forward pass: how a call is planned, and the FFN of each layer under the plan.
 
-import contextlib
+An engine keeps nothing between calls: what belongs to a prompt is its ``Prompt``, and what a call's
+layers share is its ``Call``. The module that mlx-lm calls hands both down (attachment.py).
+"""
+
 import warnings
-from dataclasses import dataclass, field
-from typing import Any, Iterator, Optional, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any, Iterator, Optional
 
 import mlx.core as mx
-from mlx_lm.models.cache import QuantizedKVCache
 
-from .compensators import Compensator, Estimate
-from .config import PrefillConfig
-from .ffn import GatedFFN
-from .plan import Plan, plan_call, shortest_sparse
-from .selectors import Seen, Selector, at_least_one, top_neurons
-
-Cache = Optional[Sequence[Any]]
-Memory = list[dict[str, mx.array]]
+from .config import DeviceSettings, PrefillConfig
+from .model.caches import Cache, Memory, is_empty, memory_of, valid_tokens
+from .model.ffn import Estimate, GatedFFN
+from .neurons.compensators import Compensator
+from .neurons.selectors import (
+    Selector,
+    SelectorInputs,
+    at_least_one,
+    top_neurons,
+)
+from .tokens.flops import FlopCount, Shapes, count_call
+from .tokens.plan import CHUNK, Plan, plan_call, shortest_sparse
+from .tokens.split import TokenSplit
 
 # Larger blocks do not need a larger dense head: 128 tokens are the paper's block. What follows a
 # prompt leans on its end: a tail of 256 costs less than a lower sparsity that is as good.
@@ -26,56 +33,36 @@ EDGE, TAIL = 128, 256
 class Call:
     """One call of the model: what its layers share."""
 
-    plan: Plan
+    split: TokenSplit
     memory: Memory
     valid: Optional[mx.array] = None
 
 
 @dataclass
-class Tally:
-    """FFN FLOPs of one prompt, over the layers whose FFN a prefill runs."""
+class Prompt:
+    """One prompt on its way through the model, however it is chunked.
 
-    dense: float = 0.0
-    run: float = 0.0
-
-    @property
-    def sparsity(self) -> float:
-        """Share of the dense FFN FLOPs that was skipped; selection and compensation are paid."""
-        return 1 - self.run / self.dense if self.dense else 0.0
-
-
-class CacheMemory:
-    """Per-prompt memory of the selectors, kept on the prompt's first KV cache.
-
-    There it dies with the prompt and is copied with it. mlx-lm swaps cache objects when it
-    quantises them: the memory of the call before is handed on. The rows of batch caches come and
-    go, so nothing is kept there.
+    left: Tokens that are still to come; None for a prompt that is too short to be read sparsely.
     """
 
-    def __init__(self, layers: int):
-        self.layers = layers
-        self.last: Optional[Memory] = None
+    left: Optional[int]
+    flops: FlopCount = field(default_factory=FlopCount)
 
-    def of(self, cache: Cache, fresh: bool) -> Memory:
-        first: Any = cache[0] if cache else None
-        if first is None or hasattr(first, "left_padding"):
-            return [{} for _ in range(self.layers)]
-        memory = None if fresh else first.__dict__.get("_fastforward")
-        if memory is None and not fresh and isinstance(first, QuantizedKVCache):
-            memory = self.last
-        if memory is None:
-            memory = [{} for _ in range(self.layers)]
-        first._fastforward = self.last = memory
-        return memory
+    def tokens_after(self, new: int) -> Optional[int]:
+        """Tokens that follow a call of ``new`` tokens; None where the call is no part of it."""
+        if not self.left:
+            return None
+        after = self.left - new
+        self.left = max(0, after)
+        return after if after >= 0 else None
 
 
 @dataclass
 class Engine:
-    """Shared by an attached model and its FFNs.
+    """Settings, FFNs and budgets of an attached model.
 
     ``keep[i]`` neurons of layer i survive in a sparse block; None keeps the layer dense.
-    ``adapter`` says where the trained weights came from, ``tuned_dense`` that dense is the fastest
-    on this device.
+    ``predictor`` says where the trained weights came from.
     """
 
     config: PrefillConfig
@@ -83,87 +70,136 @@ class Engine:
     keep: list[Optional[int]]
     selector: Selector
     compensator: Optional[Compensator] = None
-    adapter: Optional[str] = None
-    enabled: bool = True
-    tuned_dense: bool = False
-    call: Optional[Call] = None
-    remaining: Optional[int] = None
-    tally: Tally = field(default_factory=Tally)
+    predictor: Optional[str] = None
+    device: DeviceSettings = DeviceSettings()
 
-    def __post_init__(self) -> None:
-        self.memory = CacheMemory(len(self.ffns))
+    @property
+    def sparse(self) -> bool:
+        """Whether any prompt would be read sparsely."""
+        return any(self.keep) and not self.device.dense
+
+    @property
+    def block_size(self) -> int:
+        """Tokens of a block, about: the user's word, else what is fastest on this device."""
+        return self.config.block_size or self.device.block_size
 
     @property
     def edge(self) -> int:
         """Tokens of the dense head."""
-        return min(self.config.block_size, EDGE)
+        return min(self.block_size, EDGE)
 
     @property
     def tail(self) -> int:
         """Tokens of the dense tail, at least."""
-        return TAIL if self.config.block_size >= EDGE else self.edge
+        return TAIL if self.block_size >= EDGE else self.edge
 
     @property
     def shortest(self) -> int:
         """Prompts of fewer tokens stay dense."""
-        least = shortest_sparse(self.config.block_size, self.edge, self.tail)
-        return max(least, self.config.shortest)
+        least = shortest_sparse(self.block_size, self.edge, self.tail)
+        return max(least, self.device.shortest)
 
-    @contextlib.contextmanager
-    def prompt(self, tokens: int) -> Iterator[Tally]:
-        """The next ``tokens`` tokens are one whole prompt, however it is chunked."""
-        self.tally = Tally()
-        self.remaining = tokens if tokens >= self.shortest else None
-        try:
-            yield self.tally
-        finally:
-            self.remaining = None
+    @property
+    def shapes(self) -> Shapes:
+        """(d, f) of every layer."""
+        return [ffn.shape for ffn in self.ffns]
+
+    def settings(self) -> dict[str, Any]:
+        """What runs, whatever was asked for."""
+        compensator = self.compensator
+        return {
+            "sparsity": self.config.sparsity if self.sparse else 0.0,
+            "block_size": self.block_size,
+            "selector": self.selector.name,
+            "compensator": "none" if compensator is None else compensator.name,
+            "schedule": self.config.schedule,
+            "predictor": self.predictor,
+            "strategy": self.device.strategy,
+            "shortest": self.shortest,
+            "attention_block": self.device.attention_block,
+        }
+
+    def on(self, device: DeviceSettings) -> "Engine":
+        """The same under other settings of the device; this one stays as it is."""
+        ffns = [GatedFFN(f.mlp, f.family, device.strategy) for f in self.ffns]
+        return replace(self, ffns=ffns, device=device)
+
+    def prompt(self, tokens: int) -> Prompt:
+        """A prompt of so many tokens that is about to be read."""
+        return Prompt(tokens if tokens >= self.shortest else None)
 
     def begin(
-        self, batch: int, new: int, cache: Cache, training: bool
+        self, prompt: Optional[Prompt], batch: int, new: int, cache: Cache
     ) -> Optional[Call]:
-        """Plan a call of ``new`` tokens per row; None where it runs dense."""
-        after = self._tokens_after(new)
+        """Plan a call of ``new`` tokens per row; None where it runs dense.
+
+        Args:
+            prompt: The one that is being read, None where nobody knows.
+        """
+        after = None if prompt is None else prompt.tokens_after(new)
         if new > 1:
             self.drop_unsupported()
-        if training or not self.enabled or not any(self.keep):
+        if not self.sparse:
             return None
+        empty = new > 1 and is_empty(cache)
         if new == 1:
             sparse = self.config.sparse_decode and after is None
             plan = Plan(head=0, blocks=1, block_size=1, tail=0) if sparse else None
-            empty = False
         elif after is None and new < self.shortest:
-            plan, empty = None, False
+            plan = None
         else:
-            empty = is_empty(cache)
             plan = self.plan(new, empty, after)
-        if after is not None:
-            self._count(batch, new, plan)
+        if prompt is not None and after is not None:
+            self.count(prompt.flops, batch, new, plan)
         if plan is None:
             return None
-        memory = self.memory.of(cache, empty)
-        if new == 1 and self.selector.remembers and not any(memory):
-            return None
-        return Call(plan, memory, valid_tokens(cache, batch, new))
+        memory: Memory = [{} for _ in self.ffns]
+        if self.selector.remembers:
+            memory = memory_of(cache, len(self.ffns), empty)
+            if new == 1 and not any(memory):
+                return None
+        return self.call(plan, memory, valid_tokens(cache, batch, new))
 
-    @property
-    def compensation(self) -> str:
-        """As in --compensator, whatever was asked for."""
-        return "none" if self.compensator is None else self.compensator.name
+    def call(
+        self,
+        plan: Plan,
+        memory: Optional[Memory] = None,
+        valid: Optional[mx.array] = None,
+    ) -> Call:
+        """A call under a plan, for those who measure single layers too."""
+        split = TokenSplit(plan, self.selector.probe_every)
+        return Call(split, memory or [{} for _ in self.ffns], valid)
 
     def plan(self, new: int, empty: bool, after: Optional[int]) -> Optional[Plan]:
         """plan_call() under this engine's settings."""
         return plan_call(
             new,
-            self.config.block_size,
+            self.block_size,
             cache_empty=empty,
             edge=self.edge,
             tail=self.tail,
             after=after,
             dense_head=self.config.dense_head,
             dense_tail=self.config.dense_tail,
-            unit=self.selector.unit(self.config.block_size),
+            unit=self.selector.unit(self.block_size),
         )
+
+    def plans(self, tokens: int) -> Iterator[tuple[int, Optional[Plan]]]:
+        """(new tokens, plan) of every call that generation makes of a prompt; the last comes alone."""
+        done = 0
+        while done < tokens:
+            new = min(CHUNK, tokens - 1 - done) or 1
+            sparse = new > 1 and tokens >= self.shortest
+            after = tokens - done - new
+            yield new, self.plan(new, done == 0, after) if sparse else None
+            done += new
+
+    def count(
+        self, count: FlopCount, batch: int, new: int, plan: Optional[Plan]
+    ) -> None:
+        """count_call() under this engine's settings."""
+        parts = (self.shapes, self.keep, self.selector, self.compensator)
+        count_call(count, (batch, new), plan, *parts)
 
     def drop_unsupported(self) -> None:
         """Keep layers dense whose projections cannot be sliced, and say so once."""
@@ -176,146 +212,46 @@ class Engine:
         keep = zip(self.keep, reasons)
         self.keep = [None if isinstance(r, str) else k for k, r in keep]
 
-    def _tokens_after(self, new: int) -> Optional[int]:
-        """Prompt tokens that follow this call; None outside a known prompt."""
-        if not self.remaining:
-            return None
-        after = self.remaining - new
-        self.remaining = max(0, after)
-        return after if after >= 0 else None
+    def forward(self, call: Call, layer: int, x: mx.array) -> mx.array:
+        """The FFN of one layer under a call's plan. x: (B, L, d) -> (B, L, d)."""
+        inputs, exact = self.run_dense(call, layer, x)
+        neurons = self.choose(layer, inputs)
+        return self.apply(call, layer, inputs.blocks, exact, neurons, self.compensator)
 
-    def forward(self, layer: int, x: mx.array) -> mx.array:
-        """The FFN of one layer under the plan in hand. x: (B, L, d) -> (B, L, d).
-
-        Head, probes and tail are the dense tokens: they share one GEMM per projection. The other
-        tokens of the blocks run over the neurons that the selector picked.
-        """
-        call, ffn, keep = self.call, self.ffns[layer], self.keep[layer]
-        assert call is not None and keep is not None
-        split = Split(call.plan, self.selector.probe_every)
+    def run_dense(
+        self, call: Call, layer: int, x: mx.array
+    ) -> tuple[SelectorInputs, mx.array]:
+        """Run head, probes and tail, which share one GEMM per projection: outputs (B, T, d)."""
+        split, valid = call.split, None
         blocks, dense = split.blocks(x), split.dense(x)
-        z, exact = ffn.activations_and_output(dense)
-        valid = None
+        z, exact = self.ffns[layer].activations_and_output(dense)
         if call.valid is not None:
             valid = (at_least_one(split.blocks(call.valid)), split.dense(call.valid))
-        seen = Seen(blocks, dense, z, call.plan.head, valid, call.memory[layer])
-        neurons = top_neurons(self.selector(layer, ffn, seen), keep)
-        rest = split.rest(blocks)
-        back = None if self.compensator is None else self.compensator(layer, rest)
+        head, memory = split.plan.head, call.memory[layer]
+        return SelectorInputs(blocks, dense, z, head, valid, memory), exact
+
+    def choose(self, layer: int, inputs: SelectorInputs) -> mx.array:
+        """The neurons that each block keeps, (M, K)."""
+        keep = self.keep[layer]
+        assert keep is not None
+        scores = self.selector.score(layer, self.ffns[layer], inputs)
+        return top_neurons(scores, keep)
+
+    def apply(
+        self,
+        call: Call,
+        layer: int,
+        blocks: mx.array,
+        exact: mx.array,
+        neurons: mx.array,
+        compensator: Optional[Compensator],
+    ) -> mx.array:
+        """The other tokens of the blocks over their neurons, and all outputs in order (B, L, d)."""
+        ffn, rest = self.ffns[layer], call.split.rest(blocks)
+        back = None if compensator is None else compensator(layer, rest)
         if isinstance(back, Estimate):
             y = ffn.sparse(rest, neurons, back)
         else:
             y = ffn.sparse(rest, neurons)
             y = y if back is None else y + back
-        return split.join(exact, y.astype(x.dtype))
-
-    def _count(self, batch: int, new: int, plan: Optional[Plan]) -> None:
-        """Add one call to the tally. The last layer's FFN is never run in a prefill chunk."""
-        for ffn, keep in zip(self.ffns[:-1], self.keep):
-            d, f = ffn.shape
-            dense = 6.0 * batch * new * d * f
-            self.tally.dense += dense
-            self.tally.run += dense
-            if plan is None or keep is None:
-                continue
-            saved, selection, compensation = self.block_flops(plan, d, f, keep)
-            self.tally.run += batch * (selection + compensation - saved)
-
-    def block_flops(
-        self, plan: Plan, d: int, f: int, keep: int
-    ) -> tuple[float, float, float]:
-        """FLOPs of a layer that a plan's blocks save, and that selection and compensation take."""
-        split = Split(plan, self.selector.probe_every)
-        tokens, blocks = plan.block_size - split.probes, plan.blocks
-        saved = 6.0 * tokens * d * (f - keep)
-        selection = self.selector.flops(plan.block_size, split.dense_tokens, d, f)
-        compensation = 0.0
-        if self.compensator is not None:
-            compensation = self.compensator.flops(tokens, d, keep)
-        return blocks * saved, blocks * selection, blocks * compensation
-
-
-@dataclass(frozen=True)
-class Split:
-    """Cuts a call's tokens into dense tokens and blocks by its plan, and joins them again.
-
-    Works on (B, L, d) and (B, L). Every ``probe_every``-th token of a block, from its first on,
-    is a probe and counts as dense; 0 means no probes.
-    """
-
-    plan: Plan
-    probe_every: int
-
-    @property
-    def probes(self) -> int:
-        """Probes per block."""
-        return self.plan.block_size // self.probe_every if self.probe_every else 0
-
-    @property
-    def dense_tokens(self) -> int:
-        """Dense tokens per row."""
-        return self.plan.head + self.plan.blocks * self.probes + self.plan.tail
-
-    def blocks(self, x: mx.array) -> mx.array:
-        """(B, L, ...) -> (M, N, ...), probes included."""
-        p = self.plan
-        return x[:, p.start : p.stop].reshape(-1, p.block_size, *x.shape[2:])
-
-    def dense(self, x: mx.array) -> mx.array:
-        """(B, L, ...) -> (B, T, ...): head, probes, tail."""
-        p = self.plan
-        parts = [x[:, : p.head], x[:, p.stop :]]
-        if self.probe_every:
-            parts.insert(1, x[:, p.start : p.stop : self.probe_every])
-        return mx.concatenate(parts, axis=1)
-
-    def rest(self, blocks: mx.array) -> mx.array:
-        """(M, N, d) -> (M, N - probes, d)."""
-        if not self.probe_every:
-            return blocks
-        m, _, d = blocks.shape
-        groups = blocks.reshape(m, self.probes, self.probe_every, d)
-        return groups[:, :, 1:].reshape(m, -1, d)
-
-    def join(self, dense: mx.array, rest: mx.array) -> mx.array:
-        """Outputs (B, T, d) of ``dense`` and (M, N - probes, d) of ``rest`` -> (B, L, d)."""
-        p = self.plan
-        batch, _, d = dense.shape
-        tail = dense.shape[1] - p.tail
-        if self.probe_every:
-            exact = dense[:, p.head : tail].reshape(len(rest), self.probes, 1, d)
-            rest = rest.reshape(len(rest), self.probes, self.probe_every - 1, d)
-            rest = mx.concatenate([exact, rest], axis=2)
-        middle = rest.reshape(batch, -1, d)
-        return mx.concatenate([dense[:, : p.head], middle, dense[:, tail:]], axis=1)
-
-
-def is_empty(cache: Cache) -> bool:
-    """Whether nothing is cached; never waits for the device."""
-    first = cache[0] if cache else None
-    if first is None:
-        return True
-    for name in ("offset", "_offset", "_idx"):  # batch caches have an array as offset
-        if isinstance(place := getattr(first, name, None), int):
-            return place == 0
-    return first.empty()
-
-
-def valid_tokens(cache: Cache, batch: int, new: int) -> Optional[mx.array]:
-    """1 for tokens, 0 for padding (B, L); None where the cache cannot hold padding.
-
-    Batch caches know their padding as arrays, and count positions from the first real token. A
-    plain one counts right padding from the end of the whole batch, so an earlier chunk may hide a
-    few real tokens too: only from the statistics.
-    """
-    first: Any = cache[0] if cache else None
-    if batch == 1 or not hasattr(first, "left_padding"):
-        return None
-    chunk = mx.arange(new)[None]
-    place = first.offset[:, None] + chunk
-    valid = place >= 0
-    if (lengths := getattr(first, "_lengths", None)) is not None:
-        valid = valid & (place < lengths[:, None])
-    if (right := getattr(first, "_right_padding", None)) is not None:
-        valid = valid & (chunk < (new - right)[:, None])
-    return valid.astype(mx.float32)
+        return call.split.join(exact, y.astype(blocks.dtype))

@@ -11,7 +11,7 @@ from mlx_lm.generate import GenerationResponse
 from mlx_lm.generate import stream_generate as mlx_lm_stream_generate
 from mlx_lm.tokenizer_utils import TokenizerWrapper
 
-from .attachment import engine_of
+from .attachment import reading
 
 
 @dataclass
@@ -82,15 +82,14 @@ def stream_generate(
     embeddings = kwargs.get("input_embeddings")
     total = len(ids) if embeddings is None else len(embeddings)
     cached = cached_tokens(kwargs.get("prompt_cache"))
-    engine = engine_of(model)
     responses = mlx_lm_stream_generate(
         model, tokenizer, ids, max_tokens, draft_model=draft_model, **kwargs
     )
     with contextlib.closing(responses):
-        with engine.prompt(total) if engine else contextlib.nullcontext() as tally:
+        with reading(model, total) as state:
             first = next(responses)
         ttft = time.perf_counter() - start
-        sparsity = tally.sparsity if tally else 0.0
+        sparsity = state.flops.sparsity
 
         def extended(r: GenerationResponse) -> Response:
             shared = {f.name: getattr(r, f.name) for f in fields(GenerationResponse)}

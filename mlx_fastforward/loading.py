@@ -7,17 +7,17 @@ import mlx.core as mx
 import mlx.nn as nn
 from mlx_lm.utils import load as mlx_lm_load
 
-from .adapter import Adapter, BaseModel
-from .attachment import attach
+from .attachment import attach, detach
 from .config import PrefillConfig
-from .finding import adapter_for, named_adapter
+from .predictors.file import BaseModel, PredictorFile
+from .predictors.search import named_predictor, predictor_for
 
 
 def load(
     path_or_hf_repo: str,
     sparsity: float = 0.5,
     *,
-    adapter: Optional[str | Path | Adapter] = None,
+    predictor: Optional[str | Path | PredictorFile] = None,
     tokenizer_config: Optional[dict[str, Any]] = None,
     model_config: Optional[dict[str, Any]] = None,
     adapter_path: Optional[str] = None,
@@ -32,7 +32,7 @@ def load(
     Args:
         path_or_hf_repo: Local folder or Hugging Face repository.
         sparsity: Share of FFN neurons dropped in sparse blocks; 0 is stock mlx-lm.
-        adapter: Trained predictors: a folder or repository, or one loaded already; "none" for
+        predictor: Trained predictors: a folder or repository, or one loaded already; "none" for
             none. Default: the one beside the model, else the user's newest one for it.
         adapter_path: LoRA weights, as in mlx_lm.
         settings: Further fields of PrefillConfig.
@@ -41,26 +41,49 @@ def load(
         (model, tokenizer), and the config with ``return_config``.
 
     Raises:
-        ConfigError, AdapterError, UnsupportedModel, and what mlx_lm.load raises.
+        ConfigError, PredictorError, UnsupportedModel, and what mlx_lm.load raises.
     """
     config = PrefillConfig.from_kwargs(sparsity=sparsity, **settings)
-    searching = adapter is None
-    if isinstance(adapter, (str, Path)):
-        adapter = named_adapter(adapter)
+    searching = predictor is None
+    if isinstance(predictor, (str, Path)):
+        predictor = named_predictor(predictor)
     model, *rest = mlx_lm_load(
         path_or_hf_repo,
         tokenizer_config=tokenizer_config,
         model_config=model_config,
         adapter_path=adapter_path,
-        lazy=True,  # an adapter for another model is refused before weights are read
+        lazy=True,  # a predictor for another model is refused before weights are read
         return_config=return_config,
         revision=revision,
         trust_remote_code=trust_remote_code,
     )
     assert isinstance(model, nn.Module)
     if searching:
-        adapter = adapter_for(path_or_hf_repo, BaseModel.of(model), revision)
-    attach(model, config, adapter=adapter)
+        predictor = predictor_for(path_or_hf_repo, BaseModel.of(model), revision)
+    attach(model, config, predictor=predictor)
     if not lazy:
-        mx.eval(model.parameters(), adapter.arrays() if adapter else [])
+        mx.eval(model.parameters(), predictor.arrays() if predictor else [])
     return (model, *rest)
+
+
+def load_stock(
+    model: str,
+    dtype: Optional[str] = None,
+    predictor: Optional[str] = None,
+    trust_remote_code: bool = False,
+) -> tuple[nn.Module, Any, Optional[PredictorFile]]:
+    """A detached model, its tokenizer, and the predictor file that load() would use with it."""
+    trust = {"trust_remote_code": trust_remote_code}
+    net, tokenizer = load(
+        model,
+        sparsity=0.0,
+        predictor="none",
+        tokenizer_config=trust,
+        trust_remote_code=trust_remote_code,
+    )
+    detach(net)
+    if dtype:
+        net.set_dtype(getattr(mx, dtype))
+    if predictor:
+        return net, tokenizer, named_predictor(predictor)
+    return net, tokenizer, predictor_for(model, BaseModel.of(net))

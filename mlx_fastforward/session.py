@@ -10,13 +10,9 @@ from mlx_lm.models.cache import (
     trim_prompt_cache,
 )
 
-from .attachment import engine_of
-from .config import FastForwardError
+from .attachment import engine_of, switched
+from .errors import TemplateError
 from .generation import Response, stream_generate
-
-
-class TemplateError(FastForwardError):
-    """The tokenizer's chat template cannot render the conversation."""
 
 
 def common_prefix(a: list[int], b: list[int]) -> int:
@@ -161,17 +157,3 @@ class Session:
         for c, extra in zip(self.cache, surplus):
             c.trim(extra)
         self.cached = tokens[:known]
-
-
-@contextlib.contextmanager
-def switched(model: nn.Module, sparse: bool) -> Iterator[None]:
-    """Run an attached model sparse, or as stock mlx-lm would."""
-    engine = engine_of(model)
-    if engine is None:
-        yield
-        return
-    before, engine.enabled = engine.enabled, sparse
-    try:
-        yield
-    finally:
-        engine.enabled = before

@@ -8,8 +8,6 @@ same way: all queries of a chunk at once, as mlx-lm does, or in blocks.
 
 import json
 import platform
-import statistics
-import time
 from dataclasses import asdict, dataclass, replace
 from importlib.metadata import version
 from pathlib import Path
@@ -17,13 +15,17 @@ from typing import Any, Callable, Optional
 
 import mlx.core as mx
 
-from .attention import Attention, by_queries
-from .down import base_and_lora
-from .engine import Call, Engine
-from .ffn import GatedFFN
-from .finding import home
-from .limits import Shape
-from .plan import CHUNK, Plan
+from .config import DeviceSettings
+from .engine import Engine
+from .files import write_text
+from .model import linear
+from .model.attention import Attention, by_queries
+from .model.families import Heads
+from .predictors.search import home
+from .timing import interleaved
+from .tokens.flops import dense_ffn, overhead
+from .tokens.plan import CHUNK, Plan
+from .tokens.split import TokenSplit
 from .version import __version__
 
 BLOCKS = (128, 256, 512, 1024, 2048)
@@ -36,6 +38,8 @@ MARGIN = 0.98  # a sparse candidate must beat dense by more than noise
 # Largest error, relative to the largest output, by dtype.
 TOLERANCE = {mx.float32: 1e-3, mx.float16: 1e-2, mx.bfloat16: 6e-2}
 
+Tick = Callable[[float], None]  # the share that is done
+
 
 @dataclass(frozen=True)
 class Candidate:
@@ -44,152 +48,125 @@ class Candidate:
     block_size: int
     strategy: str
     seconds: float
+    dense_seconds: float
     error: float
     correct: bool
+
+    @property
+    def share(self) -> float:
+        """Of the dense time."""
+        return self.seconds / self.dense_seconds
 
 
 @dataclass(frozen=True)
 class Choice:
-    """What tuning found. block_size 0: dense."""
+    """What tuning found: settings of the device, and the candidates that were measured."""
 
-    block_size: int
-    strategy: str
-    shortest: int
-    dense_seconds: float
-    candidates: list[dict[str, Any]]
-    attention_block: int = 0
+    device: DeviceSettings
+    candidates: list[Candidate]
 
 
-def key(engine: Engine, shape: Shape) -> str:
+def key(engine: Engine, heads: Heads) -> str:
     """What a choice depends on: device, system, versions, shapes, quantisation, settings."""
-    ffn = engine.ffns[_sparse_layer(engine)]
-    packed = sorted({_stored_as(m) for m in ffn.projections()})
+    layer = _sparse_layer(engine)
+    ffn = engine.ffns[layer]
+    settings = engine.settings()
     parts = [
-        device(),
+        device_name(),
         f"{platform.system()} {platform.release()}",
         f"mlx {version('mlx')}",
         __version__,
         "x".join(map(str, ffn.shape)),
-        f"{shape.heads}/{shape.kv_heads} heads of {shape.head_dim}",
-        " ".join(packed),
-        str(_dtype(engine)).removeprefix("mlx.core."),
+        f"{heads.queries}/{heads.keys} heads of {heads.size}",
+        " ".join(sorted({linear.stored_as(m) for m in ffn.projections()})),
+        str(linear.dtype(ffn.down)).removeprefix("mlx.core."),
         f"{engine.config.sparsity:g}",
-        engine.selector.name,
-        engine.compensation,
-        f"{_overhead(engine):.3f}",
+        settings["selector"],
+        settings["compensator"],
+        f"{_overhead(engine, layer):.3f}",
     ]
     return ", ".join(parts)
 
 
-def _stored_as(linear: Any) -> str:
-    base, _ = base_and_lora(linear)
-    if "scales" not in base:
-        return "float"
-    return f"{base.mode} {base.bits} bits/{base.group_size}"
-
-
-def _overhead(engine: Engine) -> float:
+def _overhead(engine: Engine, layer: int) -> float:
     """FLOPs of selection and compensation, of the dense FFN's: tells ranks apart."""
-    d, f = engine.ffns[0].shape
-    paid = engine.selector.flops(128, 256, d, f)
-    if engine.compensator is not None:
-        paid += engine.compensator.flops(128, d, f // 2)
-    return paid / (6.0 * 128 * d * f)
+    plan = Plan(head=128, blocks=1, block_size=128, tail=128)
+    split, (d, f) = TokenSplit(plan, engine.selector.probe_every), engine.shapes[layer]
+    parts = (f // 2, engine.selector, engine.compensator)
+    return overhead(split, layer, d, f, *parts) / dense_ffn(128, d, f)
 
 
-def device() -> str:
+def device_name() -> str:
     """Name of the default device."""
     if mx.default_device() == mx.gpu:
         return str(mx.device_info().get("device_name", "GPU"))
     return f"CPU {platform.machine()}"
 
 
-def apply(engine: Engine, choice: Choice) -> None:
-    """Let an engine run as chosen from now on."""
-    config = engine.config
-    if not choice.block_size:
-        engine.config = replace(config, sparsity=0.0)
-        engine.keep = [None] * len(engine.keep)
-        engine.tuned_dense = True
-        return
-    engine.config = replace(
-        config,
-        block_size=choice.block_size,
-        strategy=choice.strategy,
-        shortest=choice.shortest,
-        attention_block=choice.attention_block,
-    )
-    for ffn in engine.ffns:
-        ffn.strategy = choice.strategy
-
-
 def file() -> Path:
     return home().parent / "tuned.json"
 
 
-def remembered(key: str) -> Optional[Choice]:
-    """An earlier choice, or None; a damaged file is none."""
-    try:
-        return Choice(**json.loads(file().read_text(encoding="utf-8"))[key])
-    except (OSError, ValueError, KeyError, TypeError):
-        return None
-
-
-def remember(key: str, choice: Choice) -> None:
-    """Keep a choice; a folder that cannot be written to is no reason to stop."""
+def _known() -> dict[str, Any]:
     try:
         known = json.loads(file().read_text(encoding="utf-8"))
     except (OSError, ValueError):
-        known = {}
-    known = known if isinstance(known, dict) else {}
-    known[key] = asdict(choice)
+        return {}
+    return known if isinstance(known, dict) else {}
+
+
+def remembered(key: str) -> Optional[DeviceSettings]:
+    """An earlier choice, or None; a damaged file is none."""
     try:
-        file().parent.mkdir(parents=True, exist_ok=True)
-        half = file().with_suffix(".writing")
-        half.write_text(json.dumps(known, indent=2) + "\n", encoding="utf-8")
-        half.replace(file())
+        return DeviceSettings(**_known()[key])
+    except (KeyError, TypeError, ValueError):
+        return None
+
+
+def remember(key: str, device: DeviceSettings) -> None:
+    """Keep a choice; a folder that cannot be written to is no reason to stop."""
+    known = _known() | {key: asdict(device)}
+    try:
+        write_text(file(), json.dumps(known, indent=2) + "\n")
     except OSError:
         pass
 
 
 def tune(
     engine: Engine,
-    shape: Shape,
+    heads: Heads,
     largest: int = LARGEST,
-    tick: Callable[[float], None] = lambda share: None,
+    tick: Tick = lambda share: None,
 ) -> Choice:
     """Measure, and choose.
 
     Args:
-        engine: Of an attached model; stays as it is.
-        shape: Of the same model, for its attention.
+        engine: Of a model; stays as it is.
+        heads: Of the same model, for its attention.
         largest: Largest block size to try; larger ones are faster and a little less exact.
-        tick: Called with the share that is done.
     """
     sizes = [b for b in BLOCKS if b <= largest]
     trials = [(sizes[-1], s) for s in STRATEGIES] + [(b, "") for b in sizes[:-1]]
-    x, dense = _inputs(engine), []  # type: mx.array, list[float]
-    found: list[Candidate] = []
+    x, found = _inputs(engine), []  # type: mx.array, list[Candidate]
     total = len(trials) + len(LENGTHS) + 1
     for done, (block, strategy) in enumerate(trials):
         strategy = strategy or _best(found).strategy
-        found.append(_measured(_trial(engine, block, strategy), x, dense))
+        found.append(_measured(_trial(engine, block, strategy), x))
         tick((done + 1) / total)
-    base, best = statistics.median(dense), _best(found)
-    candidates = [asdict(c) for c in found]
-    if not best.correct or best.seconds > MARGIN * base:
-        return Choice(0, best.strategy, 0, base, candidates)
-    chosen = _trial(engine, best.block_size, best.strategy)
-    shortest = _shortest(chosen, x, lambda i: tick((len(trials) + i) / total))
-    queries = attention_block(shape, x.dtype)
-    return Choice(best.block_size, best.strategy, shortest, base, candidates, queries)
+    best = _best(found)
+    if not best.correct or best.share > MARGIN:
+        return Choice(DeviceSettings(dense=True), found)
+    trial = _trial(engine, best.block_size, best.strategy)
+    shortest = _shortest(trial, x, lambda i: tick((len(trials) + i) / total))
+    queries = attention_block(heads, x.dtype)
+    device = replace(trial.device, shortest=shortest, attention_block=queries)
+    return Choice(device, found)
 
 
 def _trial(engine: Engine, block: int, strategy: str) -> Engine:
     """The engine with another block size and strategy; the model's own is left alone."""
-    config = replace(engine.config, block_size=block, strategy=strategy, shortest=0)
-    ffns = [GatedFFN(f.mlp, f.family, strategy) for f in engine.ffns]
-    return replace(engine, config=config, ffns=ffns, call=None)
+    trial = engine.on(DeviceSettings(block, strategy))
+    return replace(trial, config=replace(engine.config, block_size=None))
 
 
 def _sparse_layer(engine: Engine) -> int:
@@ -201,130 +178,111 @@ def _sparse_layer(engine: Engine) -> int:
 def _best(found: list[Candidate]) -> Candidate:
     """The fastest correct one; the fastest if none is."""
     correct = [c for c in found if c.correct]
-    return min(correct or found, key=lambda c: c.seconds)
-
-
-def _dtype(engine: Engine) -> mx.Dtype:
-    """Of the activations; scales of some quantisations are whole numbers."""
-    base, _ = base_and_lora(engine.ffns[0].down)
-    dtype: mx.Dtype = base.get("scales", base.weight).dtype
-    return dtype if mx.issubdtype(dtype, mx.floating) else mx.bfloat16
+    return min(correct or found, key=lambda c: c.share)
 
 
 def _inputs(engine: Engine) -> mx.array:
     """Random FFN inputs (1, CHUNK, d), the scale of a norm's output."""
-    d, _ = engine.ffns[0].shape
+    layer = _sparse_layer(engine)
+    d, _ = engine.shapes[layer]
     x = mx.random.normal((1, CHUNK, d), key=mx.random.key(0))
-    return x.astype(_dtype(engine))
+    return x.astype(linear.dtype(engine.ffns[layer].down))
 
 
-def _measured(engine: Engine, x: mx.array, dense: list[float]) -> Candidate:
-    """One candidate over a chunk; the times of the dense runs between go to ``dense``."""
-    plan = engine.plan(x.shape[1], empty=False, after=CHUNK)
+def _measured(trial: Engine, x: mx.array) -> Candidate:
+    """One candidate over a chunk."""
+    plan = trial.plan(x.shape[1], empty=False, after=CHUNK)
     assert plan is not None
-    error = _error(engine, x[:, : plan.block_size])
-    times = _interleaved(engine, plan, x, dense)
-    config, tolerance = engine.config, TOLERANCE.get(x.dtype, 1e-2)
-    seconds = statistics.median(times)
-    correct = error <= tolerance
-    return Candidate(config.block_size, config.strategy, seconds, error, correct)
+    error = _error(trial, x[:, : plan.block_size])
+    sparse, dense = _seconds(trial, plan, x)
+    device, correct = trial.device, error <= TOLERANCE.get(x.dtype, 1e-2)
+    size, strategy = device.block_size, device.strategy
+    return Candidate(size, strategy, sparse, dense, error, correct)
 
 
-def _interleaved(
-    engine: Engine, plan: Plan, x: mx.array, dense: list[float]
-) -> list[float]:
-    """Seconds of the sparse FFN, after a first run that is not counted."""
-    layer, times = _sparse_layer(engine), []
-    ffn = engine.ffns[layer]
-    engine.call = Call(plan, [{} for _ in engine.ffns])
-    mx.eval(engine.forward(layer, x))
-    for _ in range(ROUNDS):
-        start = time.perf_counter()
-        mx.eval(ffn.activations_and_output(x)[1])
-        dense.append(time.perf_counter() - start)
-        start = time.perf_counter()
-        mx.eval(engine.forward(layer, x))
-        times.append(time.perf_counter() - start)
-    return times
+def _seconds(trial: Engine, plan: Plan, x: mx.array) -> tuple[float, float]:
+    """Of the sparse FFN and of the dense one, interleaved."""
+    layer, call = _sparse_layer(trial), trial.call(plan)
+    found = interleaved(
+        {
+            "dense": lambda: trial.ffns[layer].activations_and_output(x)[1],
+            "sparse": lambda: trial.forward(call, layer, x),
+        },
+        ROUNDS,
+    )
+    return found["sparse"], found["dense"]
 
 
-def _error(engine: Engine, block: mx.array) -> float:
+def _error(trial: Engine, block: mx.array) -> float:
     """Largest difference from the masked dense FFN, relative to its largest output."""
-    ffn = engine.ffns[_sparse_layer(engine)]
+    ffn = trial.ffns[_sparse_layer(trial)]
     f = ffn.shape[1]
     kept = (mx.arange(f) % 2 == 0).astype(block.dtype)
     plain = ffn.down(ffn.activations(block) * kept)
     neurons = mx.arange(0, f, 2, dtype=mx.uint32)[None]
-    return _difference(ffn.sparse(block, neurons), plain)
+    return difference(ffn.sparse(block, neurons), plain)
 
 
-def _difference(ours: mx.array, plain: mx.array) -> float:
+def difference(ours: mx.array, plain: mx.array) -> float:
     """Largest difference, relative to the largest value."""
     ours, plain = ours.astype(mx.float32), plain.astype(mx.float32)
     largest = mx.maximum(mx.max(mx.abs(plain)), 1e-9)
     return float(mx.max(mx.abs(ours - plain)) / largest)
 
 
-def _shortest(engine: Engine, x: mx.array, tick: Callable[[int], None]) -> int:
+def _shortest(trial: Engine, x: mx.array, tick: Callable[[int], None]) -> int:
     """The least of LENGTHS, or a chunk, from which on a whole prompt's FFN is faster sparse."""
     for i, length in enumerate(LENGTHS):
-        plan = engine.plan(length, empty=True, after=0)
-        dense: list[float] = []
+        plan = trial.plan(length, empty=True, after=0)
         if plan is not None:
-            times = _interleaved(engine, plan, x[:, :length], dense)
-            if statistics.median(times) < MARGIN * statistics.median(dense):
+            sparse, dense = _seconds(trial, plan, x[:, :length])
+            if sparse < MARGIN * dense:
                 return length
         tick(i + 1)
     return CHUNK
 
 
-def attention_block(shape: Shape, dtype: mx.Dtype) -> int:
+def attention_block(heads: Heads, dtype: mx.Dtype) -> int:
     """Queries per attention call that are fastest for a first chunk; 0: all of them."""
     q, k, v = (
-        mx.random.normal(
-            (1, heads, CHUNK, shape.head_dim), key=mx.random.key(i)
-        ).astype(dtype)
-        for i, heads in enumerate([shape.heads, shape.kv_heads, shape.kv_heads])
+        mx.random.normal((1, n, CHUNK, heads.size), key=mx.random.key(i)).astype(dtype)
+        for i, n in enumerate([heads.queries, heads.keys, heads.keys])
     )
 
     def whole(q: mx.array, k: mx.array, v: mx.array, *, mask: str) -> mx.array:
-        scale = shape.head_dim**-0.5
+        scale = heads.size**-0.5
         return mx.fast.scaled_dot_product_attention(q, k, v, scale=scale, mask=mask)
 
     arms: dict[int, Attention] = {0: whole}
     plain = whole(q, k, v, mask="causal")
     for rows in ATTENTION_BLOCKS:
         arm = by_queries(whole, rows)
-        if _difference(arm(q, k, v, mask="causal"), plain) <= TOLERANCE.get(
-            dtype, 1e-2
-        ):
+        error = difference(arm(q, k, v, mask="causal"), plain)
+        if error <= TOLERANCE.get(dtype, 1e-2):
             arms[rows] = arm
-    times: dict[int, list[float]] = {rows: [] for rows in arms}
-    for _ in range(ROUNDS):
-        for rows, arm in arms.items():
-            start = time.perf_counter()
-            mx.eval(arm(q, k, v, mask="causal"))
-            times[rows].append(time.perf_counter() - start)
-    seconds = {rows: statistics.median(t) for rows, t in times.items()}
+    seconds = interleaved(
+        {rows: lambda arm=arm: arm(q, k, v, mask="causal") for rows, arm in arms.items()},  # type: ignore
+        ROUNDS,
+    )
     best = min(seconds, key=lambda rows: seconds[rows])
     return best if seconds[best] < MARGIN * seconds[0] else 0
 
 
 def summary(choice: Choice) -> str:
     """One line for the user, and one per candidate that is wrong."""
-    wrong = [c for c in choice.candidates if not c["correct"]]
+    wrong = [c for c in choice.candidates if not c.correct]
     lines = [
-        f"block {c['block_size']}, {c['strategy']}: wrong by {c['error']:.1e}, not used"
+        f"block {c.block_size}, {c.strategy}: wrong by {c.error:.1e}, not used"
         for c in wrong
     ]
-    if not choice.block_size:
+    device = choice.device
+    if device.dense:
         return "\n".join(["Tuned: dense prefill is fastest on this device.", *lines])
-    best = min(c["seconds"] for c in choice.candidates if c["correct"])
     line = (
-        f"Tuned: blocks of {choice.block_size} tokens, {choice.strategy}; an FFN takes "
-        f"{best / choice.dense_seconds:.2f} of its dense time. Prompts from "
-        f"{choice.shortest} tokens on."
+        f"Tuned: blocks of {device.block_size} tokens, {device.strategy}; an FFN takes "
+        f"{_best(choice.candidates).share:.2f} of its dense time. Prompts from "
+        f"{device.shortest} tokens on."
     )
-    if choice.attention_block:
-        line += f" Attention in blocks of {choice.attention_block} queries."
+    if device.attention_block:
+        line += f" Attention in blocks of {device.attention_block} queries."
     return "\n".join([line, *lines])

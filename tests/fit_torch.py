@@ -20,7 +20,7 @@ from rich.progress import track
 from torch_modules import Compensator, Layer, Network, Predictor
 
 from mlx_fastforward import demo, detach, load
-from mlx_fastforward.bench.prose import passages
+from mlx_fastforward.bench.eval.prose import passages
 from mlx_fastforward.session import render
 from mlx_fastforward.train.capture import capture
 
@@ -116,7 +116,7 @@ def main(
     console = Console(stderr=True)
     torch.manual_seed(0)
     start = time.perf_counter()
-    base, tokenizer = load(model or str(demo.MODEL), sparsity=0.0, adapter="none")
+    base, tokenizer = load(model or str(demo.MODEL), sparsity=0.0, predictor="none")
     detach(base)
     base.set_dtype(mx.float32)
     half = sequences // 2

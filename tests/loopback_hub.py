@@ -304,7 +304,7 @@ for args in json.load(sys.stdin):
 
 
 def environment(hub: Hub, home: Path, **env: str) -> dict[str, str]:
-    """A Hugging Face home, adapters and a hub of its own; a proxy would not find the loopback."""
+    """A Hugging Face home, predictors and a hub of its own; a proxy would not find the loopback."""
     inherited = {
         k: v
         for k, v in os.environ.items()

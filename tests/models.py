@@ -18,10 +18,10 @@ from mlx_lm.models.cache import make_prompt_cache
 from mlx_lm.tokenizer_utils import TokenizerWrapper
 from mlx_lm.utils import load_tokenizer
 
-from mlx_fastforward import PrefillConfig, save_adapter
-from mlx_fastforward.adapter import fingerprint
+from mlx_fastforward import PrefillConfig, save_predictor
 from mlx_fastforward.demo import MODEL as DEMO
-from mlx_fastforward.families import family_of, layer_norm_weights
+from mlx_fastforward.model.families import family_of, layer_norm_weights
+from mlx_fastforward.predictors.file import fingerprint
 
 HIDDEN, FFN, LAYERS, VOCAB, BLOCK, WINDOW = 32, 128, 4, 96, 8, 24
 
@@ -308,7 +308,7 @@ def random_parts(
     return tensors
 
 
-def save_random_adapter(
+def save_random_predictor(
     model: nn.Module,
     path: Path,
     rank: int = 4,
@@ -329,5 +329,5 @@ def save_random_adapter(
     if compensator:
         info["compensator"] = {"kind": compensator, "rank": rank}
     kinds = {"predictor": predictor or "pooled", "compensator": compensator}
-    save_adapter(path, info, random_parts(model, rank, kinds))
+    save_predictor(path, info, random_parts(model, rank, kinds))
     return path

@@ -1,4 +1,4 @@
-"""Small adapters on disk, and the one line that refuses a bad one."""
+"""Small predictors on disk, and the one line that refuses a bad one."""
 
 import functools
 import json
@@ -14,17 +14,17 @@ import numpy as np
 import pytest
 from mlx_lm.models import llama
 
-from mlx_fastforward import finding
-from mlx_fastforward.adapter import (
+from mlx_fastforward.errors import PredictorError
+from mlx_fastforward.model.families import family_of, layer_norm_weights
+from mlx_fastforward.predictors import search
+from mlx_fastforward.predictors.file import (
     JSON_NAME,
     TENSORS_NAME,
-    AdapterError,
     BaseModel,
     fingerprint,
-    load_adapter,
-    save_adapter,
+    load_predictor,
+    save_predictor,
 )
-from mlx_fastforward.families import family_of, layer_norm_weights
 
 LAYERS, D, F, R, H = 3, 32, 64, 2, 4
 PRINT, FOREIGN = "0123456789abcdef", "f" * 16
@@ -69,7 +69,7 @@ def information(
     predictor: str = "pooled",
     compensator: str = "mlp",
 ) -> dict[str, Any]:
-    """The JSON of an adapter for ``model``, or for ``BASE``."""
+    """The JSON of a predictor for ``model``, or for ``BASE``."""
     mark = fingerprint(norms(model)) if model else PRINT
     base = {"layers": LAYERS, "hidden_size": D, "ffn_size": F, "fingerprint": mark}
     activation = {"activation": "silu"} if compensator == "mlp" else {}
@@ -120,7 +120,7 @@ def unpacked(tensors: dict[str, mx.array], name: str, bits: int) -> np.ndarray:
 
 
 def edit(folder: Path, change: Callable[[dict[str, Any]], Any]) -> None:
-    """Change the JSON of an adapter in place."""
+    """Change the JSON of a predictor in place."""
     info = json.loads((folder / JSON_NAME).read_text())
     changed = change(info)
     text = json.dumps(info if changed is None else changed)
@@ -144,17 +144,17 @@ def one_line(error: BaseException) -> str:
 
 
 def refusal(folder: Path) -> str:
-    """Why the adapter in a folder is refused."""
-    with pytest.raises(AdapterError) as e:
-        load_adapter(folder)
+    """Why the predictor in a folder is refused."""
+    with pytest.raises(PredictorError) as e:
+        load_predictor(folder)
     return one_line(e.value)
 
 
 def put(folder: Path, mark: str = PRINT, time: int = 0) -> Path:
-    """An adapter for the model with this fingerprint, of this age."""
+    """A predictor for the model with this fingerprint, of this age."""
     info = information()
     info["base_model"]["fingerprint"] = mark
-    save_adapter(folder, info, weights())
+    save_predictor(folder, info, weights())
     os.utime(folder / JSON_NAME, (time, time))
     return folder
 

@@ -7,8 +7,8 @@ import pytest
 from rich.console import Console
 from typer.testing import CliRunner
 
-from mlx_fastforward.bench.ablations import ARMS, TITLES, Ablation, table
-from mlx_fastforward.bench.evaluation import Record
+from mlx_fastforward.bench.eval.evaluation import Record
+from mlx_fastforward.bench.studies.ablations import ARMS, TITLES, Ablation, table
 
 
 @pytest.mark.parametrize("which", Ablation)
@@ -81,7 +81,7 @@ def test_rows_by_hand() -> None:
 def test_one_runs() -> None:
     import typer
 
-    from mlx_fastforward.bench.ablations import main
+    from mlx_fastforward.bench.studies.ablations import main
 
     app = typer.Typer()
     app.command()(main)

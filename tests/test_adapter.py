@@ -18,23 +18,23 @@ from side_files import (
     weights,
 )
 
-from mlx_fastforward import adapter as adapter_module
-from mlx_fastforward.adapter import (
+from mlx_fastforward.errors import PredictorError
+from mlx_fastforward.neurons.compensators import MLPCompensator
+from mlx_fastforward.predictors import file as adapter_module
+from mlx_fastforward.predictors.file import (
     FORMAT,
     JSON_NAME,
     TENSORS_NAME,
-    Adapter,
-    AdapterError,
-    load_adapter,
-    save_adapter,
+    PredictorFile,
+    load_predictor,
+    save_predictor,
 )
-from mlx_fastforward.compensators import MLPCompensator
 
 
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
-    save_adapter(tmp_path / "adapter", information(), weights())
-    return tmp_path / "adapter"
+    save_predictor(tmp_path / "predictor", information(), weights())
+    return tmp_path / "predictor"
 
 
 # What comes back
@@ -43,8 +43,8 @@ def folder(tmp_path: Path) -> Path:
 @pytest.mark.parametrize("dtype", [mx.float32, mx.float16, mx.bfloat16], ids=str)
 def test_round_trip(tmp_path: Path, dtype: mx.Dtype) -> None:
     saved = weights(dtype)
-    save_adapter(tmp_path, information(), saved)
-    found = load_adapter(tmp_path)
+    save_predictor(tmp_path, information(), saved)
+    found = load_predictor(tmp_path)
     assert found.predictors is not None and len(found.predictors) == LAYERS
     assert isinstance(found.compensator, MLPCompensator)
     assert found.compensator.activation == "silu"
@@ -72,8 +72,8 @@ def test_parts_are_optional(tmp_path: Path, part: str) -> None:
     info = information()
     info.pop(part, None)
     kept = {k: v for k, v in weights().items() if f".{part}." not in k and k != part}
-    save_adapter(tmp_path, info, kept)
-    found = load_adapter(tmp_path)
+    save_predictor(tmp_path, info, kept)
+    found = load_predictor(tmp_path)
     assert (found.predictors is None) == (part == "predictor")
     assert (found.compensator is None) == (part == "compensator")
     assert (found.importances is None) == (part == "importance")
@@ -81,7 +81,7 @@ def test_parts_are_optional(tmp_path: Path, part: str) -> None:
 
 def test_relu_is_the_default_activation(folder: Path) -> None:
     edit(folder, lambda info: info["compensator"].pop("activation") and None)
-    compensator = load_adapter(folder).compensator
+    compensator = load_predictor(folder).compensator
     assert isinstance(compensator, MLPCompensator)
     assert compensator.activation == "relu"
 
@@ -89,37 +89,37 @@ def test_relu_is_the_default_activation(folder: Path) -> None:
 @pytest.mark.parametrize("part", ["predictor", "compensator"])
 def test_a_part_without_a_kind_is_of_the_known_one(folder: Path, part: str) -> None:
     edit(folder, lambda info: info[part].pop("kind") and None)
-    assert len(load_adapter(folder).arrays()) == 5 * LAYERS
+    assert len(load_predictor(folder).arrays()) == 5 * LAYERS
 
 
 @pytest.mark.parametrize("name", ["", None, 3, ["tiny"]])
 def test_a_base_model_without_a_name(folder: Path, name: Any) -> None:
     """It is only shown to people."""
     edit(folder, lambda info: info["base_model"].update(name=name, model_type=name))
-    base = load_adapter(folder).base
+    base = load_predictor(folder).base
     assert base == replace(BASE, name="another model", model_type="")
 
 
 def test_names_may_hold_any_letters(tmp_path: Path) -> None:
     info = information()
     info["base_model"]["name"] = "Grüße/模型"
-    save_adapter(tmp_path, info, weights())
-    assert load_adapter(tmp_path).base.name == "Grüße/模型"
+    save_predictor(tmp_path, info, weights())
+    assert load_predictor(tmp_path).base.name == "Grüße/模型"
 
 
 def test_weights_are_read_when_used(folder: Path) -> None:
     """Bytes that change after loading are seen, so they had not been read."""
-    found = load_adapter(folder)
+    found = load_predictor(folder)
     overwrite(folder / TENSORS_NAME)
     assert found.predictors is not None
     assert mx.all(found.predictors[1].w1 == 7).item()
 
 
 def test_saving_over_an_adapter_replaces_it(folder: Path) -> None:
-    first = load_adapter(folder)
+    first = load_predictor(folder)
     tensors = {k: v + 1 for k, v in weights().items()}
-    save_adapter(folder, information(), tensors)
-    second = load_adapter(folder)
+    save_predictor(folder, information(), tensors)
+    second = load_predictor(folder)
     assert first.predictors is not None and second.predictors is not None
     key = "layers.0.predictor.query"
     assert mx.array_equal(second.predictors[0].query, tensors[key])
@@ -130,8 +130,8 @@ def test_saving_over_an_adapter_replaces_it(folder: Path) -> None:
 def test_an_adapter_can_be_saved_over_itself(folder: Path) -> None:
     """Its tensors are still only mapped while they are written."""
     tensors = mx.load(str(folder / TENSORS_NAME))
-    save_adapter(folder, information(), tensors)
-    found = load_adapter(folder)
+    save_predictor(folder, information(), tensors)
+    found = load_predictor(folder)
     assert found.predictors is not None
     wanted = weights()["layers.2.predictor.w2"]
     assert mx.array_equal(found.predictors[2].w2, wanted)
@@ -139,7 +139,7 @@ def test_an_adapter_can_be_saved_over_itself(folder: Path) -> None:
 
 def test_arrays_are_all_weights_and_nothing_else(folder: Path) -> None:
     """Whoever evaluates them has nothing left to read."""
-    found = load_adapter(folder)
+    found = load_predictor(folder)
     arrays = found.arrays()
     mx.eval(arrays)
     overwrite(folder / TENSORS_NAME)
@@ -157,12 +157,12 @@ def test_arrays_are_all_weights_and_nothing_else(folder: Path) -> None:
 def test_arrays_of_one_part(tmp_path: Path, part: str, left: int) -> None:
     info = information()
     del info[part]
-    save_adapter(tmp_path, info, weights())
-    assert len(load_adapter(tmp_path).arrays()) == left * LAYERS
+    save_predictor(tmp_path, info, weights())
+    assert len(load_predictor(tmp_path).arrays()) == left * LAYERS
 
 
 def test_an_adapter_without_weights_has_no_arrays() -> None:
-    assert Adapter(BASE, importances=[1.0, 2.0, 3.0]).arrays() == []
+    assert PredictorFile(BASE, importances=[1.0, 2.0, 3.0]).arrays() == []
 
 
 def test_not_globbed_as_weights_of_the_model() -> None:
@@ -201,8 +201,8 @@ def test_an_interrupted_save_is_no_adapter(
 ) -> None:
     interrupted(monkeypatch, after)
     with pytest.raises(KeyboardInterrupt):
-        save_adapter(tmp_path, information(), weights())
-    assert "no adapter" in refusal(tmp_path)
+        save_predictor(tmp_path, information(), weights())
+    assert "no predictor" in refusal(tmp_path)
     assert not (tmp_path / JSON_NAME).exists()
 
 
@@ -215,10 +215,10 @@ def test_an_interrupted_save_over_an_adapter_mixes_nothing(
     info["calibration"] = {"tokens": 2}
     interrupted(monkeypatch, after)
     with pytest.raises(KeyboardInterrupt):
-        save_adapter(folder, info, tensors)
+        save_predictor(folder, info, tensors)
     try:
-        found = load_adapter(folder)
-    except AdapterError as e:
+        found = load_predictor(folder)
+    except PredictorError as e:
         one_line(e)
         return
     assert found.predictors is not None
@@ -239,7 +239,7 @@ def test_a_failed_save_leaves_the_old_adapter(
         half_written(monkeypatch)
     before = {p.name: p.read_bytes() for p in folder.iterdir()}
     with pytest.raises(error):
-        save_adapter(folder, info, {k: v + 1 for k, v in weights().items()})
+        save_predictor(folder, info, {k: v + 1 for k, v in weights().items()})
     assert {p.name: p.read_bytes() for p in folder.iterdir()} == before
 
 
@@ -248,7 +248,7 @@ def test_a_failed_save_leaves_no_new_folder(
 ) -> None:
     half_written(monkeypatch)
     with pytest.raises(OSError, match="No space left"):
-        save_adapter(tmp_path / "new", information(), weights())
+        save_predictor(tmp_path / "new", information(), weights())
     assert list(tmp_path.iterdir()) == []
 
 
@@ -260,7 +260,7 @@ def test_a_failed_save_keeps_a_folder_that_was_there(
         (tmp_path / name).write_text("mine")
     half_written(monkeypatch)
     with pytest.raises(OSError, match="No space left"):
-        save_adapter(tmp_path, information(), weights())
+        save_predictor(tmp_path, information(), weights())
     assert {p.name: p.read_text() for p in tmp_path.iterdir()} == {
         name: "mine" for name in names
     }
@@ -273,21 +273,21 @@ def test_an_interrupted_save_leaves_nothing_temporary(
     folder = tmp_path / "new"
     interrupted(monkeypatch, after)
     with pytest.raises(KeyboardInterrupt):
-        save_adapter(folder, information(), weights())
+        save_predictor(folder, information(), weights())
     found = [p.name for p in folder.iterdir()] if folder.exists() else None
     assert found == left
 
 
 def test_a_save_makes_the_folders_above(tmp_path: Path) -> None:
     folder = tmp_path / "not" / "there"
-    save_adapter(folder, information(), weights())
+    save_predictor(folder, information(), weights())
     assert sorted(p.name for p in folder.iterdir()) == [JSON_NAME, TENSORS_NAME]
-    assert load_adapter(folder).base == BASE
+    assert load_predictor(folder).base == BASE
 
 
 def test_a_file_in_the_place_of_the_folder_is_kept(tmp_path: Path) -> None:
     file = tmp_path / "file"
     file.write_text("mine")
     with pytest.raises(OSError):
-        save_adapter(file, information(), weights())
+        save_predictor(file, information(), weights())
     assert file.read_text() == "mine"

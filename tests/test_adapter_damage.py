@@ -24,21 +24,21 @@ from side_files import (
     weights,
 )
 
-from mlx_fastforward.adapter import (
+from mlx_fastforward.errors import PredictorError
+from mlx_fastforward.predictors.file import (
     FORMAT,
     JSON_NAME,
     TENSORS_NAME,
-    AdapterError,
     BaseModel,
-    load_adapter,
-    save_adapter,
+    load_predictor,
+    save_predictor,
 )
 
 
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
-    save_adapter(tmp_path / "adapter", information(), weights())
-    return tmp_path / "adapter"
+    save_predictor(tmp_path / "predictor", information(), weights())
+    return tmp_path / "predictor"
 
 
 # Missing and damaged files
@@ -55,9 +55,9 @@ def test_missing_files(folder: Path, missing: list[str]) -> None:
 
 
 def test_no_folder_at_all(tmp_path: Path) -> None:
-    assert "no adapter" in refusal(tmp_path / "nowhere")
+    assert "no predictor" in refusal(tmp_path / "nowhere")
     (tmp_path / "file").write_text("{}")
-    assert "no adapter" in refusal(tmp_path / "file")
+    assert "no predictor" in refusal(tmp_path / "file")
 
 
 @pytest.mark.parametrize("keep", [0, 5, 8, 100, -4, -1])
@@ -80,7 +80,7 @@ def test_weights_that_end_anywhere(folder: Path) -> None:
         path.write_bytes(content[:keep])
         assert "cannot be read" in refusal(folder)
     path.write_bytes(content)
-    load_adapter(folder)
+    load_predictor(folder)
 
 
 def test_weights_with_something_behind_them(folder: Path) -> None:
@@ -92,7 +92,7 @@ def test_weights_with_something_behind_them(folder: Path) -> None:
 def test_weights_that_are_a_folder(folder: Path) -> None:
     (folder / TENSORS_NAME).unlink()
     (folder / TENSORS_NAME).mkdir()
-    assert "no adapter" in refusal(folder)
+    assert "no predictor" in refusal(folder)
 
 
 @pytest.mark.skipif(os.geteuid() == 0, reason="root may read everything")
@@ -207,9 +207,9 @@ def test_layers_that_ask_for_no_tensors(tmp_path: Path, value: int) -> None:
     info = information(model)
     info["base_model"]["layers"] = value
     tensors = {k: v for k, v in weights().items() if k != "importance"}
-    save_adapter(tmp_path, info, tensors)
-    with pytest.raises(AdapterError) as e:
-        load_adapter(tmp_path).check(BaseModel.of(model))
+    save_predictor(tmp_path, info, tensors)
+    with pytest.raises(PredictorError) as e:
+        load_predictor(tmp_path).check(BaseModel.of(model))
     assert str(value) in one_line(e.value)
 
 
@@ -286,7 +286,7 @@ def test_unknown_activations(folder: Path, value: Any) -> None:
 def test_missing_tensors(folder: Path, key: str) -> None:
     tensors = weights()
     del tensors[key]
-    save_adapter(folder, information(), tensors)
+    save_predictor(folder, information(), tensors)
     text = refusal(folder)
     assert key in text and "lacks" in text
 
@@ -306,7 +306,7 @@ def test_missing_tensors(folder: Path, key: str) -> None:
 def test_wrong_shapes(
     folder: Path, key: str, expected: tuple[int, ...], shape: tuple[int, ...]
 ) -> None:
-    save_adapter(folder, information(), {**weights(), key: mx.zeros(shape)})
+    save_predictor(folder, information(), {**weights(), key: mx.zeros(shape)})
     text = refusal(folder)
     assert key in text
     assert f"should have shape {expected}" in text and f"found {shape}" in text
@@ -319,7 +319,7 @@ def test_wrong_shapes(
 )
 def test_tensors_that_are_no_floats(folder: Path, key: str, dtype: mx.Dtype) -> None:
     tensors = weights()
-    save_adapter(
+    save_predictor(
         folder,
         information(),
         {**tensors, key: mx.ones_like(tensors[key]).astype(dtype)},

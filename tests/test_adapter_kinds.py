@@ -21,37 +21,37 @@ from side_files import (
     weights,
 )
 
-from mlx_fastforward.adapter import (
+from mlx_fastforward.neurons.compensators import LowRankCompensator, MLPCompensator
+from mlx_fastforward.neurons.predictor import PredictorWeights
+from mlx_fastforward.predictors.file import (
     TENSORS_NAME,
-    Adapter,
-    load_adapter,
+    PredictorFile,
+    load_predictor,
     packed,
-    save_adapter,
+    save_predictor,
 )
-from mlx_fastforward.compensators import LowRankCompensator, MLPCompensator
-from mlx_fastforward.selectors import PredictorWeights
 
 KINDS = [("token-wise", "mlp"), ("pooled", "low-rank"), ("token-wise", "low-rank")]
 SHAPE = shapes_of(**NEW)
 
 
 def saved(path: Path, **changed: Optional[mx.array]) -> Path:
-    """An adapter of the new kinds, some tensors changed or, if None, missing."""
+    """A predictor of the new kinds, some tensors changed or, if None, missing."""
     tensors = {**weights(**NEW), **changed}
     info = information(**NEW)
-    save_adapter(path, info, {k: w for k, w in tensors.items() if w is not None})
+    save_predictor(path, info, {k: w for k, w in tensors.items() if w is not None})
     return path
 
 
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
-    return saved(tmp_path / "adapter")
+    return saved(tmp_path / "predictor")
 
 
-def held(adapter: Adapter) -> dict[str, mx.array]:
-    """The arrays that a loaded adapter keeps, by their names in the file."""
-    assert adapter.predictors is not None and adapter.compensator is not None
-    parts = {"predictor": adapter.predictors, "compensator": adapter.compensator.layers}
+def held(predictor: PredictorFile) -> dict[str, mx.array]:
+    """The arrays that a loaded predictor keeps, by their names in the file."""
+    assert predictor.layers is not None and predictor.compensator is not None
+    parts = {"predictor": predictor.layers, "compensator": predictor.compensator.layers}
     return {
         f"layers.{i}.{part}.{name}": w
         for part, layers in parts.items()
@@ -70,8 +70,8 @@ def test_round_trip(
     tmp_path: Path, predictor: str, compensator: str, dtype: mx.Dtype
 ) -> None:
     tensors = weights(dtype, predictor, compensator)
-    save_adapter(tmp_path, information(None, predictor, compensator), tensors)
-    found = load_adapter(tmp_path)
+    save_predictor(tmp_path, information(None, predictor, compensator), tensors)
+    found = load_predictor(tmp_path)
     assert found.importances == tensors.pop("importance").tolist()
     arrays = held(found)
     assert arrays.keys() == tensors.keys()
@@ -82,8 +82,8 @@ def test_round_trip(
 @pytest.mark.parametrize("predictor, compensator", KINDS)
 def test_kinds_are_told_apart(tmp_path: Path, predictor: str, compensator: str) -> None:
     tensors = weights(predictor=predictor, compensator=compensator)
-    save_adapter(tmp_path, information(None, predictor, compensator), tensors)
-    found = load_adapter(tmp_path)
+    save_predictor(tmp_path, information(None, predictor, compensator), tensors)
+    found = load_predictor(tmp_path)
     assert found.predictors is not None
     queries = {p.query is None for p in found.predictors}
     assert queries == {predictor == "token-wise"}
@@ -93,7 +93,7 @@ def test_kinds_are_told_apart(tmp_path: Path, predictor: str, compensator: str) 
 
 def test_arrays_are_all_weights_and_nothing_else(folder: Path) -> None:
     """Whoever evaluates them has nothing left to read."""
-    found = load_adapter(folder)
+    found = load_predictor(folder)
     mx.eval(found.arrays())
     overwrite(folder / TENSORS_NAME)
     arrays = held(found)
@@ -105,16 +105,16 @@ def test_arrays_are_all_weights_and_nothing_else(folder: Path) -> None:
 
 def test_weights_are_read_when_used(folder: Path) -> None:
     """Bytes that change after loading are seen, so they had not been read."""
-    found = load_adapter(folder)
+    found = load_predictor(folder)
     overwrite(folder / TENSORS_NAME)
     assert all(mx.all(w == 7).item() for w in held(found).values())
 
 
 def test_tensors_of_other_kinds_beside_them_are_left_alone(tmp_path: Path) -> None:
-    """The JSON says what an adapter is; a query would make a predictor a pooled one."""
+    """The JSON says what a predictor is; a query would make a predictor a pooled one."""
     beside = {k: w for k, w in weights().items() if k not in weights(**NEW)}
     assert "layers.0.predictor.query" in beside
-    found = held(load_adapter(saved(tmp_path, **beside)))
+    found = held(load_predictor(saved(tmp_path, **beside)))
     assert found.keys() == {k for k in weights(**NEW) if k != "importance"}
 
 
@@ -138,8 +138,8 @@ def ranked(ranks: list[int]) -> tuple[dict[str, Any], dict[str, mx.array]]:
 
 def test_a_rank_per_layer(tmp_path: Path) -> None:
     info, tensors = ranked([3, 1, 5])
-    save_adapter(tmp_path, info, tensors)
-    for name, w in held(load_adapter(tmp_path)).items():
+    save_predictor(tmp_path, info, tensors)
+    for name, w in held(load_predictor(tmp_path)).items():
         assert mx.array_equal(w, tensors[name])
 
 
@@ -147,7 +147,7 @@ def test_a_rank_per_layer(tmp_path: Path) -> None:
 def test_ranks_that_are_not_those_of_the_weights(
     tmp_path: Path, part: str, name: str
 ) -> None:
-    save_adapter(tmp_path, *ranked([3, 1, 5]))
+    save_predictor(tmp_path, *ranked([3, 1, 5]))
     edit(tmp_path, lambda info: info[part].update(rank=[3, 2, 5]))
     wanted = f"layers.1.{part}.{name} should have shape {(D, 2)}, found {(D, 1)}"
     assert wanted in refusal(tmp_path)
@@ -228,7 +228,7 @@ def test_new_weights_that_the_json_calls_old(
 def test_old_weights_that_the_json_calls_new(
     tmp_path: Path, part: str, lacks: str
 ) -> None:
-    save_adapter(tmp_path, information(), weights())
+    save_predictor(tmp_path, information(), weights())
     edit(tmp_path, lambda info: info[part].update(kind=NEW[part]))
     assert refusal(tmp_path).endswith(f"lacks the tensor {lacks}.")
 
@@ -254,13 +254,13 @@ def save_packed(path: Path, bits: int, **changed: Optional[mx.array]) -> Path:
     for name in [k for k in tensors if k.endswith("predictor.w2")]:
         tensors.update(packed(name, tensors.pop(name), bits))
     tensors.update(changed)  # type: ignore[arg-type]
-    save_adapter(path, info, {k: w for k, w in tensors.items() if w is not None})
+    save_predictor(path, info, {k: w for k, w in tensors.items() if w is not None})
     return path
 
 
 @pytest.mark.parametrize("bits", [4, 8])
 def test_packed_parts_come_back_to_the_bit(tmp_path: Path, bits: int) -> None:
-    predictors = load_adapter(save_packed(tmp_path, bits)).predictors
+    predictors = load_predictor(save_packed(tmp_path, bits)).predictors
     tensors = mx.load(str(tmp_path / TENSORS_NAME))
     assert predictors is not None
     for i, found in enumerate(predictors):
@@ -274,7 +274,7 @@ def test_packed_parts_come_back_to_the_bit(tmp_path: Path, bits: int) -> None:
 
 
 def test_arrays_hold_scales_and_both_kinds_of_biases(tmp_path: Path) -> None:
-    arrays = load_adapter(save_packed(tmp_path, 8)).arrays()
+    arrays = load_predictor(save_packed(tmp_path, 8)).arrays()
     assert len({id(w) for w in arrays}) == len(arrays) == LAYERS * (len(SHAPE) + 2)
     assert sum(w.dtype == mx.uint32 for w in arrays) == LAYERS
 

@@ -1,4 +1,4 @@
-"""Adapters whose predictors are packed in 4 or 8 bits, and adapters with a rank per layer."""
+"""Predictors whose predictors are packed in 4 or 8 bits, and predictors with a rank per layer."""
 
 from pathlib import Path
 from typing import Any
@@ -22,15 +22,16 @@ from side_files import (
     weights,
 )
 
-from mlx_fastforward.adapter import (
+from mlx_fastforward.attachment import attach
+from mlx_fastforward.neurons.predictor import group_size
+from mlx_fastforward.neurons.selectors import Trained
+from mlx_fastforward.predictors.file import (
     JSON_NAME,
     BaseModel,
-    load_adapter,
+    load_predictor,
     packed,
-    save_adapter,
+    save_predictor,
 )
-from mlx_fastforward.attachment import attach
-from mlx_fastforward.selectors import Trained, group_size
 
 NEURONS = [128, 96]  # in groups of 64 and of 32
 BITS = [4, 8]
@@ -73,13 +74,13 @@ def float64(w: mx.array) -> np.ndarray:
 
 def save_packed(path: Path, f: int, bits: int, **changed: mx.array) -> Path:
     tensors = {**packed_weights(f, bits), **changed}
-    save_adapter(path, description(f, bits), tensors)
+    save_predictor(path, description(f, bits), tensors)
     return path
 
 
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
-    return save_packed(tmp_path / "adapter", 128, 4)
+    return save_packed(tmp_path / "predictor", 128, 4)
 
 
 # What comes back
@@ -98,8 +99,8 @@ def test_scores_are_those_of_the_unpacked_weights(
     tmp_path: Path, kind: str, f: int, bits: int, dtype: mx.Dtype
 ) -> None:
     tensors = packed_weights(f, bits, dtype, kind)
-    save_adapter(tmp_path, description(f, bits, kind), tensors)
-    predictors = load_adapter(tmp_path).predictors
+    save_predictor(tmp_path, description(f, bits, kind), tensors)
+    predictors = load_predictor(tmp_path).predictors
     assert predictors is not None and len(predictors) == LAYERS
     x = mx.random.normal((5, 4, D), key=mx.random.key(0)).astype(dtype)
     tolerance = {mx.float32: 1e-5, mx.float16: 5e-3, mx.bfloat16: 4e-2}[dtype]
@@ -140,7 +141,7 @@ def test_packed_weights_are_near_the_given_ones(f: int, bits: int) -> None:
 
 def test_packed_parts_come_back_to_the_bit(folder: Path) -> None:
     tensors = packed_weights(128, 4)
-    predictors = load_adapter(folder).predictors
+    predictors = load_predictor(folder).predictors
     assert predictors is not None
     for i, p in enumerate(predictors):
         name = f"layers.{i}.predictor"
@@ -157,7 +158,7 @@ def test_packed_parts_come_back_to_the_bit(folder: Path) -> None:
 
 
 def test_arrays_hold_scales_and_biases(folder: Path) -> None:
-    arrays = load_adapter(folder).arrays()
+    arrays = load_predictor(folder).arrays()
     assert len(arrays) == LAYERS * (5 + 2)
     assert sum(w.dtype == mx.uint32 for w in arrays) == LAYERS
     assert len({id(w) for w in arrays}) == len(arrays)
@@ -167,8 +168,8 @@ def test_unpacked_predictors_know_no_bits(tmp_path: Path) -> None:
     """null is what JSON has for nothing."""
     info = information()
     info["predictor"]["quantization"] = None
-    save_adapter(tmp_path, info, weights())
-    predictors = load_adapter(tmp_path).predictors
+    save_predictor(tmp_path, info, weights())
+    predictors = load_predictor(tmp_path).predictors
     assert predictors is not None
     assert [(p.bits, p.scales, p.biases) for p in predictors] == [
         (0, None, None)
@@ -181,7 +182,7 @@ def test_a_model_reads_a_prompt_with_packed_predictors(
 ) -> None:
     """As with the same weights unpacked, and unlike without predictors."""
     model = models.tiny("llama")
-    side = models.save_random_adapter(model, tmp_path)
+    side = models.save_random_predictor(model, tmp_path)
     tensors = mx.load(str(side / "fastforward.safetensors"))
     mx.eval(tensors)
     plain = dict(tensors)
@@ -190,11 +191,11 @@ def test_a_model_reads_a_prompt_with_packed_predictors(
         tensors.update(parts)
         plain[name] = mx.array(unpacked(parts, name, bits).astype(np.float32))
     outs = []
-    info = load_adapter(side).details
+    info = load_predictor(side).details
     for quantization, given in (({"bits": bits}, tensors), (None, plain)):
         info["predictor"]["quantization"] = quantization
-        save_adapter(side, info, given)
-        engine = attach(model, models.settings(), adapter=load_adapter(side))
+        save_predictor(side, info, given)
+        engine = attach(model, models.settings(), predictor=load_predictor(side))
         assert isinstance(engine.selector, Trained)
         outs.append(models.prefill(model, models.token_ids(80))[0])
     attach(model, models.settings())
@@ -244,7 +245,7 @@ def test_neurons_that_make_no_groups(tmp_path: Path) -> None:
             ".biases": mx.ones((R, 5)),
         }.items()
     }
-    save_adapter(tmp_path, description(80, 4), {**weights(), **parts})
+    save_predictor(tmp_path, description(80, 4), {**weights(), **parts})
     text = refusal(tmp_path)
     assert "a multiple of 32 neurons" in text and "80 neurons" in text
 
@@ -255,7 +256,7 @@ def test_missing_parts(tmp_path: Path, layer: int, part: str) -> None:
     tensors = packed_weights(96, 8)
     key = f"layers.{layer}.predictor.w2{part}"
     del tensors[key]
-    save_adapter(tmp_path, description(96, 8), tensors)
+    save_predictor(tmp_path, description(96, 8), tensors)
     assert refusal(tmp_path).endswith(f"lacks the tensor {key}.")
 
 
@@ -294,7 +295,7 @@ def test_packed_weights_that_the_json_does_not_announce(folder: Path) -> None:
 
 
 def test_float_weights_that_the_json_calls_packed(tmp_path: Path) -> None:
-    save_adapter(tmp_path, description(128, 8), float_weights(128))
+    save_predictor(tmp_path, description(128, 8), float_weights(128))
     assert "layers.0.predictor.w2 should have shape" in refusal(tmp_path)
 
 
@@ -320,15 +321,15 @@ def part(request: pytest.FixtureRequest) -> str:
 
 @pytest.fixture
 def ranked(tmp_path: Path, part: str) -> Path:
-    """An adapter with a rank per layer, given as a list, in one part."""
+    """A predictor with a rank per layer, given as a list, in one part."""
     info = information()
     info[part]["rank"] = [3, 1, 5]
-    save_adapter(tmp_path, info, of_ranks(part, [3, 1, 5]))
+    save_predictor(tmp_path, info, of_ranks(part, [3, 1, 5]))
     return tmp_path
 
 
 def test_a_rank_per_layer(ranked: Path, part: str) -> None:
-    found = load_adapter(ranked)
+    found = load_predictor(ranked)
     assert found.predictors is not None and found.compensator is not None
     mine, other = found.predictors, found.compensator.layers
     if part == "compensator":
@@ -349,8 +350,8 @@ def test_a_rank_per_layer_of_packed_weights(tmp_path: Path, bits: int) -> None:
         tensors.update(packed(name, tensors.pop(name), bits))
     info = description(f, bits)
     info["predictor"]["rank"] = [3, 1, 5]
-    save_adapter(tmp_path, info, tensors)
-    predictors = load_adapter(tmp_path).predictors
+    save_predictor(tmp_path, info, tensors)
+    predictors = load_predictor(tmp_path).predictors
     assert predictors is not None
     for i, p in enumerate(predictors):
         hidden = reference.relu(np.ones((1, D)) @ np.array(p.w1).astype(np.float64))
@@ -374,12 +375,12 @@ def test_a_rank_per_layer_is_the_largest_one_with_zeros(
         for name, axis in (("w1", 1), ("w2", 0)):
             key = f"layers.{i}.{part}.{name}"
             tensors[key] = padded(tensors[key], axis, 5)
-    save_adapter(tmp_path / "padded", info, tensors)
+    save_predictor(tmp_path / "padded", info, tensors)
     model, outs = tiny_model(), []
     for folder in (ranked, tmp_path / "padded"):
-        adapter = load_adapter(folder)
-        adapter.base = BaseModel.of(model)
-        attach(model, models.settings(), adapter=adapter)
+        predictor = load_predictor(folder)
+        predictor.base = BaseModel.of(model)
+        attach(model, models.settings(), predictor=predictor)
         outs.append(models.prefill(model, models.token_ids(40, vocab=32))[0])
     assert models.distance(outs[0], outs[1]) < 1e-4
 

@@ -212,7 +212,7 @@ def test_an_engine_can_be_seated_again() -> None:
 def test_refused_settings_leave_a_plain_model_alone() -> None:
     model = models.tiny("llama")
     before = state(model)
-    with pytest.raises(ConfigError, match="selector trained needs an adapter"):
+    with pytest.raises(ConfigError, match="selector trained needs a predictor"):
         attach(model, models.settings(selector="trained"))
     with pytest.raises(ConfigError, match="one importance per layer"):
         attach(model, models.settings(), importances=[1.0, 2.0])

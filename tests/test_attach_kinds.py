@@ -15,15 +15,15 @@ from models import BLOCK, FFN, HIDDEN, LAYERS
 from side_files import one_line
 
 from mlx_fastforward import ConfigError, attach
-from mlx_fastforward.adapter import Adapter, BaseModel, load_adapter
-from mlx_fastforward.compensators import (
+from mlx_fastforward.engine import Engine
+from mlx_fastforward.neurons.compensators import (
     Compensator,
     Estimate,
     LowRankCompensator,
     MLPCompensator,
 )
-from mlx_fastforward.engine import Engine
-from mlx_fastforward.plan import Plan
+from mlx_fastforward.predictors.file import BaseModel, PredictorFile, load_predictor
+from mlx_fastforward.tokens.plan import Plan
 
 TOKENS = 7 * BLOCK + 3
 HEAD, STOP = BLOCK, 6 * BLOCK  # the last block and the three odd tokens are the tail
@@ -33,11 +33,11 @@ KINDS = [*EXACT, ("pooled", "mlp"), ("token-wise", "mlp")]
 Kinds = tuple[str, Optional[str]]
 
 
-def adapter_of(model: nn.Module, path: Path, kinds: Kinds) -> Adapter:
-    side = models.save_random_adapter(
+def adapter_of(model: nn.Module, path: Path, kinds: Kinds) -> PredictorFile:
+    side = models.save_random_predictor(
         model, path, predictor=kinds[0], compensator=kinds[1]
     )
-    return load_adapter(side)
+    return load_predictor(side)
 
 
 def base(name: str, bits: Optional[int]) -> nn.Module:
@@ -73,9 +73,9 @@ def test_all_neurons_kept_equals_dense(
     name: str, kinds: Kinds, bits: Optional[int], tmp_path: Path
 ) -> None:
     model = base(name, bits)
-    adapter = adapter_of(model, tmp_path, kinds)
+    predictor = adapter_of(model, tmp_path, kinds)
     assert_keeping_all_is_dense(
-        model, attach(model, models.settings(), adapter=adapter)
+        model, attach(model, models.settings(), predictor=predictor)
     )
 
 
@@ -85,17 +85,17 @@ def test_all_neurons_kept_equals_dense_under_other_selectors(
 ) -> None:
     """The low-rank compensator knows the neurons whoever chose them."""
     model = models.tiny("llama")
-    adapter = adapter_of(model, tmp_path, ("pooled", "low-rank"))
+    predictor = adapter_of(model, tmp_path, ("pooled", "low-rank"))
     settings = models.settings(selector=selector)
-    engine = attach(model, settings, adapter=adapter)
+    engine = attach(model, settings, predictor=predictor)
     assert isinstance(engine.compensator, LowRankCompensator)
     assert_keeping_all_is_dense(model, engine)
 
 
 def test_all_neurons_kept_equals_dense_in_decode_steps(tmp_path: Path) -> None:
     model = models.tiny("llama")
-    adapter = adapter_of(model, tmp_path, ("token-wise", "low-rank"))
-    engine = attach(model, models.settings(sparse_decode=True), adapter=adapter)
+    predictor = adapter_of(model, tmp_path, ("token-wise", "low-rank"))
+    engine = attach(model, models.settings(sparse_decode=True), predictor=predictor)
     logits = {}
     for way in ("dense", "half", "all"):
         engine.enabled = False
@@ -114,8 +114,8 @@ def test_all_neurons_kept_equals_dense_once_lora_is_loaded(
 ) -> None:
     """Onto biased down projections whose guesses were in use before."""
     model = base("llama-bias-sliding", bits)
-    adapter = adapter_of(model, tmp_path, ("pooled", "low-rank"))
-    engine = attach(model, models.settings(), adapter=adapter)
+    predictor = adapter_of(model, tmp_path, ("pooled", "low-rank"))
+    engine = attach(model, models.settings(), predictor=predictor)
     models.prefill(model, models.token_ids(TOKENS))
     for i, layer in enumerate(model.layers):
         lora = LoRALinear.from_base(layer.mlp.down_proj, scale=3.0)
@@ -136,18 +136,18 @@ def float64(w: mx.array) -> np.ndarray:
     return np.array(w.astype(mx.float32)).astype(np.float64)
 
 
-def parts(adapter: Adapter, part: str) -> dict[str, np.ndarray]:
+def parts(predictor: PredictorFile, part: str) -> dict[str, np.ndarray]:
     """The weights of one layer's predictor or compensator."""
-    layers: Any = adapter.predictors
+    layers: Any = predictor.layers
     if part == "compensator":
-        assert adapter.compensator is not None
-        layers = adapter.compensator.layers
+        assert predictor.compensator is not None
+        layers = predictor.compensator.layers
     found = vars(layers[LAYER]).items()
     return {k: float64(w) for k, w in found if isinstance(w, mx.array)}
 
 
-def chosen(adapter: Adapter, kind: str, x: np.ndarray, keep: int) -> list[int]:
-    w = parts(adapter, "predictor")
+def chosen(predictor: PredictorFile, kind: str, x: np.ndarray, keep: int) -> list[int]:
+    w = parts(predictor, "predictor")
     if kind == "token-wise":
         scores = reference.token_wise(x, w["w1"], w["w2"], w["bias"])
     else:
@@ -156,14 +156,14 @@ def chosen(adapter: Adapter, kind: str, x: np.ndarray, keep: int) -> list[int]:
 
 
 def block_by_hand(
-    adapter: Adapter, kinds: Kinds, ffn: list[np.ndarray], x: np.ndarray
+    predictor: PredictorFile, kinds: Kinds, ffn: list[np.ndarray], x: np.ndarray
 ) -> np.ndarray:
     """A sparse block with half of the neurons, and what is added for the others."""
-    kept = chosen(adapter, kinds[0], x, FFN // 2)
+    kept = chosen(predictor, kinds[0], x, FFN // 2)
     gate, up, down = ffn
     if kinds[1] is None:
         return reference.gated_ffn(x, gate, up, down, kept)
-    w = parts(adapter, "compensator")
+    w = parts(predictor, "compensator")
     if kinds[1] == "mlp":
         added = reference.compensator(x, w["w1"], w["w2"], reference.relu)
         return reference.gated_ffn(x, gate, up, down, kept) + added
@@ -184,8 +184,8 @@ def layer_output(model: nn.Module, engine: Engine, x: mx.array) -> mx.array:
 @pytest.mark.parametrize("kinds", KINDS, ids=str)
 def test_the_sparse_ffn(kinds: Kinds, bits: Optional[int], tmp_path: Path) -> None:
     model = base("llama", bits)
-    adapter = adapter_of(model, tmp_path, kinds)
-    engine = attach(model, models.settings(), adapter=adapter)
+    predictor = adapter_of(model, tmp_path, kinds)
+    engine = attach(model, models.settings(), predictor=predictor)
     x = mx.random.normal((1, TOKENS, HIDDEN), key=mx.random.key(0))
     found = float64(layer_output(model, engine, x)[0])
     mlp = model.layers[LAYER].mlp
@@ -195,7 +195,7 @@ def test_the_sparse_ffn(kinds: Kinds, bits: Optional[int], tmp_path: Path) -> No
     wanted = reference.gated_ffn(rows, *ffn)
     for i in range(HEAD, STOP, BLOCK):
         block = rows[i : i + BLOCK]
-        wanted[i : i + BLOCK] = block_by_hand(adapter, kinds, ffn, block)
+        wanted[i : i + BLOCK] = block_by_hand(predictor, kinds, ffn, block)
     assert models.distance(found, wanted) < 1e-5
 
 
@@ -208,8 +208,8 @@ def test_a_bfloat16_model_under_a_float32_adapter(kinds: Kinds, tmp_path: Path) 
         model = models.tiny("llama")
         model.set_dtype(mx.bfloat16)  # so that both have the same weights
         model.set_dtype(dtype)
-        adapter = adapter_of(model, tmp_path, kinds)
-        engine = attach(model, models.settings(), adapter=adapter)
+        predictor = adapter_of(model, tmp_path, kinds)
+        engine = attach(model, models.settings(), predictor=predictor)
         y = layer_output(model, engine, x.astype(dtype))
         assert y.dtype == dtype
         outs.append(float64(y[0]))
@@ -220,7 +220,7 @@ def test_a_bfloat16_model_under_a_float32_adapter(kinds: Kinds, tmp_path: Path) 
 
 
 @pytest.fixture
-def saved(tmp_path: Path) -> dict[str, Adapter]:
+def saved(tmp_path: Path) -> dict[str, PredictorFile]:
     """By the kind of their compensators."""
     kinds: dict[str, Optional[str]] = {k: k for k in ("mlp", "low-rank")}
     kinds["none"] = None
@@ -234,16 +234,16 @@ def saved(tmp_path: Path) -> dict[str, Adapter]:
 @pytest.mark.parametrize("asked", ["mlp", "low-rank"])
 @pytest.mark.parametrize("held", ["mlp", "low-rank", "none"])
 def test_the_compensator_asked_for_must_be_the_adapters(
-    saved: dict[str, Adapter], asked: str, held: str
+    saved: dict[str, PredictorFile], asked: str, held: str
 ) -> None:
     model, settings = models.tiny("llama"), models.settings(compensator=asked)
     if asked == held:
-        assert attach(model, settings, adapter=saved[held]).compensator is not None
+        assert attach(model, settings, predictor=saved[held]).compensator is not None
         return
     with pytest.raises(ConfigError) as e:
-        attach(model, settings, adapter=saved[held])
+        attach(model, settings, predictor=saved[held])
     assert one_line(e.value) == (
-        f"compensator {asked} needs an adapter that has one, this one has {held}; "
+        f"compensator {asked} needs a predictor that has one, this one has {held}; "
         "use compensator none or auto."
     )
 
@@ -253,7 +253,7 @@ def test_a_compensator_without_an_adapter_is_refused(asked: str) -> None:
     with pytest.raises(ConfigError) as e:
         attach(models.tiny("llama"), models.settings(compensator=asked))
     assert one_line(e.value) == (
-        f"compensator {asked} needs an adapter that has one, there is none; "
+        f"compensator {asked} needs a predictor that has one, there is none; "
         "use compensator none or auto."
     )
 
@@ -267,13 +267,13 @@ def test_a_compensator_without_an_adapter_is_refused(asked: str) -> None:
     ],
 )
 def test_auto_takes_what_there_is_and_none_nothing(
-    saved: dict[str, Adapter], held: str, kind: type
+    saved: dict[str, PredictorFile], held: str, kind: type
 ) -> None:
     found = {
         asked: attach(
             models.tiny("llama"),
             models.settings(compensator=asked),
-            adapter=saved[held],
+            predictor=saved[held],
         ).compensator
         for asked in ("auto", "none")
     }
@@ -282,10 +282,12 @@ def test_auto_takes_what_there_is_and_none_nothing(
 
 
 @pytest.mark.parametrize("held", ["mlp", "low-rank"])
-def test_compensators_change_what_is_read(saved: dict[str, Adapter], held: str) -> None:
+def test_compensators_change_what_is_read(
+    saved: dict[str, PredictorFile], held: str
+) -> None:
     model, outs = models.tiny("llama"), []
     for asked in (held, "none"):
-        attach(model, models.settings(compensator=asked), adapter=saved[held])
+        attach(model, models.settings(compensator=asked), predictor=saved[held])
         outs.append(models.prefill(model, models.token_ids(TOKENS))[0])
     assert models.distance(outs[0][:HEAD], outs[1][:HEAD]) < 1e-5
     assert models.distance(outs[0][HEAD:], outs[1][HEAD:]) > 0.02
@@ -322,8 +324,10 @@ class MyLowRank(LowRankCompensator):
 def attach_own(
     model: nn.Module, compensator: Compensator, asked: str = "auto", **more: Any
 ) -> Engine:
-    adapter = Adapter(BaseModel.of(model), compensator=compensator)  # type: ignore
-    return attach(model, models.settings(compensator=asked, **more), adapter=adapter)
+    predictor = PredictorFile(BaseModel.of(model), compensator=compensator)  # type: ignore
+    return attach(
+        model, models.settings(compensator=asked, **more), predictor=predictor
+    )
 
 
 def test_what_an_own_compensator_returns_is_added() -> None:

@@ -11,8 +11,10 @@ from hypothesis import strategies as st
 from mlx_lm.models.cache import make_prompt_cache
 
 from mlx_fastforward import attach, detach
-from mlx_fastforward.attention import NAME, attention_module, by_queries, replaced
-from mlx_fastforward.config import ConfigError, PrefillConfig
+from mlx_fastforward.attachment import attention_module, replaced
+from mlx_fastforward.config import PrefillConfig
+from mlx_fastforward.errors import ConfigError
+from mlx_fastforward.model.attention import NAME, by_queries
 
 
 def plain(queries: Any, keys: Any, values: Any, **kwargs: Any) -> mx.array:

@@ -1,4 +1,4 @@
-"""Which model an adapter is for: any copy of it, and no other."""
+"""Which model a predictor is for: any copy of it, and no other."""
 
 from dataclasses import replace
 from pathlib import Path
@@ -24,23 +24,22 @@ from side_files import (
     weights,
 )
 
-from mlx_fastforward.adapter import (
-    Adapter,
-    AdapterError,
-    BaseModel,
-    fingerprint,
-    load_adapter,
-    save_adapter,
-)
 from mlx_fastforward.attachment import attach, engine_of
 from mlx_fastforward.config import PrefillConfig
-from mlx_fastforward.families import UnsupportedModel
+from mlx_fastforward.errors import PredictorError, UnsupportedModel
+from mlx_fastforward.predictors.file import (
+    BaseModel,
+    PredictorFile,
+    fingerprint,
+    load_predictor,
+    save_predictor,
+)
 
 
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
-    save_adapter(tmp_path / "adapter", information(), weights())
-    return tmp_path / "adapter"
+    save_predictor(tmp_path / "predictor", information(), weights())
+    return tmp_path / "predictor"
 
 
 # The base model
@@ -63,7 +62,7 @@ def test_base_model_of_every_architecture(name: str, bits: int) -> None:
 
 
 def test_base_model_of_a_lazily_loaded_model(tmp_path: Path) -> None:
-    """Only norms are read: an adapter for another model is refused before the rest is."""
+    """Only norms are read: a predictor for another model is refused before the rest is."""
     saved = models.tiny("llama")
     folder = models.save_folder(saved, tmp_path / "model")
     model, _ = mlx_lm.load(str(folder), lazy=True)
@@ -143,14 +142,16 @@ def test_fingerprint_looks_at_first_middle_and_last(layer: int) -> None:
 
 def test_a_fitting_model_is_taken(tmp_path: Path) -> None:
     model = tiny_model()
-    save_adapter(tmp_path, information(model), weights())
-    load_adapter(tmp_path).check(BaseModel.of(model, "another name"))
-    engine = attach(model, PrefillConfig(block_size=8), adapter=load_adapter(tmp_path))
+    save_predictor(tmp_path, information(model), weights())
+    load_predictor(tmp_path).check(BaseModel.of(model, "another name"))
+    engine = attach(
+        model, PrefillConfig(block_size=8), predictor=load_predictor(tmp_path)
+    )
     assert engine.compensator is not None
 
 
-def check_refusal(found: Adapter, base: BaseModel) -> str:
-    with pytest.raises(AdapterError) as e:
+def check_refusal(found: PredictorFile, base: BaseModel) -> str:
+    with pytest.raises(PredictorError) as e:
         found.check(base)
     return one_line(e.value)
 
@@ -158,14 +159,14 @@ def check_refusal(found: Adapter, base: BaseModel) -> str:
 @pytest.mark.parametrize("key", ["layers", "hidden_size", "ffn_size"])
 def test_wrong_sizes(folder: Path, key: str) -> None:
     size = getattr(BASE, key)
-    text = check_refusal(load_adapter(folder), replace(BASE, **{key: size + 8}))
+    text = check_refusal(load_predictor(folder), replace(BASE, **{key: size + 8}))
     assert f"{key} {size}, this model has {size + 8}" in text
 
 
 def test_a_model_with_other_layers(tmp_path: Path) -> None:
-    save_adapter(tmp_path, information(tiny_model()), weights())
+    save_predictor(tmp_path, information(tiny_model()), weights())
     other = BaseModel.of(tiny_model(0, LAYERS + 2))
-    text = check_refusal(load_adapter(tmp_path), other)
+    text = check_refusal(load_predictor(tmp_path), other)
     assert f"layers {LAYERS}, this model has {LAYERS + 2}" in text
 
 
@@ -173,8 +174,8 @@ def test_a_model_with_other_layers(tmp_path: Path) -> None:
 def test_foreign_fingerprint(tmp_path: Path, name: Any) -> None:
     info = information(tiny_model(0))
     info["base_model"]["name"] = name
-    save_adapter(tmp_path, info, weights())
-    text = check_refusal(load_adapter(tmp_path), BaseModel.of(tiny_model(1)))
+    save_predictor(tmp_path, info, weights())
+    text = check_refusal(load_predictor(tmp_path), BaseModel.of(tiny_model(1)))
     assert "weights" in text
     if name == "tiny":
         assert name in text
@@ -187,20 +188,20 @@ def test_a_fingerprint_of_another_type(folder: Path) -> None:
 
 
 def test_a_refused_adapter_leaves_the_model_alone(tmp_path: Path) -> None:
-    save_adapter(tmp_path, information(tiny_model(1)), weights())
-    foreign, model = load_adapter(tmp_path), tiny_model(0)
-    with pytest.raises(AdapterError):
-        attach(model, adapter=foreign)
+    save_predictor(tmp_path, information(tiny_model(1)), weights())
+    foreign, model = load_predictor(tmp_path), tiny_model(0)
+    with pytest.raises(PredictorError):
+        attach(model, predictor=foreign)
     assert type(model) is llama.Model
     assert all(type(layer.mlp) is llama.MLP for layer in model.layers)
 
 
 def test_a_refused_adapter_leaves_an_attached_model_attached(tmp_path: Path) -> None:
     """attach() refuses before anything of the model is touched."""
-    save_adapter(tmp_path, information(tiny_model(1)), weights())
-    foreign, model = load_adapter(tmp_path), tiny_model(0)
+    save_predictor(tmp_path, information(tiny_model(1)), weights())
+    foreign, model = load_predictor(tmp_path), tiny_model(0)
     engine = attach(model)
-    with pytest.raises(AdapterError):
-        attach(model, adapter=foreign)
+    with pytest.raises(PredictorError):
+        attach(model, predictor=foreign)
     assert engine_of(model) is engine
     assert isinstance(model, llama.Model) and type(model) is not llama.Model

@@ -7,9 +7,11 @@ from models import demo_tokenizer, prefill, settings, tiny
 
 from mlx_fastforward import detach
 from mlx_fastforward.attachment import attach, engine_of
-from mlx_fastforward.bench import prose, recall, shapes, ttft
+from mlx_fastforward.bench.eval import prose
+from mlx_fastforward.bench.speed import shapes, ttft
+from mlx_fastforward.bench.studies import recall
 from mlx_fastforward.continuation import continuation, divergence, follow
-from mlx_fastforward.selectors import Oracle
+from mlx_fastforward.neurons.selectors import Oracle
 
 PROMPT = 60
 
@@ -89,8 +91,8 @@ def test_random_models_have_the_real_shapes(
     monkeypatch.setitem(shapes.SHAPES, name, (module, small))
     model = shapes.random_model(name, 2, mx.float32, 0)
     assert len(model.layers) == 2
-    adapter = shapes.random_adapter(model)
-    attach(model, settings(selector="trained"), adapter=adapter)
+    predictor = shapes.random_predictor(model)
+    attach(model, settings(selector="trained"), predictor=predictor)
     assert mx.all(mx.isfinite(model(mx.arange(64)[None]))).item()
 
 

@@ -171,7 +171,7 @@ def test_generate_json(demo: Any) -> None:
     assert got["decode_tps"] > 0 and got["peak_memory_gb"] > 0
     assert got["settings"] == {
         "sparsity": 0.4,
-        "adapter": str(DEMO),
+        "predictor": str(DEMO),
         "block_size": 16,
         "selector": "auto",
         "compensator": "auto",
@@ -182,7 +182,7 @@ def test_generate_json(demo: Any) -> None:
         "model": "demo",
     }
     config = mlx_fastforward.PrefillConfig(sparsity=0.4, block_size=16)
-    attach(model, config, adapter=mlx_fastforward.load_adapter(DEMO))
+    attach(model, config, predictor=mlx_fastforward.load_predictor(DEMO))
     ids = render(tokenizer, [{"role": "user", "content": prompt}])
     last = list(stream_generate(model, tokenizer, ids, 8))[-1]
     mlx_fastforward.detach(model)
@@ -276,12 +276,12 @@ def test_generate_prefill_step_size(tiny: Path) -> None:
 def test_generate_with_an_adapter_named_and_beside_the_model(tmp_path: Path) -> None:
     model = models.tiny("llama", vocab=4096)
     folder = models.save_folder(model, tmp_path / "tiny")
-    side = models.save_random_adapter(model, tmp_path / "side")
+    side = models.save_random_predictor(model, tmp_path / "side")
     base = [STORY, "--model", str(folder), "--block-size", "8", "-m", "4"]
     probed = as_json(*base)
-    named = as_json(*base, "--adapter", str(side))
-    trained = as_json(*base, "--adapter", str(side), "--selector", "trained")
-    models.save_random_adapter(model, folder)
+    named = as_json(*base, "--predictor", str(side))
+    trained = as_json(*base, "--predictor", str(side), "--selector", "trained")
+    models.save_random_predictor(model, folder)
     beside = as_json(*base)
     assert named["ffn_sparsity"] != probed["ffn_sparsity"]
     for got in (trained, beside):
@@ -310,9 +310,9 @@ USAGE = [
     (["--block-size", "4"], "block_size must be at least 8 tokens, got 4"),
     (["--block-size", "12"], "probe_every must be at least 2 and divide block_size"),
     (["--selector", "magic"], "selector must be one of auto, trained, probe"),
-    (["--selector", "trained"], "selector trained needs an adapter"),
-    (["--compensator", "mlp"], "compensator mlp needs an adapter"),
-    (["--compensator", "low-rank"], "compensator low-rank needs an adapter"),
+    (["--selector", "trained"], "selector trained needs a predictor"),
+    (["--compensator", "mlp"], "compensator mlp needs a predictor"),
+    (["--compensator", "low-rank"], "compensator low-rank needs a predictor"),
     (["--compensator", "lowrank"], "compensator must be one of auto, none, mlp, low"),
     (["--schedule", "layerwise"], "schedule layerwise needs importances"),
     (["--sparse-decode"], "sparse_decode needs the selector trained"),
@@ -328,7 +328,7 @@ USAGE = [
 @pytest.mark.parametrize("flags, message", USAGE, ids=lambda x: "=".join(x)[:30])
 def test_impossible_settings(command: str, flags: list[str], message: str) -> None:
     prompt = ["Hello"] if command == "generate" else []
-    flags = [*flags, "--adapter", "none"]
+    flags = [*flags, "--predictor", "none"]
     assert re.match(message, bad(2, command, *prompt, *flags, stdin="Hello\n"))
 
 
@@ -422,14 +422,14 @@ def test_a_missing_model_in_chat_and_as_a_draft(tiny: Path) -> None:
 
 def test_unusable_adapters(tiny: Path, tmp_path: Path) -> None:
     def refused(path: Path) -> str:
-        flags = ["--model", str(tiny), "--adapter", str(path)]
+        flags = ["--model", str(tiny), "--predictor", str(path)]
         return bad(1, "generate", "Hello", *flags)
 
     missing = tmp_path / "missing"
-    assert refused(missing).startswith(f"no adapter in {missing}: expected the files")
-    foreign = models.save_random_adapter(models.tiny("llama", seed=3), tmp_path / "f")
+    assert refused(missing).startswith(f"no predictor in {missing}: expected the files")
+    foreign = models.save_random_predictor(models.tiny("llama", seed=3), tmp_path / "f")
     assert "the weights of this model do not" in refused(foreign)
-    cut = models.save_random_adapter(models.tiny("llama"), tmp_path / "cut")
+    cut = models.save_random_predictor(models.tiny("llama"), tmp_path / "cut")
     file = cut / "fastforward.safetensors"
     file.write_bytes(file.read_bytes()[:100])
     assert f"{file} cannot be read" in refused(cut)

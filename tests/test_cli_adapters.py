@@ -1,4 +1,4 @@
-"""adapters lists what is there, and chat and generate name the one that they took."""
+"""predictors lists what is there, and chat and generate name the one that they took."""
 
 import importlib
 import json
@@ -14,9 +14,10 @@ import side_files
 from typer.testing import CliRunner, Result
 
 import mlx_fastforward
-from mlx_fastforward import finding, save_adapter
-from mlx_fastforward.adapter import JSON_NAME, TENSORS_NAME, packed
+from mlx_fastforward import save_predictor
 from mlx_fastforward.cli import app
+from mlx_fastforward.predictors import search
+from mlx_fastforward.predictors.file import JSON_NAME, TENSORS_NAME, packed
 from mlx_fastforward.session import Session
 
 MADE_FOR = "    for tiny: 4 layers, hidden 32, FFN 128"
@@ -31,27 +32,27 @@ def net() -> Any:
 
 @pytest.fixture
 def tiny(net: Any, tmp_path: Path) -> Path:
-    """A model folder without an adapter."""
+    """A model folder without a predictor."""
     return models.save_folder(net, tmp_path / "tiny")
 
 
 @pytest.fixture(autouse=True)
 def store(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """The adapters' folder and, beside it, the hub's cache: both of this test alone."""
+    """The predictors' folder and, beside it, the hub's cache: both of this test alone."""
     monkeypatch.setenv("MLX_FASTFORWARD_HOME", str(tmp_path / "own"))
     cache = tmp_path / "hub"
     scan = lambda: huggingface_hub.scan_cache_dir(cache)  # noqa: E731
     monkeypatch.setattr(finding, "scan_cache_dir", scan)
-    return tmp_path / "own" / "adapters"
+    return tmp_path / "own" / "predictors"
 
 
 @pytest.fixture
 def put(net: Any) -> Callable[..., Path]:
-    """Save an adapter that was made at some time, for the model or for a stranger."""
+    """Save a predictor that was made at some time, for the model or for a stranger."""
 
     def save(folder: Path, age: int = 0, foreign: bool = False) -> Path:
         model = models.tiny("llama", seed=3) if foreign else net
-        models.save_random_adapter(model, folder)
+        models.save_random_predictor(model, folder)
         os.utime(folder / JSON_NAME, (10**9 - age,) * 2)
         return folder
 
@@ -59,7 +60,7 @@ def put(net: Any) -> Callable[..., Path]:
 
 
 def cut(folder: Path) -> str:
-    """Damage an adapter's weights; returns how that is told."""
+    """Damage a predictor's weights; returns how that is told."""
     file = folder / TENSORS_NAME
     file.write_bytes(file.read_bytes()[:-4])
     return f"    damaged: {file} cannot be read: "
@@ -70,8 +71,8 @@ def run(*args: str) -> Result:
 
 
 def listed(*args: str) -> list[str]:
-    """The lines of adapters, which must succeed and stay silent on stderr."""
-    done = run("adapters", *args)
+    """The lines of predictors, which must succeed and stay silent on stderr."""
+    done = run("predictors", *args)
     assert (done.exit_code, done.stderr) == (0, ""), done.output
     return done.stdout.splitlines()
 
@@ -92,8 +93,8 @@ def bad(*args: str) -> str:
 def test_nothing_found_says_where_it_looked(tiny: Path, store: Path) -> None:
     places = f"none beside the model, in {store} or in the hub's cache."
     made = "mlx_fastforward convert makes one from trained weights."
-    assert listed() == [f"No adapters: {places}", made]
-    assert listed("--model", str(tiny)) == [f"No adapters for {tiny}: {places}", made]
+    assert listed() == [f"No predictors: {places}", made]
+    assert listed("--model", str(tiny)) == [f"No predictors for {tiny}: {places}", made]
 
 
 def test_all_are_listed_without_a_model_and_the_fitting_ones_with_it(
@@ -109,7 +110,7 @@ def test_only_strangers_are_nothing_for_a_model(
     tiny: Path, store: Path, put: Callable[..., Path]
 ) -> None:
     put(store / "b", foreign=True)
-    assert listed("--model", str(tiny))[0].startswith(f"No adapters for {tiny}: ")
+    assert listed("--model", str(tiny))[0].startswith(f"No predictors for {tiny}: ")
 
 
 def test_chat_takes_the_newest(
@@ -188,10 +189,10 @@ def test_a_damaged_one_that_chat_would_take_hides_no_other(
 
 
 def detailed(folder: Path, change: Callable[[dict, dict], Any]) -> int:
-    """Save an adapter with everything that one can have, changed; returns its size in bytes."""
+    """Save a predictor with everything that one can have, changed; returns its size in bytes."""
     info, tensors = side_files.information(), side_files.weights(mx.float16)
     change(info, tensors)
-    save_adapter(folder, info, tensors)
+    save_predictor(folder, info, tensors)
     return sum(w.nbytes for n, w in tensors.items() if n != "importance")
 
 
@@ -214,7 +215,7 @@ def of_new_kinds_quantised(info: dict, tensors: dict) -> None:
 
 
 def without_kinds(info: dict, tensors: dict) -> None:
-    """As adapters were made before there were others."""
+    """As predictors were made before there were others."""
     for part in ("predictor", "compensator"):
         del info[part]["kind"]
 
@@ -319,7 +320,7 @@ def test_models_that_are_not_there_are_one_line(name: str, tmp_path: Path) -> No
     (tmp_path / "file").write_text("{}")
     model = name if " " in name else str(tmp_path / name)
     wanted = "is a file; expected" if name == "file" else "is neither a local folder"
-    assert bad("adapters", "--model", model).startswith(f"{model} {wanted}")
+    assert bad("predictors", "--model", model).startswith(f"{model} {wanted}")
 
 
 # What chat and generate say of the one that they took
@@ -329,15 +330,15 @@ def named_by_generate(tiny: Path, *flags: str) -> Optional[str]:
     base = ["generate", STORY, "--json", "--model", str(tiny), "--max-tokens", "1"]
     done = run(*base, *flags)
     assert (done.exit_code, done.stderr) == (0, ""), done.output
-    return json.loads(done.stdout)["settings"]["adapter"]
+    return json.loads(done.stdout)["settings"]["predictor"]
 
 
 def banner(
-    tiny: Path, capsys: pytest.CaptureFixture, adapter: Optional[str] = None
+    tiny: Path, capsys: pytest.CaptureFixture, predictor: Optional[str] = None
 ) -> list[str]:
     """What somebody at a terminal sees first."""
     module = importlib.import_module("mlx_fastforward.cli.chat")
-    model, tokenizer = mlx_fastforward.load(str(tiny), adapter=adapter)
+    model, tokenizer = mlx_fastforward.load(str(tiny), predictor=predictor)
     loop = module.Chat(Session(model, tokenizer), None)
     loop.interactive = True
     capsys.readouterr()
@@ -354,20 +355,20 @@ def test_the_adapter_that_was_found_or_given_is_named(
 ) -> None:
     assert named_by_generate(tiny) is None
     lines = banner(tiny, capsys)
-    assert not any(line.startswith("adapter") for line in lines)
+    assert not any(line.startswith("predictor") for line in lines)
     assert lines[2].endswith(", selector probe")
     mine = put(store / "mine")
     given = put(tmp_path / "given")
-    for flags, wanted in (([], mine), (["--adapter", str(given)], given)):
+    for flags, wanted in (([], mine), (["--predictor", str(given)], given)):
         assert named_by_generate(tiny, *flags) == str(wanted)
         lines = banner(tiny, capsys, *flags[1:])
         assert lines[2].endswith(", selector trained")
-        assert lines[3] == f"adapter  {wanted}"
+        assert lines[3] == f"predictor  {wanted}"
     put(tiny)
     assert named_by_generate(tiny) == str(tiny)
-    assert banner(tiny, capsys)[3] == f"adapter  {tiny}"
-    assert named_by_generate(tiny, "--adapter", "none") is None
-    assert not any(b.startswith("adapter") for b in banner(tiny, capsys, "none"))
+    assert banner(tiny, capsys)[3] == f"predictor  {tiny}"
+    assert named_by_generate(tiny, "--predictor", "none") is None
+    assert not any(b.startswith("predictor") for b in banner(tiny, capsys, "none"))
 
 
 @pytest.mark.parametrize("place", ["beside", "newest", "given"])
@@ -377,6 +378,6 @@ def test_a_damaged_adapter_that_would_be_taken_is_refused(
     """An answer without it would be another answer."""
     folders = {"beside": tiny, "newest": store / "a", "given": tmp_path / "given"}
     reason = cut(put(folders[place])).partition("damaged: ")[2]
-    flags = ["--adapter", str(folders[place])] if place == "given" else []
+    flags = ["--predictor", str(folders[place])] if place == "given" else []
     assert bad("generate", STORY, "--model", str(tiny), *flags).startswith(reason)
     assert bad("chat", "--model", str(tiny), *flags).startswith(reason)

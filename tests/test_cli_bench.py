@@ -85,11 +85,11 @@ def test_the_table_and_the_picture(tmp_path: Path, tiny: Path) -> None:
 
 
 def test_an_adapter_beside_the_model_is_used(tmp_path: Path, tiny: Path) -> None:
-    models.save_random_adapter(models.tiny("llama", vocab=4096), tiny)
+    models.save_random_predictor(models.tiny("llama", vocab=4096), tiny)
     found = report(tmp_path, "--model", tiny, *ARMS, "--block-sizes", "8")
     assert {r["selector"] for r in found["rows"]} == {"trained"}
     none = report(
-        tmp_path, "--model", tiny, *ARMS, "--block-sizes", 8, "--adapter", "none"
+        tmp_path, "--model", tiny, *ARMS, "--block-sizes", 8, "--predictor", "none"
     )
     assert {r["selector"] for r in none["rows"]} == {"probe"}
 

@@ -9,7 +9,7 @@ import pytest
 from typer.testing import CliRunner, Result
 
 from mlx_fastforward import tune
-from mlx_fastforward.cli import app, tuning
+from mlx_fastforward.cli import app, first_use
 
 
 @pytest.fixture(autouse=True)

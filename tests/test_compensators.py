@@ -10,7 +10,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from mlx_lm.models import gemma2, llama
 
-from mlx_fastforward.compensators import (
+from mlx_fastforward.errors import ConfigError
+from mlx_fastforward.model.families import FAMILIES
+from mlx_fastforward.model.ffn import GatedFFN
+from mlx_fastforward.neurons.compensators import (
     ACTIVATIONS,
     Estimate,
     LowRankCompensator,
@@ -18,9 +21,6 @@ from mlx_fastforward.compensators import (
     MLPCompensator,
     MLPWeights,
 )
-from mlx_fastforward.config import ConfigError
-from mlx_fastforward.families import FAMILIES
-from mlx_fastforward.ffn import GatedFFN
 
 D, F, H, M, N = 32, 48, 4, 3, 5
 REFERENCE = {"relu": reference.relu, "silu": reference.silu, "gelu": reference.gelu}
@@ -295,7 +295,7 @@ PRECISIONS = [
 @pytest.mark.parametrize("model, own", PRECISIONS, ids=str)
 @pytest.mark.parametrize("keep", [F // 2, F])
 def test_low_rank_precisions(model: mx.Dtype, own: mx.Dtype, keep: int) -> None:
-    """Adapters of any precision under models of any other; outputs have the model's."""
+    """Predictors of any precision under models of any other; outputs have the model's."""
     layer, x, neurons = Layer(), inputs(model), picks(keep)
     weights = rounded(layer.weights(), own)
     guess = estimate([weights], x)

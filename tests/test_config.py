@@ -4,7 +4,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from mlx_fastforward.config import ConfigError, FastForwardError, PrefillConfig
+from mlx_fastforward.config import PrefillConfig
+from mlx_fastforward.errors import ConfigError, FastForwardError
 
 
 def refusal(**settings: object) -> str:

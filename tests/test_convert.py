@@ -16,11 +16,11 @@ import torch
 import torch_modules
 from typer.testing import CliRunner, Result
 
-from mlx_fastforward import adapter as adapter_module
-from mlx_fastforward import finding
-from mlx_fastforward.adapter import BaseModel, load_adapter
 from mlx_fastforward.cli import app
-from mlx_fastforward.finding import adapter_for
+from mlx_fastforward.predictors import file as adapter_module
+from mlx_fastforward.predictors import search
+from mlx_fastforward.predictors.file import BaseModel, load_predictor
+from mlx_fastforward.predictors.search import predictor_for
 
 RANK, H = 4, 8
 D, F, LAYERS = models.HIDDEN, models.FFN, models.LAYERS
@@ -105,17 +105,17 @@ def test_a_conversion(checkpoint: Path, flags: list, tiny: Path) -> None:
     folder = flags[-1]
     assert left(folder) == FILES
     model = models.tiny("llama")
-    adapter = load_adapter(folder)
-    adapter.check(BaseModel.of(model))
-    assert adapter.base.name == "tiny model" and adapter.importances == [1, 2, 3, 4]
-    assert adapter.predictors is not None and adapter.compensator is not None
+    predictor = load_predictor(folder)
+    predictor.check(BaseModel.of(model))
+    assert predictor.base.name == "tiny model" and predictor.importances == [1, 2, 3, 4]
+    assert predictor.layers is not None and predictor.compensator is not None
     for i in range(LAYERS):
         name = f"layers.{i}.predictor.w1.weight"
         assert np.array_equal(
-            np.array(adapter.predictors[i].w1), trained()[name].T.numpy()
+            np.array(predictor.layers[i].w1), trained()[name].T.numpy()
         )
     kinds = {
-        part: adapter.details[part]["kind"] for part in ("predictor", "compensator")
+        part: predictor.details[part]["kind"] for part in ("predictor", "compensator")
     }
     assert kinds == {"predictor": "pooled", "compensator": "mlp"}
     lines = dict(line.split(None, 1) for line in out.splitlines())
@@ -125,7 +125,7 @@ def test_a_conversion(checkpoint: Path, flags: list, tiny: Path) -> None:
     told = "(the checkpoint does not say: see --activation)"
     assert lines["compensator"] == f"rank 8, 8 of 8 matrices transposed, relu {told}"
     assert lines["importances"] == "one per layer"
-    assert lines["adapter"].startswith(f"{folder} (float32, ")
+    assert lines["predictor"].startswith(f"{folder} (float32, ")
     assert "note" not in lines and "ignored" not in lines
 
 
@@ -147,9 +147,9 @@ def test_the_default_folder_is_where_chat_looks(
 ) -> None:
     monkeypatch.setenv("MLX_FASTFORWARD_HOME", str(tmp_path / "home"))
     out = good(checkpoint, "--model", tiny)
-    folder = tmp_path / "home" / "adapters" / "tiny-model"
+    folder = tmp_path / "home" / "predictors" / "tiny-model"
     assert left(folder) == FILES and str(folder) in out
-    found = adapter_for(str(tiny), BaseModel.of(models.tiny("llama")))
+    found = predictor_for(str(tiny), BaseModel.of(models.tiny("llama")))
     assert found is not None and found.source == str(folder)
     assert "--overwrite" in bad(1, checkpoint, "--model", tiny)
 
@@ -158,12 +158,12 @@ def test_no_overwriting_unless_told(checkpoint: Path, flags: list) -> None:
     good(checkpoint, *flags)
     before = (flags[-1] / FILES[0]).read_text()
     assert bad(1, checkpoint, *flags, "--activation", "gelu") == (
-        f"{flags[-1]} holds an adapter: --overwrite replaces it, "
+        f"{flags[-1]} holds a predictor: --overwrite replaces it, "
         "--out puts the new one elsewhere."
     )
     assert (flags[-1] / FILES[0]).read_text() == before
     good(checkpoint, *flags, "--overwrite", "--activation", "gelu")
-    compensator = load_adapter(flags[-1]).compensator
+    compensator = load_predictor(flags[-1]).compensator
     assert compensator is not None and compensator.activation == "gelu"
 
 
@@ -184,7 +184,7 @@ def test_the_dtype_is_the_models_own(checkpoint: Path, tmp_path: Path) -> None:
 @pytest.mark.parametrize("bits", [8, 4])
 def test_quantised_predictors(bits: int, checkpoint: Path, flags: list) -> None:
     assert f"w2 in {bits} bits" in good(checkpoint, *flags, "--quantize", bits)
-    predictors = load_adapter(flags[-1]).predictors
+    predictors = load_predictor(flags[-1]).predictors
     assert predictors is not None
     for i, w in enumerate(predictors):
         assert w.bits == bits and w.w2.shape == (RANK, F * bits // 32)
@@ -220,7 +220,7 @@ def test_quantising_needs_predictors(flags: list, tmp_path: Path) -> None:
 def test_the_activation(asked: str, checkpoint: Path, flags: list) -> None:
     out = good(checkpoint, *flags, "--activation", asked)
     assert f", {asked}\n" in out and "does not say" not in out
-    compensator = load_adapter(flags[-1]).compensator
+    compensator = load_predictor(flags[-1]).compensator
     assert compensator is not None and compensator.activation == asked
 
 
@@ -228,19 +228,21 @@ def test_the_activation_in_the_file_beside(checkpoint: Path, flags: list) -> Non
     beside = {"compensator": {"activation": "silu"}, "block_size": 64}
     (checkpoint.parent / FILES[0]).write_text(json.dumps(beside))
     assert ", silu\n" in good(checkpoint, *flags)
-    adapter = load_adapter(flags[-1])
-    assert adapter.compensator is not None and adapter.compensator.activation == "silu"
-    assert adapter.details["block_size"] == 64
+    predictor = load_predictor(flags[-1])
+    assert (
+        predictor.compensator is not None and predictor.compensator.activation == "silu"
+    )
+    assert predictor.details["block_size"] == 64
 
 
 def test_an_adapter_is_a_checkpoint(checkpoint: Path, flags: list) -> None:
     """In another dtype, in place: the files are replaced whole."""
     good(checkpoint, *flags, "--activation", "gelu")
-    first = load_adapter(flags[-1])
+    first = load_predictor(flags[-1])
     assert first.predictors is not None
     exact = np.array(first.predictors[1].w2)
     good(flags[-1], *flags, "--overwrite", "--dtype", "float16")
-    again = load_adapter(flags[-1])
+    again = load_predictor(flags[-1])
     assert dtypes(flags[-1]) == {"float16"} and again.predictors is not None
     got = np.array(again.predictors[1].w2.astype(mx.float32))
     assert np.array_equal(got, exact.astype(np.float16).astype(np.float32))
@@ -258,7 +260,7 @@ def test_a_map(flags: list, tmp_path: Path) -> None:
     with_map = ["--map", tmp_path / "map.json"]
     assert "net.0.predictor.query" in bad(1, tmp_path / "c.pt", *flags)
     good(tmp_path / "c.pt", *flags, *with_map)
-    assert load_adapter(flags[-1]).predictors
+    assert load_predictor(flags[-1]).predictors
     (tmp_path / "map.json").write_text('{"(": null}')
     assert "map.json" in bad(1, tmp_path / "c.pt", *flags, *with_map)
     assert "No such file" in bad(1, tmp_path / "c.pt", *flags, "--map", tmp_path / "no")
@@ -495,7 +497,7 @@ def test_a_repository(
         ("somebody/predictors", ["*.json", "*.safetensors"], "checkpoint"),
         ("somebody/predictors", ["*.json", "*.pt", "*.pth", "*.bin"], "checkpoint"),
     ]
-    assert load_adapter(flags[-1]).details["source"]["name"] == "somebody/predictors"
+    assert load_predictor(flags[-1]).details["source"]["name"] == "somebody/predictors"
 
 
 def test_a_repository_that_cannot_be_had(
@@ -554,7 +556,7 @@ def test_process_converts(checkpoint: Path, flags: list) -> None:
     assert (done.returncode, done.stderr.strip()) == (0, "")
     assert done.stdout.startswith("checkpoint   c.pt: PyTorch, 21 tensors\n")
     assert "\x1b" not in done.stdout + done.stderr
-    assert load_adapter(flags[-1]).predictors
+    assert load_predictor(flags[-1]).predictors
 
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")

@@ -1,4 +1,4 @@
-"""Reading checkpoints: every format gives the same adapter, and no file does harm."""
+"""Reading checkpoints: every format gives the same predictor, and no file does harm."""
 
 import json
 import os
@@ -17,11 +17,11 @@ import safetensors.torch
 import torch
 import torch_modules
 
-from mlx_fastforward.adapter import BaseModel
-from mlx_fastforward.config import FastForwardError
 from mlx_fastforward.convert import conversion
 from mlx_fastforward.convert.files import CheckpointError, describe, open_checkpoint
 from mlx_fastforward.convert.naming import Rule
+from mlx_fastforward.errors import FastForwardError
+from mlx_fastforward.predictors.file import BaseModel
 
 LAYERS, D, F, RANK, H = 3, 8, 32, 4, 5
 BASE = BaseModel("tiny", "llama", LAYERS, D, F, "0" * 16)
@@ -43,7 +43,7 @@ def trained(dtype: str = "float32", seed: int = 0) -> State:
 
 
 def wanted(state: State) -> dict[str, np.ndarray]:
-    """What an adapter should hold of it: names without "weight", matrices (in, out)."""
+    """What a predictor should hold of it: names without "weight", matrices (in, out)."""
     return {
         k.removesuffix(".weight"): (v.T if v.ndim == 2 else v).float().numpy()
         for k, v in state.items()
@@ -53,7 +53,7 @@ def wanted(state: State) -> dict[str, np.ndarray]:
 def converted(
     path: Path, rules: Optional[list[Rule]] = None, dtype: str = "float32"
 ) -> dict[str, np.ndarray]:
-    """The tensors of an adapter made of a file, as float32."""
+    """The tensors of a predictor made of a file, as float32."""
     plan = conversion.plan(open_checkpoint(path), BASE, rules or [])
     steps = conversion.tensors(plan, conversion.DTYPES[dtype])
     made = {k: v for _, parts in steps for k, v in parts.items()}

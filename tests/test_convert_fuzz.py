@@ -1,4 +1,4 @@
-"""Damaged checkpoints: each is refused in one line, or makes an adapter that loads and is finite.
+"""Damaged checkpoints: each is refused in one line, or makes a predictor that loads and is finite.
 
 Seeds are fixed: a failure names its round, and the same round damages the same bytes again.
 """
@@ -20,10 +20,10 @@ import safetensors.torch
 import torch
 import torch_modules
 
-from mlx_fastforward.adapter import BaseModel, load_adapter, save_adapter
-from mlx_fastforward.config import FastForwardError
 from mlx_fastforward.convert import conversion
 from mlx_fastforward.convert.files import open_checkpoint
+from mlx_fastforward.errors import FastForwardError
+from mlx_fastforward.predictors.file import BaseModel, load_predictor, save_predictor
 
 LAYERS, D, F, RANK, H = 2, 8, 32, 3, 5
 BASE = BaseModel("tiny", "llama", LAYERS, D, F, "0" * 16)
@@ -201,7 +201,7 @@ def tensors_changed(state: State, rng: random.Random) -> State:
 
 
 def attempt(path: Path, out: Path, bits: int) -> bool:
-    """Convert as the command does; whether there is an adapter now."""
+    """Convert as the command does; whether there is a predictor now."""
     try:
         checkpoint = open_checkpoint(path)
         plan = conversion.plan(checkpoint, BASE, [])
@@ -209,18 +209,18 @@ def attempt(path: Path, out: Path, bits: int) -> bool:
         for _, made in conversion.tensors(plan, mx.float32, bits or None):
             tensors.update(made)
         info = conversion.information(plan, checkpoint, "relu", bits or None)
-        save_adapter(out, info, tensors)
+        save_predictor(out, info, tensors)
     except FastForwardError as e:
         assert str(e).isprintable(), f"not one printable line: {e}"
         assert not out.exists(), "something half written"
         return False
     names = sorted(p.name for p in out.iterdir())
     assert names == ["fastforward.json", "fastforward.safetensors"]
-    adapter = load_adapter(out)
-    adapter.check(BASE)
-    for w in adapter.arrays():
+    predictor = load_predictor(out)
+    predictor.check(BASE)
+    for w in predictor.arrays():
         assert mx.all(mx.isfinite(w.astype(mx.float32))).item(), "not finite"
-    assert np.isfinite(adapter.importances or 0).all()
+    assert np.isfinite(predictor.importances or 0).all()
     return True
 
 
@@ -263,7 +263,7 @@ def test_damaged_files(file: str, kind: str, tmp_path: Path) -> None:
             problems.append(f"round {i}: {type(e).__name__}: {str(e)[:200]!r}")
         tried += 1
         shutil.rmtree(out, ignore_errors=True)
-    print(f"{file}, {kind}: {tried} tried, {made} made an adapter")
+    print(f"{file}, {kind}: {tried} tried, {made} made a predictor")
     assert not problems, f"{len(problems)} of {tried}: " + "; ".join(problems[:5])
     assert tried == ROUNDS and made < ROUNDS  # the damage is damage
 

@@ -9,10 +9,10 @@ import mlx.core as mx
 import numpy as np
 import pytest
 
-from mlx_fastforward.adapter import BaseModel
 from mlx_fastforward.convert import conversion
 from mlx_fastforward.convert.files import Checkpoint, CheckpointError, Entry
 from mlx_fastforward.convert.naming import Match, Rule, Unknown, match, read_map
+from mlx_fastforward.predictors.file import BaseModel
 
 LAYERS, D, F, RANK, H = 3, 8, 32, 4, 5
 BASE = BaseModel("tiny", "llama", LAYERS, D, F, "0" * 16)
@@ -22,7 +22,7 @@ Arrays = dict[str, np.ndarray]
 
 
 def trained(layers: int = LAYERS) -> Arrays:
-    """Predictors and compensators under an adapter's own names."""
+    """Predictors and compensators under a predictor's own names."""
     rng = np.random.default_rng(0)
     shapes = {f"predictor.{k}": s for k, s in PREDICTOR.items()}
     shapes |= {f"compensator.{k}": s for k, s in COMPENSATOR.items()}
@@ -625,7 +625,7 @@ def test_names_with_control_characters_in_messages(problem: str) -> None:
     refused(arrays, dtype=mx.float16)  # checks that its line is printable
 
 
-# What the adapter's JSON says
+# What the predictor's JSON says
 
 
 def test_the_activation() -> None:

@@ -14,13 +14,13 @@ import pytest
 from mlx_lm.utils import load_tokenizer
 
 from mlx_fastforward import ConfigError, PrefillConfig, attachment
-from mlx_fastforward.adapter import load_adapter
 from mlx_fastforward.attachment import attach, detach, engine_of
-from mlx_fastforward.bench import tasks
-from mlx_fastforward.bench.answers import shared_tokens
-from mlx_fastforward.bench.evaluation import Arm, Record, evaluate, label
-from mlx_fastforward.bench.summaries import summaries, worst
-from mlx_fastforward.selectors import Oracle
+from mlx_fastforward.bench.eval import tasks
+from mlx_fastforward.bench.eval.answers import shared_tokens
+from mlx_fastforward.bench.eval.evaluation import Arm, Record, evaluate, label
+from mlx_fastforward.bench.eval.summaries import summaries, worst
+from mlx_fastforward.neurons.selectors import Oracle
+from mlx_fastforward.predictors.file import load_predictor
 
 LENGTH, ANSWER = 256, 6
 HALF = Arm("half", models.settings(selector="oracle"))
@@ -217,8 +217,8 @@ def test_what_an_arm_uses_of_the_adapter(
     model: Any, tokenizer: Any, documents: Any, tmp_path: Any
 ) -> None:
     """Everything that "auto" finds; nothing with probe, no compensator and a uniform schedule."""
-    path = models.save_random_adapter(model, tmp_path / "a", compensator="mlp")
-    adapter = load_adapter(path)
+    path = models.save_random_predictor(model, tmp_path / "a", compensator="mlp")
+    predictor = load_predictor(path)
     docs = [one(documents, "needle")]
     bare = models.settings(selector="probe", compensator="none", schedule="uniform")
     without = ask(model, tokenizer, docs, Arm("bare", bare))
@@ -228,12 +228,12 @@ def test_what_an_arm_uses_of_the_adapter(
         docs,
         Arm("bare", bare),
         Arm("auto", models.settings()),
-        adapter=adapter,
+        predictor=predictor,
     )
     assert with_it[0] == without[0] and with_it[1].kl != with_it[0].kl
     names = []
     for config in (bare, models.settings(), models.settings(compensator="none")):
-        names.append(label(attach(model, config, adapter=adapter)))
+        names.append(label(attach(model, config, predictor=predictor)))
     assert names == ["probe 50%", "trained + mlp 50%", "trained 50%"]
     config = PrefillConfig(0.375, 8, selector="oracle")
     assert label(attach(model, config), block=True) == "oracle 37.5% block 8"
@@ -245,7 +245,7 @@ def test_arms_that_cannot_be_are_refused_first(
 ) -> None:
     ticks: list[int] = []
     trained = Arm("t", models.settings(selector="trained"))
-    with pytest.raises(ConfigError, match="needs an adapter"):
+    with pytest.raises(ConfigError, match="needs a predictor"):
         ask(model, tokenizer, documents, HALF, trained, tick=ticks.append)
     with pytest.raises(ConfigError, match="two arms are the same: half, half"):
         ask(model, tokenizer, documents, HALF, HALF, tick=ticks.append)

@@ -9,11 +9,11 @@ import pytest
 from typer.testing import CliRunner, Result
 
 from mlx_fastforward import tune
-from mlx_fastforward.bench.summaries import Summary
-from mlx_fastforward.bench.tasks import BUILT
-from mlx_fastforward.cli import app, tuning
+from mlx_fastforward.bench.eval.summaries import Summary
+from mlx_fastforward.bench.eval.tasks import BUILT
+from mlx_fastforward.cli import app, first_use
 from mlx_fastforward.cli.eval import _tasks as asked_tasks
-from mlx_fastforward.cli.evaluation_tables import verdict
+from mlx_fastforward.cli.eval_tables import verdict
 from mlx_fastforward.tune import Choice
 
 SMALL = ["--lengths", "256", "--prompts", "1", "--block-sizes", "8", "-m", "4"]
@@ -138,14 +138,14 @@ def test_your_own_questions(tmp_path: Path, tiny: Path) -> None:
 def test_the_adapter_beside_the_model(tmp_path: Path) -> None:
     model = models.tiny("llama", vocab=4096)
     folder = models.save_folder(model, tmp_path / "with")
-    models.save_random_adapter(model, folder, compensator="mlp")
+    models.save_random_predictor(model, folder, compensator="mlp")
     args = ["--model", folder, *SMALL, "--tasks", "needle"]
     _, found = report(tmp_path, *args, "--compensators", "auto,none")
     assert [a["label"] for a in found["arms"]] == ["trained + mlp 50%", "trained 50%"]
-    assert found["settings"]["adapter"] == "with"
-    _, found = report(tmp_path, *args, "--adapter", "none", "--dtype", "float16")
+    assert found["settings"]["predictor"] == "with"
+    _, found = report(tmp_path, *args, "--predictor", "none", "--dtype", "float16")
     assert [a["label"] for a in found["arms"]] == ["probe 50%"]
-    assert found["settings"]["adapter"] == "none"
+    assert found["settings"]["predictor"] == "none"
     assert found["environment"]["dtype"] == "float16"
 
 
@@ -191,7 +191,7 @@ def test_the_demo_model_keeps_its_answer(tmp_path: Path) -> None:
         (["--dtype", "int8"], 2, "--dtype must be float32, float16 or bfloat16"),
         (["--sparsities", "1.5"], 2, "sparsity must be at least 0 and below 1"),
         (["--selectors", "magic"], 2, "selector must be one of "),
-        (["--selectors", "trained"], 2, "selector trained needs an adapter"),
+        (["--selectors", "trained"], 2, "selector trained needs a predictor"),
         (["--selectors", "auto,probe"], 2, "two arms are the same: probe 50%, "),
         (["--schedule", "layerwise"], 2, "schedule layerwise needs importances"),
         (["--sparse-decode"], 2, "sparse_decode needs the selector trained"),

@@ -11,8 +11,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from mlx_fastforward.bench import scores
-from mlx_fastforward.bench.intervals import interval
+from mlx_fastforward.bench.eval import scores
+from mlx_fastforward.bench.eval.intervals import interval
 
 WORDS = st.sampled_from("a The an cat cat. dog DOG! 4821 it's — né\n the-cat".split())
 TEXTS = st.lists(WORDS, max_size=8).map(" ".join) | st.text("aethn .,'’\n", max_size=20)

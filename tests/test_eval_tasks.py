@@ -11,8 +11,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from mlx_lm.utils import load_tokenizer
 
-from mlx_fastforward.bench.prose import HELD_OUT
-from mlx_fastforward.bench.tasks import (
+from mlx_fastforward.bench.eval.prose import HELD_OUT
+from mlx_fastforward.bench.eval.tasks import (
     BUILT,
     FOLLOWING,
     Document,
@@ -21,7 +21,7 @@ from mlx_fastforward.bench.tasks import (
     plant,
     render,
 )
-from mlx_fastforward.config import ConfigError, FastForwardError
+from mlx_fastforward.errors import ConfigError, FastForwardError
 
 PLANTED = ("needle", "key-value", "chat")
 LENGTHS = [256, 600]

@@ -14,11 +14,12 @@ from mlx_lm.models import gemma2, llama, phi3
 from mlx_lm.tuner.dora import DoRALinear
 from mlx_lm.tuner.lora import LoRALinear
 
-from mlx_fastforward.compensators import Estimate
 from mlx_fastforward.config import STRATEGIES
-from mlx_fastforward.down import transposed
-from mlx_fastforward.families import FAMILIES
-from mlx_fastforward.ffn import GatedFFN, rows_linear, unsupported_linear
+from mlx_fastforward.model.families import FAMILIES
+from mlx_fastforward.model.ffn import GatedFFN
+from mlx_fastforward.model.gather import transposed
+from mlx_fastforward.model.linear import rows, unsupported
+from mlx_fastforward.neurons.compensators import Estimate
 
 D, F, TOKENS, BLOCKS = 128, 256, 5, 2
 LOOSE = {mx.float32: 1e-5, mx.float16: 3e-3, mx.bfloat16: 2e-2}
@@ -443,7 +444,7 @@ def test_rows_linear(bits: Optional[int], lora: bool) -> None:
         linear.lora_b = mx.random.normal(linear.lora_b.shape, key=mx.random.key(2))
     x = inputs()[0]
     rows = mx.array([200, 3, 3, 0, 255])
-    assert mx.allclose(rows_linear(linear, x, rows), linear(x)[:, rows], atol=1e-4)
+    assert mx.allclose(rows(linear, x, rows), linear(x)[:, rows], atol=1e-4)
 
 
 @pytest.mark.parametrize("mode, group, bits", [(None, 0, 0), *MODES])
@@ -673,7 +674,7 @@ def test_unknown_fused_projections_are_named(name: str) -> None:
 def test_lora_over_an_unknown_projection_is_named(kind: str) -> None:
     lora = LoRALinear(D, D)
     lora.linear = UNKNOWN[kind](lora.linear)
-    assert unsupported_linear(lora) == kind
+    assert unsupported(lora) == kind
 
 
 @pytest.mark.parametrize("bits", [None, 4])
@@ -685,9 +686,9 @@ def test_projections_with_more_parameters_are_unknown(
     linear = nn.Linear(D, D)
     base = nn.QuantizedLinear.from_linear(linear, 64, bits) if bits else linear
     found = LoRALinear.from_base(base) if lora else base
-    assert unsupported_linear(found) is None
+    assert unsupported(found) is None
     base.global_scale = mx.ones((1,))
-    reason = unsupported_linear(found)
+    reason = unsupported(found)
     assert reason == f"{type(base).__name__} with global_scale"
 
 

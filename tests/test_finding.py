@@ -1,4 +1,4 @@
-"""Adapters are found where they were named, beside the model, in their own folder, on the hub."""
+"""Predictors are found where they were named, beside the model, in their own folder, on the hub."""
 
 import os
 from dataclasses import replace
@@ -9,17 +9,17 @@ import huggingface_hub.errors
 import pytest
 from side_files import BASE, BOTH, COMMITS, FOREIGN, cached, one_line, own_cache, put
 
-from mlx_fastforward import finding
-from mlx_fastforward.adapter import JSON_NAME, TENSORS_NAME, AdapterError
-from mlx_fastforward.config import FastForwardError
-from mlx_fastforward.finding import (
-    adapter_for,
+from mlx_fastforward.errors import FastForwardError, PredictorError
+from mlx_fastforward.hub import looks_like_a_repository
+from mlx_fastforward.predictors import search
+from mlx_fastforward.predictors.file import JSON_NAME, TENSORS_NAME
+from mlx_fastforward.predictors.search import (
     beside_model,
     default_folder,
     fits,
-    looks_like_a_repository,
-    named_adapter,
+    named_predictor,
     own_folders,
+    predictor_for,
 )
 
 DAMAGED_JSON = [b"", b"{", b"\xff\xfe", b"[" * 100_000, b"[]", b"3", b"null", b'"text"']
@@ -28,9 +28,9 @@ DAMAGED_JSON += [b"{}", b'{"base_model": 3}', b'{"base_model": {}}']
 
 @pytest.fixture
 def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """The adapters' folder, empty and not there yet."""
+    """The predictors' folder, empty and not there yet."""
     monkeypatch.setenv("MLX_FASTFORWARD_HOME", str(tmp_path / "home"))
-    return tmp_path / "home" / "adapters"
+    return tmp_path / "home" / "predictors"
 
 
 @pytest.fixture
@@ -46,8 +46,8 @@ def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 def source(model: str | Path, **base: Any) -> Optional[str]:
-    adapter = adapter_for(str(model), replace(BASE, **base))
-    return None if adapter is None else adapter.source
+    predictor = predictor_for(str(model), replace(BASE, **base))
+    return None if predictor is None else predictor.source
 
 
 # The user's own folder
@@ -96,7 +96,7 @@ def test_damaged_weights_of_the_one_to_take_are_refused(
     """Not silently an older one, or none."""
     put(home / "older", time=1)
     (put(home / "newer", time=2) / TENSORS_NAME).write_bytes(b"")
-    with pytest.raises(AdapterError) as e:
+    with pytest.raises(PredictorError) as e:
         source(model)
     assert str(home / "newer") in one_line(e.value)
 
@@ -123,7 +123,7 @@ def test_the_folder_lies_in_the_users_home(
     if root is not None:
         monkeypatch.setenv("MLX_FASTFORWARD_HOME", root)
     place = tmp_path / ("elsewhere" if root else ".cache/mlx_fastforward")
-    assert finding.home() == place / "adapters"
+    assert finding.home() == place / "predictors"
 
 
 @pytest.mark.parametrize(
@@ -167,14 +167,14 @@ def test_a_damaged_one_beside_the_model_is_refused(
     """Not silently left out, nor replaced by one of the user's own."""
     put(home / "mine")
     (put(model) / name).write_bytes(b"")
-    with pytest.raises(AdapterError) as e:
+    with pytest.raises(PredictorError) as e:
         source(model)
     assert str(model / name) in one_line(e.value)
 
 
 def test_one_without_weights_beside_the_model_is_refused(model: Path) -> None:
     (put(model) / TENSORS_NAME).unlink()
-    with pytest.raises(AdapterError, match="no adapter in"):
+    with pytest.raises(PredictorError, match="no predictor in"):
         source(model)
 
 
@@ -191,8 +191,8 @@ def test_beside_the_revision_that_was_asked_for(cache: Path) -> None:
     assert beside_model("user/tiny") == new
     assert beside_model("user/tiny", COMMITS[0]) == old
     assert beside_model("user/tiny", COMMITS[2]) is None
-    adapter = adapter_for("user/tiny", BASE, COMMITS[0])
-    assert adapter is not None and adapter.source == str(old)
+    predictor = predictor_for("user/tiny", BASE, COMMITS[0])
+    assert predictor is not None and predictor.source == str(old)
 
 
 def test_the_weights_of_one_beside_a_model_in_the_cache_are_fetched(
@@ -220,7 +220,7 @@ def test_weights_beside_a_model_that_cannot_be_fetched_are_no_silent_loss(
     cache: Path,
 ) -> None:
     cached(cache, "user/tiny", names=(JSON_NAME,))
-    with pytest.raises(AdapterError, match="expected the files"):
+    with pytest.raises(PredictorError, match="expected the files"):
         source("user/tiny")
 
 
@@ -247,8 +247,8 @@ def test_nothing_beside_a_model_that_is_not_there(
 
 @pytest.mark.parametrize("kind", [str, Path])
 def test_the_one_named(tmp_path: Path, kind: Callable[[Path], Any]) -> None:
-    folder = put(tmp_path / "adapter")
-    found = named_adapter(kind(folder))
+    folder = put(tmp_path / "predictor")
+    found = named_predictor(kind(folder))
     assert found is not None and found.base == BASE
     assert found.source == str(folder)
 
@@ -257,8 +257,8 @@ def test_the_one_named_may_lie_in_the_users_home(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("HOME", str(tmp_path))
-    put(tmp_path / "adapter")
-    found = named_adapter("~/adapter")
+    put(tmp_path / "predictor")
+    found = named_predictor("~/predictor")
     assert found is not None and found.base == BASE
 
 
@@ -268,18 +268,18 @@ def test_none_is_none_at_all(
     put(home / "mine")
     put(tmp_path / "none")
     monkeypatch.chdir(tmp_path)
-    assert named_adapter("none") is None
-    assert named_adapter("./none") is not None
+    assert named_predictor("none") is None
+    assert named_predictor("./none") is not None
 
 
-@pytest.mark.parametrize("name", ["user/adapter", "user/Side-File_4.bits"])
+@pytest.mark.parametrize("name", ["user/predictor", "user/Side-File_4.bits"])
 def test_names_of_repositories(name: str) -> None:
     assert looks_like_a_repository(name)
 
 
 @pytest.mark.parametrize(
     "name",
-    ["adapter", "a/b/c", "./b", "../b", "/b", "~/b", ".", "", "none", "/a/b", ".a/b"],
+    ["predictor", "a/b/c", "./b", "../b", "/b", "~/b", ".", "", "none", "/a/b", ".a/b"],
 )
 def test_names_of_folders(name: str) -> None:
     assert not looks_like_a_repository(name)
@@ -292,7 +292,7 @@ def test_a_folder_that_is_there_is_no_repository(
     assert looks_like_a_repository("user/side")
     put(tmp_path / "user" / "side")
     assert not looks_like_a_repository("user/side")
-    found = named_adapter("user/side")
+    found = named_predictor("user/side")
     assert found is not None and found.source == "user/side"
 
 
@@ -306,22 +306,22 @@ def test_a_repository_is_downloaded_without_its_other_files(
         return str(put(tmp_path / "downloaded"))
 
     monkeypatch.setattr(finding, "snapshot_download", download)
-    found = named_adapter("somebody/adapter")
+    found = named_predictor("somebody/predictor")
     assert found is not None and found.base == BASE
-    assert found.source == "somebody/adapter"
-    assert asked == [("somebody/adapter", list(BOTH))]
+    assert found.source == "somebody/predictor"
+    assert asked == [("somebody/predictor", list(BOTH))]
 
 
 def test_a_repository_in_the_cache(cache: Path) -> None:
-    cached(cache, "somebody/adapter")
-    found = named_adapter("somebody/adapter")
-    assert found is not None and found.source == "somebody/adapter"
+    cached(cache, "somebody/predictor")
+    found = named_predictor("somebody/predictor")
+    assert found is not None and found.source == "somebody/predictor"
 
 
 def test_a_repository_that_is_no_adapter(cache: Path) -> None:
     cached(cache, "somebody/model", names=())
-    with pytest.raises(AdapterError, match="no adapter in") as e:
-        named_adapter("somebody/model")
+    with pytest.raises(PredictorError, match="no predictor in") as e:
+        named_predictor("somebody/model")
     one_line(e.value)
 
 
@@ -332,8 +332,8 @@ def test_a_folder_that_is_not_there(
     """A mistyped path is no repository name, and nothing is asked of the network."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(finding, "snapshot_download", None)
-    with pytest.raises(FastForwardError, match="no adapter in") as e:
-        named_adapter(name)
+    with pytest.raises(FastForwardError, match="no predictor in") as e:
+        named_predictor(name)
     assert "nowhere" in one_line(e.value)
 
 
@@ -354,8 +354,8 @@ def test_a_repository_that_cannot_be_had(
         raise error
 
     monkeypatch.setattr(finding, "snapshot_download", download)
-    with pytest.raises(AdapterError) as e:
-        named_adapter("somebody/adapter")
+    with pytest.raises(PredictorError) as e:
+        named_predictor("somebody/predictor")
     text = one_line(e.value)
-    assert text.startswith("adapter 'somebody/adapter' is not a local folder")
+    assert text.startswith("predictor 'somebody/predictor' is not a local folder")
     assert text.endswith(str(error).partition("\n")[0] or "OSError")

@@ -1,4 +1,4 @@
-"""Which adapters a machine has, and what is wrong with the others."""
+"""Which predictors a machine has, and what is wrong with the others."""
 
 import functools
 import os
@@ -9,16 +9,16 @@ import huggingface_hub
 import pytest
 from side_files import COMMITS, FOREIGN, cached, own_cache, put
 
-from mlx_fastforward import finding
-from mlx_fastforward.adapter import JSON_NAME, TENSORS_NAME
-from mlx_fastforward.finding import cached_repositories, found_adapters
+from mlx_fastforward.predictors import search
+from mlx_fastforward.predictors.file import JSON_NAME, TENSORS_NAME
+from mlx_fastforward.predictors.search import cached_repositories, found_predictors
 
 
 @pytest.fixture
 def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """The adapters' folder, empty and not there yet."""
+    """The predictors' folder, empty and not there yet."""
     monkeypatch.setenv("MLX_FASTFORWARD_HOME", str(tmp_path / "home"))
-    return tmp_path / "home" / "adapters"
+    return tmp_path / "home" / "predictors"
 
 
 @pytest.fixture
@@ -37,11 +37,11 @@ def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 def listed(model: Optional[str | Path] = None) -> list[str]:
-    """Places of the adapters found; all of them work."""
-    found = list(found_adapters(None if model is None else str(model)))
+    """Places of the predictors found; all of them work."""
+    found = list(found_predictors(None if model is None else str(model)))
     for f in found:
-        assert f.adapter is not None and f.problem == ""
-        assert f.adapter.source == str(f.folder)
+        assert f.predictor is not None and f.problem == ""
+        assert f.predictor.source == str(f.folder)
     return [f.place for f in found]
 
 
@@ -76,18 +76,18 @@ def test_damaged_ones_are_listed_with_the_problem(
     put(home / "b")
     for folder in damaged.values():
         (folder / TENSORS_NAME).write_bytes(b"")
-    found = {f.place: f for f in found_adapters(str(model))}
+    found = {f.place: f for f in found_predictors(str(model))}
     assert set(found) == {*damaged, str(home / "b")}
     for place, folder in damaged.items():
-        assert found[place].adapter is None and found[place].folder == folder
+        assert found[place].predictor is None and found[place].folder == folder
         assert f"{folder / TENSORS_NAME} cannot be read" in found[place].problem
-    assert found[str(home / "b")].adapter is not None
+    assert found[str(home / "b")].predictor is not None
 
 
 def test_damaged_json_is_listed_with_the_problem(home: Path) -> None:
     (put(home / "a") / JSON_NAME).write_text("{")
-    (found,) = found_adapters(None)
-    assert found.adapter is None and JSON_NAME in found.problem
+    (found,) = found_predictors(None)
+    assert found.predictor is None and JSON_NAME in found.problem
     assert "\n" not in found.problem
 
 

@@ -15,16 +15,16 @@ from mlx_lm.models.cache import make_prompt_cache
 from models import BLOCK, FFN, HIDDEN, LAYERS
 
 from mlx_fastforward import Response, attach, detach, stream_generate
-from mlx_fastforward.adapter import Adapter
-from mlx_fastforward.compensators import (
+from mlx_fastforward.generation import encode_prompt
+from mlx_fastforward.neurons.compensators import (
     Compensator,
     LowRankCompensator,
     LowRankWeights,
     MLPCompensator,
     MLPWeights,
 )
-from mlx_fastforward.generation import encode_prompt
-from mlx_fastforward.selectors import PredictorWeights
+from mlx_fastforward.neurons.predictor import PredictorWeights
+from mlx_fastforward.predictors.file import PredictorFile
 
 TOKENS = 12 * BLOCK + 5
 SPARSE_LAYERS = LAYERS - 1
@@ -198,9 +198,9 @@ def test_ffn_sparsity_of_the_probe_selector() -> None:
 
 def sparsity_with(predictor: PredictorWeights, compensator: Compensator) -> float:
     model = models.tiny("llama")
-    adapter = Adapter({}, [predictor] * LAYERS, compensator)  # type: ignore[arg-type]
-    adapter.check = lambda *_: None  # type: ignore[method-assign]
-    attach(model, models.settings(), adapter=adapter)
+    predictor = PredictorFile({}, [predictor] * LAYERS, compensator)  # type: ignore[arg-type]
+    predictor.check = lambda *_: None  # type: ignore[method-assign]
+    attach(model, models.settings(), predictor=predictor)
     return responses(model, models.token_ids(TOKENS))[0].ffn_sparsity
 
 

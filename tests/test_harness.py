@@ -14,8 +14,8 @@ from models import BLOCK
 
 from mlx_fastforward import attach, detach
 from mlx_fastforward.attachment import engine_of
-from mlx_fastforward.bench import lm as lm_module
-from mlx_fastforward.bench.lm import SparseLM
+from mlx_fastforward.bench.eval import lm as lm_module
+from mlx_fastforward.bench.eval.lm import SparseLM
 
 PROMPT = 8 * BLOCK  # head, six blocks, tail
 

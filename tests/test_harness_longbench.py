@@ -14,10 +14,10 @@ from rich.console import Console
 
 from mlx_fastforward import PrefillConfig, stream_generate
 from mlx_fastforward.attachment import engine_of
-from mlx_fastforward.bench import harness
-from mlx_fastforward.bench import lm as lm_module
-from mlx_fastforward.bench import longbench
-from mlx_fastforward.config import ConfigError, FastForwardError
+from mlx_fastforward.bench.eval import harness
+from mlx_fastforward.bench.eval import lm as lm_module
+from mlx_fastforward.bench.eval import longbench
+from mlx_fastforward.errors import ConfigError, FastForwardError
 
 # From LongBench's paper and code: the longest answer in tokens, and how a prompt ends.
 CAPS = {
@@ -528,7 +528,7 @@ def test_what_is_refused(model: nn.Module, data: Path) -> None:
     assert said == "every arm needs a name of its own, got ['a', 'a']."
     trained = [("dense", None), ("half", models.settings(selector="trained"))]
     said = refused(ConfigError, model, data=Path("nowhere"), arms=trained)
-    assert said.startswith("selector trained needs an adapter")
+    assert said.startswith("selector trained needs a predictor")
 
 
 def test_a_context_too_short_for_longbench(data: Path) -> None:

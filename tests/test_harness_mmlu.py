@@ -10,10 +10,10 @@ import numpy as np
 import pytest
 
 from mlx_fastforward.attachment import engine_of
-from mlx_fastforward.bench import harness
-from mlx_fastforward.bench import lm as lm_module
-from mlx_fastforward.bench import mmlu
-from mlx_fastforward.config import ConfigError, FastForwardError
+from mlx_fastforward.bench.eval import harness
+from mlx_fastforward.bench.eval import lm as lm_module
+from mlx_fastforward.bench.eval import mmlu
+from mlx_fastforward.errors import ConfigError, FastForwardError
 
 ARMS: list[harness.Arm] = [("dense", None), ("half", models.settings())]
 COUNTS = {"astronomy": 2, "high_school_us_history": 3, "marketing": 1, "sociology": 2}

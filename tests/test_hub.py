@@ -1,4 +1,4 @@
-"""Models, adapters and checkpoints from a hub: a loopback server, real processes that ask it."""
+"""Models, predictors and checkpoints from a hub: a loopback server, real processes that ask it."""
 
 import json
 from pathlib import Path
@@ -18,18 +18,18 @@ WEIGHTS = "fastforward.safetensors"
 
 @pytest.fixture(scope="module")
 def repos(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    """A model, its adapter, both in one, what they were trained as, and what is none of these."""
+    """A model, its predictor, both in one, what they were trained as, and what is none of these."""
     home = tmp_path_factory.mktemp("repos")
     model = models.tiny("llama", vocab=4096)
     repos = {
         "user/tiny": models.save_folder(model, home / "tiny"),
-        "user/side": models.save_random_adapter(model, home / "side"),
+        "user/side": models.save_random_predictor(model, home / "side"),
         "user/both": models.save_folder(model, home / "both"),
         "user/checkpoint": home / "checkpoint",
         "user/torch": home / "torch",
         "user/empty": home / "empty",
     }
-    models.save_random_adapter(model, repos["user/both"])
+    models.save_random_predictor(model, repos["user/both"])
     tensors = mx.load(str(repos["user/side"] / WEIGHTS))
     as_torch = {k: torch.from_numpy(np.array(v)) for k, v in tensors.items()}
     for name in ("checkpoint", "torch", "empty"):
@@ -66,7 +66,7 @@ def test_a_model_is_downloaded_once_and_then_works_while_the_hub_is_down(
     first = said(process(hub, tmp_path, *command))
     assert downloaded(hub, "/model.safetensors")
     assert first["settings"]["model"] == "user/tiny"
-    assert first["settings"]["adapter"] is None
+    assert first["settings"]["predictor"] is None
     del hub.asked[:]
     again = said(process(hub, tmp_path, *command))
     assert hub.asked and not downloaded(hub, ".safetensors")
@@ -85,18 +85,18 @@ def test_a_model_is_downloaded_once_and_then_works_while_the_hub_is_down(
 
 def test_what_is_not_cached_is_refused_offline(hub: Hub, tmp_path: Path) -> None:
     local = str(hub.repos["user/tiny"])
-    model, adapter, checkpoint = several(
+    model, predictor, checkpoint = several(
         hub,
         tmp_path,
         [*GENERATE, "--model", "user/tiny"],
-        [*GENERATE, "--model", local, "--adapter", "user/side"],
+        [*GENERATE, "--model", local, "--predictor", "user/side"],
         ["convert", "user/checkpoint", "--model", local],
         HF_HUB_OFFLINE="1",
     )
     wanted = "user/tiny is not in the local cache and the hub cannot be"
     assert refusal(model).startswith(wanted)
-    wanted = "adapter 'user/side' is not a local folder and could not be downloaded"
-    assert refusal(adapter).startswith(wanted)
+    wanted = "predictor 'user/side' is not a local folder and could not be downloaded"
+    assert refusal(predictor).startswith(wanted)
     wanted = "checkpoint 'user/checkpoint' is not a local folder and could not be"
     assert refusal(checkpoint).startswith(wanted)
     assert hub.asked == []
@@ -117,10 +117,10 @@ def test_repositories_that_are_unknown_gated_or_hold_something_else(
         ),
         ([*GENERATE, "--model", "user/empty"], "user/empty cannot be loaded: "),
         (
-            [*GENERATE, *model, "--adapter", "user/unknown"],
-            "adapter 'user/unknown' is not a local folder and could not be downloaded",
+            [*GENERATE, *model, "--predictor", "user/unknown"],
+            "predictor 'user/unknown' is not a local folder and could not be downloaded",
         ),
-        ([*GENERATE, *model, "--adapter", "user/empty"], "no adapter in "),
+        ([*GENERATE, *model, "--predictor", "user/empty"], "no predictor in "),
         (
             ["convert", "user/unknown", *model],
             "checkpoint 'user/unknown' is not a local folder and could not be",
@@ -139,12 +139,12 @@ def test_an_adapter_is_downloaded_once_and_then_works_offline(
     hub: Hub, tmp_path: Path, repos: dict[str, Path]
 ) -> None:
     base = [*GENERATE, "--model", str(repos["user/tiny"]), "--selector", "trained"]
-    command = [*base, "--adapter", "user/side"]
+    command = [*base, "--predictor", "user/side"]
     got = said(process(hub, tmp_path, *command))
     assert downloaded(hub, "/" + WEIGHTS)
-    assert got["settings"]["adapter"] == "user/side"
+    assert got["settings"]["predictor"] == "user/side"
     del hub.asked[:]
-    local = [*base, "--adapter", str(repos["user/side"])]
+    local = [*base, "--predictor", str(repos["user/side"])]
     wanted, offline = several(hub, tmp_path, local, command, HF_HUB_OFFLINE="1")
     assert said(wanted)["text"] == said(offline)["text"] == got["text"]
     assert said(wanted)["ffn_sparsity"] == got["ffn_sparsity"] > 0.1
@@ -158,7 +158,7 @@ def test_an_adapter_in_the_models_own_repository_is_found_and_its_weights_fetche
     command = [*GENERATE, "--model", "user/both"]
     got = said(process(hub, tmp_path, *command))
     assert downloaded(hub, "/" + WEIGHTS)
-    assert hub.revision("user/both") in got["settings"]["adapter"]
+    assert hub.revision("user/both") in got["settings"]["predictor"]
     del hub.asked[:]
     local = [*GENERATE, "--model", str(repos["user/both"])]
     wanted, offline, without = several(
@@ -166,12 +166,12 @@ def test_an_adapter_in_the_models_own_repository_is_found_and_its_weights_fetche
         tmp_path,
         local,
         command,
-        [*command, "--adapter", "none"],
+        [*command, "--predictor", "none"],
         HF_HUB_OFFLINE="1",
     )
     assert said(wanted)["text"] == said(offline)["text"] == got["text"]
-    assert said(offline)["settings"]["adapter"] == got["settings"]["adapter"]
-    assert said(without)["settings"]["adapter"] is None
+    assert said(offline)["settings"]["predictor"] == got["settings"]["predictor"]
+    assert said(without)["settings"]["predictor"] is None
     assert hub.asked == []
 
 

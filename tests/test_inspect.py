@@ -16,14 +16,14 @@ from typer.testing import CliRunner, Result
 
 from mlx_fastforward import attach
 from mlx_fastforward import continuation as continuation_module
-from mlx_fastforward import detach, load_adapter
-from mlx_fastforward.adapter import Adapter
-from mlx_fastforward.bench import inspection
-from mlx_fastforward.bench.inspection import Inspection, Overlap, inspect
-from mlx_fastforward.bench.inspection_picture import binned, ordered, picture
+from mlx_fastforward import detach, load_predictor
+from mlx_fastforward.bench.inspect import inspection
+from mlx_fastforward.bench.inspect.inspection import Inspection, Overlap, inspect
+from mlx_fastforward.bench.inspect.picture import binned, ordered, picture
 from mlx_fastforward.cli import app
-from mlx_fastforward.config import FastForwardError
 from mlx_fastforward.engine import Engine
+from mlx_fastforward.errors import FastForwardError
+from mlx_fastforward.predictors.file import PredictorFile
 
 F, LAYERS, BLOCK = models.FFN, models.LAYERS, models.BLOCK
 TOKENS, START, STOP = 56, 8, 48  # a dense head of 8, 5 blocks of 8, a tail of 8
@@ -34,10 +34,10 @@ def tokens(n: int = TOKENS) -> mx.array:
 
 
 def engine_for(
-    model: nn.Module, adapter: Optional[Adapter] = None, **settings: Any
+    model: nn.Module, predictor: Optional[PredictorFile] = None, **settings: Any
 ) -> Engine:
     """As attach() makes it; the model stays stock."""
-    engine = attach(model, models.settings(**settings), adapter=adapter)
+    engine = attach(model, models.settings(**settings), predictor=predictor)
     detach(model)
     return engine
 
@@ -182,17 +182,17 @@ def test_errors_of_the_ffns(name: str, selector: str) -> None:
 @pytest.mark.parametrize("kind", ["low-rank", "mlp"])
 def test_errors_with_a_compensator(kind: str, tmp_path: Path) -> None:
     model = models.tiny("llama")
-    save = models.save_random_adapter(model, tmp_path, compensator=kind)
-    adapter = load_adapter(save)
-    assert adapter.compensator is not None
-    found = look(model, engine_for(model, adapter, selector="oracle"))
+    save = models.save_random_predictor(model, tmp_path, compensator=kind)
+    predictor = load_predictor(save)
+    assert predictor.compensator is not None
+    found = look(model, engine_for(model, predictor, selector="oracle"))
     plain = look(model, engine_for(model, selector="oracle"))
     for layer, x in enumerate(ffn_inputs(model)):
         by_hand = models.OracleMLP(model.layers[layer].mlp, False, 0, 0, 0)
         gate, up, down = by_hand.weights
         w = {
             k: np.array(v, np.float64)
-            for k, v in vars(adapter.compensator.layers[layer]).items()
+            for k, v in vars(predictor.compensator.layers[layer]).items()
         }
         error, whole = [], []
         for block, kept in zip(in_blocks(x), found.masks[layer][0]):
@@ -449,12 +449,12 @@ def test_json(tiny: Path, text: Path, tmp_path: Path) -> None:
 def test_an_adapter_beside_the_model_is_used(text: Path, tmp_path: Path) -> None:
     model = models.tiny("llama", vocab=4096)
     folder = models.save_folder(model, tmp_path / "tiny")
-    models.save_random_adapter(model, folder, compensator="low-rank")
+    models.save_random_predictor(model, folder, compensator="low-rank")
     args = ["--model", folder, "--file", text, "--block-size", 8, "--json", "a.json"]
     for more, selector, compensated in (
         ([], "trained", True),
         (["--compensator", "none"], "trained", False),
-        (["--adapter", "none"], "probe", False),
+        (["--predictor", "none"], "probe", False),
     ):
         done = command(*args, *more)
         assert done.exit_code == 0, done.output
@@ -487,8 +487,8 @@ def test_a_text_longer_than_the_context_is_cut(text: Path, tmp_path: Path) -> No
         (["--sparsity", "1"], 2, "sparsity must be at least 0 and below 1"),
         (["--dtype", "int8"], 2, "--dtype must be float32, float16 or bfloat16"),
         (["--selector", "magic"], 2, "selector must be one of "),
-        (["--selector", "trained"], 2, "selector trained needs an adapter"),
-        (["--compensator", "mlp"], 2, "compensator mlp needs an adapter"),
+        (["--selector", "trained"], 2, "selector trained needs a predictor"),
+        (["--compensator", "mlp"], 2, "compensator mlp needs a predictor"),
         (["--block-size", "4"], 2, "block_size must be at least 8"),
         (["--block-size", "128"], 1, "tokens, and prompts of less than 512 are read"),
         (["--file", "none.txt"], 1, "none.txt does not exist"),
@@ -515,7 +515,7 @@ def test_importances_that_cannot_be_measured(text: Path, tmp_path: Path) -> None
 def test_a_picture_that_cannot_be_finished_leaves_the_old_one(
     tiny: Path, text: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from mlx_fastforward.bench import inspection_picture
+    from mlx_fastforward.bench.inspect import picture
 
     def full(path: Path, *args: Any) -> None:
         path.write_bytes(b"half")

@@ -8,7 +8,7 @@ import pytest
 
 from mlx_fastforward import PrefillConfig, attach
 from mlx_fastforward.engine import Engine
-from mlx_fastforward.limits import (
+from mlx_fastforward.tokens.flops import (
     Shape,
     dense_cost,
     ideal_speedup,

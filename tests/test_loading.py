@@ -15,7 +15,7 @@ from mlx_lm.tuner.utils import linear_to_lora_layers
 
 import mlx_fastforward as ff
 from mlx_fastforward.attachment import engine_of
-from mlx_fastforward.selectors import Probe, Trained
+from mlx_fastforward.neurons.selectors import Probe, Trained
 
 PROMPT = models.token_ids(100, vocab=4096)
 
@@ -71,20 +71,20 @@ def test_impossible_settings_come_before_the_model(settings: Any, message: str) 
 
 
 def test_adapters_come_before_the_model(tmp_path: Path) -> None:
-    with pytest.raises(ff.AdapterError, match="no adapter in"):
-        ff.load("/no/such/folder", adapter=tmp_path)
+    with pytest.raises(ff.PredictorError, match="no predictor in"):
+        ff.load("/no/such/folder", predictor=tmp_path)
 
 
 def test_adapter_by_path_loaded_and_beside_the_model(tmp_path: Path) -> None:
     model = models.tiny("llama", vocab=4096)
     folder = models.save_folder(model, tmp_path / "tiny")
-    side = models.save_random_adapter(model, tmp_path / "side")
+    side = models.save_random_predictor(model, tmp_path / "side")
     outs = []
-    for adapter in (str(side), side, ff.load_adapter(side)):
-        net, _ = ff.load(str(folder), block_size=8, adapter=adapter)
+    for predictor in (str(side), side, ff.load_predictor(side)):
+        net, _ = ff.load(str(folder), block_size=8, predictor=predictor)
         assert isinstance(engine_of(net).selector, Trained)
         outs.append(models.prefill(net, PROMPT)[0])
-    models.save_random_adapter(model, folder)
+    models.save_random_predictor(model, folder)
     net, _ = ff.load(str(folder), block_size=8)
     assert isinstance(engine_of(net).selector, Trained)
     outs.append(models.prefill(net, PROMPT)[0])

@@ -1,4 +1,4 @@
-"""load() with adapters: which one it takes, and that nothing is left to read."""
+"""load() with predictors: which one it takes, and that nothing is left to read."""
 
 import json
 import os
@@ -14,9 +14,10 @@ from side_files import one_line, overwrite
 
 import mlx_fastforward as ff
 from mlx_fastforward import loading
-from mlx_fastforward.adapter import JSON_NAME, TENSORS_NAME, AdapterError, load_adapter
 from mlx_fastforward.attachment import engine_of
-from mlx_fastforward.selectors import Probe, Trained
+from mlx_fastforward.errors import PredictorError
+from mlx_fastforward.neurons.selectors import Probe, Trained
+from mlx_fastforward.predictors.file import JSON_NAME, TENSORS_NAME, load_predictor
 
 PROMPT = models.token_ids(60)
 
@@ -39,12 +40,12 @@ def folder(saved: Path, tmp_path: Path) -> Path:
 @pytest.fixture(autouse=True)
 def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.setenv("MLX_FASTFORWARD_HOME", str(tmp_path / "home"))
-    return tmp_path / "home" / "adapters"
+    return tmp_path / "home" / "predictors"
 
 
 def side(path: Path, time: int = 0, seed: int = 0) -> Path:
-    """An adapter, of this age, for the model of this seed: 0 is the one in the folder."""
-    models.save_random_adapter(models.tiny("llama", seed), path)
+    """A predictor, of this age, for the model of this seed: 0 is the one in the folder."""
+    models.save_random_predictor(models.tiny("llama", seed), path)
     os.utime(path / JSON_NAME, (time, time))
     return path
 
@@ -54,11 +55,11 @@ def loaded(folder: Path, **more: Any) -> nn.Module:
 
 
 def taken(folder: Path, **more: Any) -> Optional[str]:
-    """Where the adapter in use came from; what selects neurons agrees."""
+    """Where the predictor in use came from; what selects neurons agrees."""
     engine = engine_of(loaded(folder, **more))
     assert engine is not None
-    assert isinstance(engine.selector, Trained if engine.adapter else Probe)
-    return engine.adapter
+    assert isinstance(engine.selector, Trained if engine.predictor else Probe)
+    return engine.predictor
 
 
 # Which one
@@ -75,8 +76,8 @@ def test_the_users_newest_one_is_taken(folder: Path, home: Path) -> None:
 def test_the_one_taken_is_used(folder: Path, home: Path) -> None:
     mine = side(home / "mine")
     found, _ = models.prefill(loaded(folder), PROMPT)
-    named, _ = models.prefill(loaded(folder, adapter=load_adapter(mine)), PROMPT)
-    without, _ = models.prefill(loaded(folder, adapter="none"), PROMPT)
+    named, _ = models.prefill(loaded(folder, predictor=load_predictor(mine)), PROMPT)
+    without, _ = models.prefill(loaded(folder, predictor="none"), PROMPT)
     np.testing.assert_array_equal(found, named)
     assert models.distance(found, without) > 0.01
 
@@ -85,7 +86,7 @@ def test_none_takes_none(folder: Path, home: Path) -> None:
     side(home / "mine")
     side(folder)
     assert taken(folder) == str(folder)
-    assert taken(folder, adapter="none") is None
+    assert taken(folder, predictor="none") is None
 
 
 def test_the_one_beside_the_model_is_taken_first(folder: Path, home: Path) -> None:
@@ -100,8 +101,8 @@ def test_the_one_named_is_taken_before_all(
     side(home / "mine")
     side(folder)
     named = side(tmp_path / "named")
-    for adapter in (named, str(named), load_adapter(named)):
-        assert taken(folder, adapter=adapter) == str(named)
+    for predictor in (named, str(named), load_predictor(named)):
+        assert taken(folder, predictor=predictor) == str(named)
 
 
 @pytest.mark.parametrize("bits", [4, 8])
@@ -125,10 +126,10 @@ def test_a_damaged_one_beside_the_model_is_refused(
 ) -> None:
     side(home / "mine")
     (side(folder) / name).write_bytes(b"")
-    with pytest.raises(AdapterError) as e:
+    with pytest.raises(PredictorError) as e:
         loaded(folder)
     assert str(folder / name) in one_line(e.value)
-    assert taken(folder, adapter="none") is None
+    assert taken(folder, predictor="none") is None
 
 
 @pytest.mark.parametrize("place", ["beside", "named"])
@@ -136,8 +137,8 @@ def test_one_of_another_model_is_refused(
     folder: Path, tmp_path: Path, place: str
 ) -> None:
     foreign = side(folder if place == "beside" else tmp_path / "foreign", seed=1)
-    named = {} if place == "beside" else {"adapter": foreign}
-    with pytest.raises(AdapterError, match="the weights of this model do not"):
+    named = {} if place == "beside" else {"predictor": foreign}
+    with pytest.raises(PredictorError, match="the weights of this model do not"):
         loaded(folder, **named)
 
 
@@ -152,8 +153,8 @@ def test_one_of_another_model_is_refused_before_weights_are_read(
         return loaded
 
     monkeypatch.setattr(loading, "mlx_lm_load", load)
-    with pytest.raises(AdapterError):
-        loaded(folder, adapter=side(tmp_path / "foreign", seed=1))
+    with pytest.raises(PredictorError):
+        loaded(folder, predictor=side(tmp_path / "foreign", seed=1))
     overwrite(folder / "model.safetensors")
     (model,) = models_loaded
     assert mx.all(model.layers[2].mlp.up_proj.weight == 7).item()
@@ -165,7 +166,7 @@ def test_the_users_one_of_other_sizes_is_refused(folder: Path, home: Path) -> No
     info = json.loads((mine / JSON_NAME).read_text())
     info["base_model"]["layers"] -= 1
     (mine / JSON_NAME).write_text(json.dumps(info))
-    with pytest.raises(AdapterError, match="a model with layers 3, this model has 4"):
+    with pytest.raises(PredictorError, match="a model with layers 3, this model has 4"):
         loaded(folder)
 
 
@@ -173,7 +174,7 @@ def test_the_users_one_of_other_sizes_is_refused(folder: Path, home: Path) -> No
 
 
 def changed(folder: Path, side: Path, **more: Any) -> list[bool]:
-    """Whether weights of model and adapter are those put on disk after loading."""
+    """Whether weights of model and predictor are those put on disk after loading."""
     model = loaded(folder, **more)
     overwrite(folder / "model.safetensors")
     overwrite(side / TENSORS_NAME)
@@ -191,6 +192,6 @@ def test_weights_are_read_unless_lazy(
     folder: Path, home: Path, place: str, lazy: bool
 ) -> None:
     mine = side(home / "mine")
-    named = {"found": None, "named": mine, "loaded": load_adapter(mine)}[place]
-    fresh = changed(folder, mine, adapter=named, lazy=lazy)
+    named = {"found": None, "named": mine, "loaded": load_predictor(mine)}[place]
+    fresh = changed(folder, mine, predictor=named, lazy=lazy)
     assert fresh == [lazy] * (1 + 3 * models.LAYERS)

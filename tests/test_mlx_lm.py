@@ -26,13 +26,13 @@ from models import BLOCK, FFN, LAYERS, NAMES
 import mlx_fastforward as ff
 from mlx_fastforward import attach, detach
 from mlx_fastforward.engine import Call, Engine
-from mlx_fastforward.plan import Plan
-from mlx_fastforward.selectors import Trained
+from mlx_fastforward.neurons.selectors import Trained
+from mlx_fastforward.tokens.plan import Plan
 
 TOKENS = 9 * BLOCK + 1  # the last one goes alone, after eight blocks and a tail
 SELECTORS = ["probe", "oracle", "first-block"]
 Said = tuple[list[int], np.ndarray]
-Seen = list[tuple[int, Optional[Call]]]
+SelectorInputs = list[tuple[int, Optional[Call]]]
 Planned = list[tuple[int, Optional[Plan]]]
 
 
@@ -41,9 +41,9 @@ def tokenizer() -> Any:
     return models.demo_tokenizer()
 
 
-def watch(engine: Engine) -> Seen:
+def watch(engine: Engine) -> SelectorInputs:
     """A list that grows by (new tokens, call) with every call of the model."""
-    seen: Seen = []
+    seen: SelectorInputs = []
     begin = engine.begin
 
     def spy(batch: int, new: int, cache: Any, training: bool) -> Optional[Call]:
@@ -55,7 +55,7 @@ def watch(engine: Engine) -> Seen:
     return seen
 
 
-def plans(seen: Seen) -> Planned:
+def plans(seen: SelectorInputs) -> Planned:
     """What was planned for the calls of more than one token."""
     return [(new, call.plan if call else None) for new, call in seen if new > 1]
 
@@ -333,10 +333,10 @@ def test_predictors_do_not_see_what_the_padding_holds(
     kind: str, tmp_path: Path
 ) -> None:
     model = models.tiny("llama")
-    side = models.save_random_adapter(
+    side = models.save_random_predictor(
         model, tmp_path, predictor=kind, compensator="low-rank"
     )
-    attach(model, models.settings(), adapter=ff.load_adapter(side))
+    attach(model, models.settings(), predictor=ff.load_predictor(side))
     assert_padding_hidden(model)
 
 
@@ -360,8 +360,8 @@ class Watched(Trained):
 def test_scores_of_padded_blocks_are_numbers(kind: str, tmp_path: Path) -> None:
     """RAGGED leaves the last row blocks of nothing but padding: they count as real."""
     model = models.tiny("llama")
-    side = models.save_random_adapter(model, tmp_path, predictor=kind)
-    engine = attach(model, models.settings(), adapter=ff.load_adapter(side))
+    side = models.save_random_predictor(model, tmp_path, predictor=kind)
+    engine = attach(model, models.settings(), predictor=ff.load_predictor(side))
     engine.selector = watched = Watched(engine.selector)
     batched(model, [models.token_ids(n, seed=n) for n in RAGGED], 1)
     assert len(watched.scores) == LAYERS - 1

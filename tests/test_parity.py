@@ -18,11 +18,16 @@ import torch
 import torch_modules
 from mlx_lm.models.cache import make_prompt_cache
 
-from mlx_fastforward.adapter import Adapter, BaseModel, load_adapter, save_adapter
 from mlx_fastforward.attachment import attach
 from mlx_fastforward.convert import conversion
 from mlx_fastforward.convert.files import open_checkpoint
-from mlx_fastforward.selectors import Seen, Trained, top_neurons
+from mlx_fastforward.neurons.selectors import SelectorInputs, Trained, top_neurons
+from mlx_fastforward.predictors.file import (
+    BaseModel,
+    PredictorFile,
+    load_predictor,
+    save_predictor,
+)
 
 FLOAT32, BFLOAT16 = 1e-5, 1e-2
 ACTIVATIONS = list(torch_modules.ACTIVATIONS)
@@ -73,7 +78,7 @@ def converted(
     dtype: str = "float32",
     bits: Optional[int] = None,
     activation: str = "relu",
-) -> Adapter:
+) -> PredictorFile:
     """state_dict -> torch.save -> convert -> load."""
     torch.save(trained.state_dict(), folder / "c.pt")
     checkpoint = open_checkpoint(folder / "c.pt")
@@ -81,11 +86,11 @@ def converted(
     steps = conversion.tensors(plan, conversion.DTYPES[dtype], bits)
     tensors = {k: v for _, made in steps for k, v in made.items()}
     info = conversion.information(plan, checkpoint, activation, bits)
-    save_adapter(folder / "adapter", info, tensors)
-    return load_adapter(folder / "adapter")
+    save_predictor(folder / "predictor", info, tensors)
+    return load_predictor(folder / "predictor")
 
 
-def adapter_of(size: Size, folder: Path, **more: Any) -> Adapter:
+def adapter_of(size: Size, folder: Path, **more: Any) -> PredictorFile:
     base = BaseModel("random", "llama", size.layers, size.d, size.f, "0" * 16)
     return converted(
         network(size, more.get("activation", "relu")), base, folder, **more
@@ -99,11 +104,11 @@ def inputs(size: Size, layer: int) -> torch.Tensor:
     return torch.randn(shape, generator=generator) + 0.3
 
 
-def our_scores(adapter: Adapter, layer: int, x: torch.Tensor) -> mx.array:
-    assert adapter.predictors is not None
+def our_scores(predictor: PredictorFile, layer: int, x: torch.Tensor) -> mx.array:
+    assert predictor.layers is not None
     blocks = mx.array(x.numpy())
     ffn: Any = None  # the trained selector looks at the blocks alone
-    return Trained(adapter.predictors)(layer, ffn, Seen(blocks, blocks, blocks))
+    return Trained(predictor.layers)(layer, ffn, SelectorInputs(blocks, blocks, blocks))
 
 
 def error(got: mx.array, expected: torch.Tensor) -> float:
@@ -130,9 +135,9 @@ def chosen_by_torch(scores: torch.Tensor, keep: int) -> list[set[int]]:
 @pytest.mark.parametrize("name", SIZES)
 def test_scores(name: str, tmp_path: Path) -> None:
     size, trained = SIZES[name], network(SIZES[name])
-    adapter = adapter_of(size, tmp_path)
+    predictor = adapter_of(size, tmp_path)
     errors = [
-        error(our_scores(adapter, i, x), trained.layers[i].predictor(x))
+        error(our_scores(predictor, i, x), trained.layers[i].predictor(x))
         for i in range(size.layers)
         for x in [inputs(size, i)]
     ]
@@ -146,12 +151,12 @@ def test_scores(name: str, tmp_path: Path) -> None:
 def test_chosen_neurons(name: str, share: float, tmp_path: Path) -> None:
     """The same sets; where not, the score of a neuron that differs is the K-th but for rounding."""
     size, trained = SIZES[name], network(SIZES[name])
-    adapter = adapter_of(size, tmp_path)
+    predictor = adapter_of(size, tmp_path)
     keep, differing, picked = int(share * size.f), 0, 0
     for i in range(size.layers):
         x = inputs(size, i)
         theirs = trained.layers[i].predictor(x)
-        pairs = zip(chosen(our_scores(adapter, i, x), keep), theirs)
+        pairs = zip(chosen(our_scores(predictor, i, x), keep), theirs)
         for ours, scores in pairs:
             (reference_set,) = chosen_by_torch(scores[None], keep)
             kth = scores[list(reference_set)].min()
@@ -187,13 +192,13 @@ def test_compensator(name: str, activation: str, tmp_path: Path) -> None:
 def test_bfloat16(name: str, tmp_path: Path) -> None:
     """The same inputs, as a model in bfloat16 has them; PyTorch stays in float32."""
     size, trained = SIZES[name], network(SIZES[name])
-    adapter = adapter_of(size, tmp_path, dtype="bfloat16")
-    assert adapter.compensator is not None
+    predictor = adapter_of(size, tmp_path, dtype="bfloat16")
+    assert predictor.compensator is not None
     for i in range(size.layers):
         x, layer = inputs(size, i).bfloat16().float(), trained.layers[i]
         low = mx.array(x.numpy()).astype(mx.bfloat16)
-        scores = error(our_scores(adapter, i, x), layer.predictor(x))
-        added = error(adapter.compensator(i, low), layer.compensator(x))
+        scores = error(our_scores(predictor, i, x), layer.predictor(x))
+        added = error(predictor.compensator(i, low), layer.compensator(x))
         print(f"{name}: scores {scores:.1e}, compensator {added:.1e}")
         assert max(scores, added) < BFLOAT16
 
@@ -208,11 +213,11 @@ RECALL = {8: 0.99, 4: 0.95}
 @pytest.mark.parametrize("name", ["small", "ranks differ", "wide"])
 def test_recall_of_quantised_predictors(name: str, bits: int, tmp_path: Path) -> None:
     size, trained = SIZES[name], network(SIZES[name])
-    adapter = adapter_of(size, tmp_path, bits=bits)
+    predictor = adapter_of(size, tmp_path, bits=bits)
     recalls = []
     for i in range(size.layers):
         x, keep = inputs(size, i), size.f // 2
-        ours = chosen(our_scores(adapter, i, x), keep)
+        ours = chosen(our_scores(predictor, i, x), keep)
         exact = chosen_by_torch(trained.layers[i].predictor(x), keep)
         recalls += [len(a & b) / keep for a, b in zip(ours, exact)]
     print(f"{name}, {bits} bits: mean {np.mean(recalls):.4f}, min {min(recalls):.4f}")
@@ -248,8 +253,8 @@ def test_the_sparse_ffn_with_compensator(activation: str, tmp_path: Path) -> Non
     size = Size(models.HIDDEN, models.FFN, (8,) * layers, (6,) * layers, 0, 0)
     trained = network(size, activation)
     base = BaseModel.of(model)
-    adapter = converted(trained, base, tmp_path, activation=activation)
-    engine = attach(model, models.settings(), adapter=adapter)
+    predictor = converted(trained, base, tmp_path, activation=activation)
+    engine = attach(model, models.settings(), predictor=predictor)
     x = mx.random.normal((1, 7 * models.BLOCK + 3, size.d), key=mx.random.key(0))
     cache = make_prompt_cache(model)
     engine.call = engine.begin(1, x.shape[1], cache, training=False)

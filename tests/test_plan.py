@@ -7,9 +7,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from mlx_fastforward.config import PrefillConfig
-from mlx_fastforward.engine import Engine, Split
-from mlx_fastforward.plan import Plan, plan_call, shortest_sparse
-from mlx_fastforward.selectors import Probe
+from mlx_fastforward.engine import Engine
+from mlx_fastforward.neurons.selectors import Probe
+from mlx_fastforward.tokens.plan import Plan, plan_call, shortest_sparse
+from mlx_fastforward.tokens.split import TokenSplit
 
 NEW = st.integers(0, 400)
 BLOCK = st.integers(2, 40)
@@ -207,12 +208,14 @@ def test_large_blocks_do_not_need_large_edges(block: int, edge: int) -> None:
 
 
 @st.composite
-def splits(draw: st.DrawFn) -> Split:
+def splits(draw: st.DrawFn) -> TokenSplit:
     block = draw(st.sampled_from([1, 2, 6, 8, 12]))
     divisors = [p for p in range(2, block + 1) if block % p == 0]
     head = draw(st.sampled_from([0, block]))
     blocks, tail = draw(st.integers(1, 4)), draw(st.integers(0, 15))
-    return Split(Plan(head, blocks, block, tail), draw(st.sampled_from([0, *divisors])))
+    return TokenSplit(
+        Plan(head, blocks, block, tail), draw(st.sampled_from([0, *divisors]))
+    )
 
 
 def numbered(*shape: int) -> mx.array:
@@ -221,7 +224,7 @@ def numbered(*shape: int) -> mx.array:
 
 @settings(deadline=None)
 @given(splits(), st.integers(1, 3), st.integers(1, 3))
-def test_split_and_join_are_inverse(split: Split, batch: int, d: int) -> None:
+def test_split_and_join_are_inverse(split: TokenSplit, batch: int, d: int) -> None:
     x = numbered(batch, split.plan.tokens, d)
     blocks, dense = split.blocks(x), split.dense(x)
     rest = split.rest(blocks)
@@ -236,7 +239,7 @@ def test_split_and_join_are_inverse(split: Split, batch: int, d: int) -> None:
 
 @settings(deadline=None)
 @given(splits(), st.integers(1, 3))
-def test_split_takes_the_tokens_that_it_says(split: Split, batch: int) -> None:
+def test_split_takes_the_tokens_that_it_says(split: TokenSplit, batch: int) -> None:
     """Also on (B, L): padding masks are cut the same way."""
     x, plan = numbered(batch, split.plan.tokens), split.plan
     probes = set()
@@ -258,7 +261,7 @@ def test_split_takes_the_tokens_that_it_says(split: Split, batch: int) -> None:
 
 
 def test_a_prompt_without_probes_keeps_blocks_whole() -> None:
-    split = Split(Plan(head=4, blocks=2, block_size=4, tail=3), probe_every=0)
+    split = TokenSplit(Plan(head=4, blocks=2, block_size=4, tail=3), probe_every=0)
     assert (split.probes, split.dense_tokens) == (0, 7)
     blocks = split.blocks(numbered(1, 15, 1))
     assert np.array_equal(np.array(split.rest(blocks)), np.array(blocks))
@@ -266,6 +269,6 @@ def test_a_prompt_without_probes_keeps_blocks_whole() -> None:
 
 @pytest.mark.parametrize("every, probes", [(2, 4), (4, 2), (8, 1)])
 def test_probes_per_block(every: int, probes: int) -> None:
-    split = Split(Plan(head=8, blocks=3, block_size=8, tail=9), every)
+    split = TokenSplit(Plan(head=8, blocks=3, block_size=8, tail=9), every)
     assert split.probes == probes
     assert split.dense_tokens == 8 + 3 * probes + 9

@@ -5,8 +5,8 @@ import reference
 from hypothesis import assume, given
 from hypothesis import strategies as st
 
-from mlx_fastforward.config import ConfigError
-from mlx_fastforward.schedule import layerwise, neurons_kept, uniform
+from mlx_fastforward.errors import ConfigError
+from mlx_fastforward.neurons.schedule import layerwise, neurons_kept, uniform
 
 SPARSITY = st.floats(0, 0.99)
 IMPORTANCES = st.lists(

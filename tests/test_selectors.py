@@ -9,22 +9,21 @@ from hypothesis import given
 from hypothesis import strategies as st
 from mlx_lm.models import gemma2
 
-from mlx_fastforward.families import FAMILIES
-from mlx_fastforward.ffn import GatedFFN
-from mlx_fastforward.plan import plan_call
-from mlx_fastforward.selectors import (
+from mlx_fastforward.model.families import FAMILIES
+from mlx_fastforward.model.ffn import GatedFFN
+from mlx_fastforward.neurons.predictor import PredictorWeights, parts
+from mlx_fastforward.neurons.selectors import (
     FirstBlock,
     Oracle,
-    PredictorWeights,
     Probe,
-    Seen,
     Selector,
+    SelectorInputs,
     Trained,
     at_least_one,
     neuron_scores,
-    parts,
     top_neurons,
 )
+from mlx_fastforward.tokens.plan import plan_call
 
 D, F, N, HEAD, DENSE = 32, 64, 8, 8, 21
 SCORES = ["weighted", "griffin"]
@@ -60,7 +59,7 @@ class Layer:
         dtype: mx.Dtype = mx.float32,
         scale: float = 1.0,
         memory: Optional[dict] = None,
-    ) -> tuple[Seen, np.ndarray, np.ndarray]:
+    ) -> tuple[SelectorInputs, np.ndarray, np.ndarray]:
         """A call, its block tokens (M, N, d) and dense tokens (batch, T, d) in float64.
 
         Dense tokens are noisy block tokens, so that likeness has something to find.
@@ -74,7 +73,7 @@ class Layer:
         x, dense = (to_numpy(a) for a in low)
         z = to_mx(self.z(dense))
         masks = None if valid is None else (to_mx(valid[0]), to_mx(valid[1]))
-        return Seen(low[0], low[1], z, head, masks, memory or {}), x, dense
+        return SelectorInputs(low[0], low[1], z, head, masks, memory or {}), x, dense
 
     def masks(self, batch: int = 2, blocks: int = 3) -> tuple[np.ndarray, np.ndarray]:
         """Padding anywhere, but one token of each block is real and sampled."""
@@ -485,7 +484,9 @@ def test_large_blocks_take_the_best_part(kind: Callable, padded: bool) -> None:
     if padded:
         valid[1, 256:] = 0
         each[1] = each[1][:2]
-    seen = Seen(x, x[:, :0], x[:, :0], valid=(valid, valid[:, :0]) if padded else None)
+    seen = SelectorInputs(
+        x, x[:, :0], x[:, :0], valid=(valid, valid[:, :0]) if padded else None
+    )
     found = selector(0, layer.ffn, seen)
     assert mx.allclose(found, mx.stack([e.max(axis=0) for e in each]), atol=1e-5)
 

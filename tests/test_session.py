@@ -12,9 +12,9 @@ from mlx_lm.utils import load
 from models import BLOCK
 
 from mlx_fastforward import attach, detach, stream_generate
-from mlx_fastforward.attachment import engine_of
+from mlx_fastforward.attachment import engine_of, switched
 from mlx_fastforward.demo import MODEL as DEMO
-from mlx_fastforward.session import Session, TemplateError, common_prefix, switched
+from mlx_fastforward.session import Session, TemplateError, common_prefix
 
 VOCAB = 4096
 LONG = "Keawe was poor, brave, and active; he could read and write. " * 3

@@ -1,4 +1,4 @@
-"""What is captured and kept, what layers attend to, and what an adapter is judged by."""
+"""What is captured and kept, what layers attend to, and what a predictor is judged by."""
 
 import math
 from pathlib import Path
@@ -12,18 +12,12 @@ import pytest
 import reference
 from mlx_lm.models import llama as llama_module
 
-from mlx_fastforward import PrefillConfig, attach, detach, load_adapter
+from mlx_fastforward import PrefillConfig, attach, detach, load_predictor
 from mlx_fastforward.attachment import engine_of
 from mlx_fastforward.continuation import continuation, divergence
-from mlx_fastforward.selectors import PredictorWeights
-from mlx_fastforward.train import importance, judge
-from mlx_fastforward.train.capture import (
-    SCORES,
-    block_norms,
-    capture,
-    ffns_of,
-    tapped,
-)
+from mlx_fastforward.neurons.predictor import PredictorWeights
+from mlx_fastforward.train import importance, quality
+from mlx_fastforward.train.capture import SCORES, block_norms, capture, ffns_of, tapped
 from mlx_fastforward.train.store import BLOCKS, SEQUENCES, Batches, Store
 
 BLOCK, D, F, LAYERS = models.BLOCK, models.HIDDEN, models.FFN, models.LAYERS
@@ -440,13 +434,13 @@ def distances(
     late: bool = False,
     ticks: Optional[list[int]] = None,
 ) -> Any:
-    path = models.save_random_adapter(
+    path = models.save_random_predictor(
         model, folder / "a", predictor="token-wise", compensator=compensator
     )
     done: list[int] = [] if ticks is None else ticks
     return judge.drift(
         model,
-        load_adapter(path),
+        load_predictor(path),
         sequences,
         sparsity,
         BLOCK,

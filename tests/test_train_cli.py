@@ -18,9 +18,9 @@ import models
 import pytest
 from typer.testing import CliRunner, Result
 
-from mlx_fastforward.adapter import BaseModel
 from mlx_fastforward.cli import app
-from mlx_fastforward.finding import adapter_for
+from mlx_fastforward.predictors.file import BaseModel
+from mlx_fastforward.predictors.search import predictor_for
 from mlx_fastforward.train import estimate, report
 from mlx_fastforward.train import run as run_module
 from mlx_fastforward.train import state as state_module
@@ -128,11 +128,11 @@ def test_a_run(tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> N
     for module in (run_module, state_module):
         monkeypatch.setattr(module, "HELD_OUT", 2)
     done = good("--tokens", 4096, "--length", 600, "--steps", 4, "--model", tiny)
-    out = tmp_path / "home" / "adapters" / "tiny-model"
+    out = tmp_path / "home" / "predictors" / "tiny-model"
     assert left(out) == FILES
     assert (out / "report.png").read_bytes().startswith(b"\x89PNG\r\n\x1a\n")
     model: Any = models.tiny("llama", vocab=4096)
-    found = adapter_for(str(tiny), BaseModel.of(model))
+    found = predictor_for(str(tiny), BaseModel.of(model))
     assert found is not None and found.source == str(out)
     assert found.base.name == "tiny model"
     told = done.stdout.splitlines()
@@ -143,7 +143,7 @@ def test_a_run(tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> N
     for arm, line in zip(arms, told[3:6]):
         values = r"KL \d\.\d{4}, top-1 agreement \d+\.\d%"
         assert re.fullmatch(rf"at 50 %, {arm}: {values}", line)
-    assert told[6:] == [f"adapter: {out} (with report.json and report.png)"]
+    assert told[6:] == [f"predictor: {out} (with report.json and report.png)"]
     (line,) = done.stderr.splitlines()
     assert line.startswith("Up to 4,096 tokens; 0.00 GB of disk in ")
 
@@ -167,7 +167,7 @@ def test_the_demo_model_is_the_default(
     monkeypatch.setenv("MLX_FASTFORWARD_HOME", str(tmp_path))
     run = begun(monkeypatch)
     assert run.base.name == "demo model" and run.settings.data == "bundled"
-    assert run.out == tmp_path / "adapters" / "demo-model"
+    assert run.out == tmp_path / "predictors" / "demo-model"
 
 
 def test_flags_reach_the_run(
@@ -292,10 +292,10 @@ def test_an_adapter_that_is_there_is_replaced_only_when_told(
 ) -> None:
     """And not before the new one is finished."""
     out = tmp_path / "out"
-    models.save_random_adapter(models.tiny("llama", vocab=4096), out)
+    models.save_random_predictor(models.tiny("llama", vocab=4096), out)
     before = [(out / name).read_bytes() for name in FILES[:2]]
     assert bad(1, *flags) == (
-        f"{out} holds an adapter: --overwrite replaces it, --out puts the new one elsewhere."
+        f"{out} holds a predictor: --overwrite replaces it, --out puts the new one elsewhere."
     )
     interrupted("judge", monkeypatch, *flags, "--overwrite")
     assert [(out / name).read_bytes() for name in FILES[:2]] == before
@@ -432,7 +432,7 @@ def test_another_run_is_not_gone_on_with(
     assert '"token-wise"' in before and '"pooled"' in after
 
 
-@pytest.mark.parametrize("last", ["write_report", "save_adapter", "forget"])
+@pytest.mark.parametrize("last", ["write_report", "save_predictor", "forget"])
 def test_a_crash_at_the_very_end(
     last: str,
     loaded: None,
@@ -440,7 +440,7 @@ def test_a_crash_at_the_very_end(
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """Before or after the adapter is written: the same command goes on."""
+    """Before or after the predictor is written: the same command goes on."""
     with monkeypatch.context() as patch:
         if last == "forget":
             patch.setattr(run_module, "forget", interrupt)
@@ -455,7 +455,7 @@ def test_starting_anew_replaces_no_adapter_unless_told(
     loaded: None, flags: Flags, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     out = tmp_path / "out"
-    models.save_random_adapter(models.tiny("llama", vocab=4096), out)
+    models.save_random_predictor(models.tiny("llama", vocab=4096), out)
     interrupted("predictors", monkeypatch, *flags, "--overwrite")
     assert "--overwrite replaces it" in bad(1, *flags, "--restart", "--seed", 5)
     assert (out / WORK / "state.json").exists()
@@ -495,7 +495,7 @@ def stopped(args: Flags, work: Path, moment: Condition, sign: int) -> tuple[int,
 
 
 def test_a_run_that_is_killed_again_and_again(tmp_path: Path, flags: Flags) -> None:
-    """The same command ends with the adapter of a run that nobody disturbed."""
+    """The same command ends with the predictor of a run that nobody disturbed."""
     flags = [*QUICK, "--compensator", "low-rank", *flags[len(QUICK) :]]
     good(*flags)
     again = [*flags[:-1], tmp_path / "again"]

@@ -1,4 +1,4 @@
-"""What adapters are fitted on: places in files, and sequences that depend on their number alone."""
+"""What predictors are fitted on: places in files, and sequences that depend on their number alone."""
 
 import itertools
 import json
@@ -17,7 +17,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from loopback_hub import Handler, Hub, environment
 
-from mlx_fastforward.config import FastForwardError
+from mlx_fastforward.errors import FastForwardError
 from mlx_fastforward.train.data import (
     BUNDLED,
     PIECE,
@@ -558,6 +558,8 @@ def test_data_sets_are_downloaded_once_and_texts_only(tmp_path: Path) -> None:
     assert done.returncode == 0, done.stderr
     first, again, unknown = done.stdout.splitlines()
     assert first == again == repr([PROSE])
-    assert unknown.startswith("AdapterError data 'user/unknown' is not a local folder")
+    assert unknown.startswith(
+        "PredictorError data 'user/unknown' is not a local folder"
+    )
     files = [p for p in hub.asked if "/resolve/" in p and p.endswith("/a.txt")]
     assert 1 <= len(files) <= 2 and not any("photo" in p for p in hub.asked)

@@ -14,22 +14,22 @@ import reference
 import torch
 from mlx.utils import tree_flatten
 
-from mlx_fastforward.compensators import (
+from mlx_fastforward.files import replace
+from mlx_fastforward.model.ffn import GatedFFN
+from mlx_fastforward.neurons.compensators import (
     Compensator,
     LowRankCompensator,
     LowRankWeights,
     MLPCompensator,
     MLPWeights,
 )
-from mlx_fastforward.ffn import GatedFFN
 from mlx_fastforward.train import descent, low_rank, mlp
 from mlx_fastforward.train.capture import ffns_of
 from mlx_fastforward.train.descent import Descent
-from mlx_fastforward.train.lost import dropped, error_left, marked
 from mlx_fastforward.train.low_rank import Directions, fit_low_rank, solve
 from mlx_fastforward.train.mlp import fit_mlp
 from mlx_fastforward.train.predictor import KINDS, RATE, labels, loss, weights_of
-from mlx_fastforward.train.state import replace
+from mlx_fastforward.train.reconstruction import dropped, error_left, marked
 
 BLOCK, D, F = models.BLOCK, models.HIDDEN, models.FFN
 LAYERS, RANK, BLOCKS = 2, 5, 6

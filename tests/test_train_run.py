@@ -14,10 +14,10 @@ import models
 import numpy as np
 import pytest
 
-from mlx_fastforward import AdapterError, attach, load_adapter
-from mlx_fastforward.adapter import BaseModel
-from mlx_fastforward.compensators import LowRankCompensator, MLPCompensator
-from mlx_fastforward.train import descent, estimate, judge, report
+from mlx_fastforward import PredictorError, attach, load_predictor
+from mlx_fastforward.neurons.compensators import LowRankCompensator, MLPCompensator
+from mlx_fastforward.predictors.file import BaseModel
+from mlx_fastforward.train import descent, estimate, quality, report
 from mlx_fastforward.train import run as run_module
 from mlx_fastforward.train import state as state_module
 from mlx_fastforward.train.capture import capture
@@ -169,18 +169,18 @@ def test_an_adapter_of_every_kind(
         SMALL, predictor=predictor, compensator=compensator, sequential=sequential
     )
     prepared(tmp_path, parts, replace(settings, rank=6, compensator_rank=3))()
-    model, adapter = fresh(), load_adapter(tmp_path)
-    adapter.check(BaseModel.of(model))
-    assert type(adapter.compensator) is KINDS[compensator]
-    assert adapter.predictors is not None and len(adapter.predictors) == LAYERS
+    model, predictor = fresh(), load_predictor(tmp_path)
+    predictor.check(BaseModel.of(model))
+    assert type(predictor.compensator) is KINDS[compensator]
+    assert predictor.layers is not None and len(predictor.layers) == LAYERS
     pooled = predictor == "pooled"
-    for weights in adapter.predictors:
+    for weights in predictor.layers:
         assert (weights.query is not None) == pooled == (weights.bias is None)
         assert weights.w1.shape == (D, 6)
         assert weights.w2.shape == ((6 if pooled else 12), F)
-    assert adapter.importances is not None and len(adapter.importances) == LAYERS
-    assert all(0 < s <= 1 for s in adapter.importances)
-    engine = attach(model, models.settings(selector="trained"), adapter=adapter)
+    assert predictor.importances is not None and len(predictor.importances) == LAYERS
+    assert all(0 < s <= 1 for s in predictor.importances)
+    engine = attach(model, models.settings(selector="trained"), predictor=predictor)
     dense = models.prefill(fresh(), models.token_ids(60))[0]
     with engine.prompt(60) as tally:
         sparse = models.prefill(model, models.token_ids(60))[0]
@@ -189,7 +189,7 @@ def test_an_adapter_of_every_kind(
 
 def test_what_the_adapter_says_of_itself(tmp_path: Path, parts: Parts) -> None:
     made = prepared(tmp_path, parts, replace(MLP, seed=3))()
-    info = load_adapter(tmp_path).details
+    info = load_predictor(tmp_path).details
     assert info["base_model"]["name"] == "tiny"
     assert info["predictor"] == {"kind": "token-wise", "rank": 8}
     wanted = {"kind": "mlp", "rank": 4, "activation": "silu"}
@@ -205,7 +205,7 @@ def test_what_the_adapter_says_of_itself(tmp_path: Path, parts: Parts) -> None:
     }
     assert made | {"format": 1} == info
     told = json.loads((tmp_path / "report.json").read_text())
-    assert told.pop("importance") == load_adapter(tmp_path).importances
+    assert told.pop("importance") == load_predictor(tmp_path).importances
     curve = told.pop("curves")["dense"]
     assert [step for step, _, _ in curve] == list(range(1, 9)) and told == made
 
@@ -228,7 +228,7 @@ def test_the_dtype_is_the_models(dtype: mx.Dtype, tmp_path: Path, parts: Parts) 
     assert {t.dtype for n, t in tensors.items() if n != "importance"} == {dtype}
     model = fresh()
     model.set_dtype(dtype)
-    load_adapter(tmp_path).check(BaseModel.of(model))
+    load_predictor(tmp_path).check(BaseModel.of(model))
 
 
 def test_a_quantised_model_and_its_original_share_an_adapter(
@@ -237,19 +237,19 @@ def test_a_quantised_model_and_its_original_share_an_adapter(
     model = fresh()
     nn.quantize(model, 32, 8)
     made = prepared(tmp_path, parts, model=model)()
-    adapter = load_adapter(tmp_path)
-    adapter.check(BaseModel.of(fresh()))
+    predictor = load_predictor(tmp_path)
+    predictor.check(BaseModel.of(fresh()))
     assert all(e > 0 for e in made["calibration"]["error_removed"])
-    attach(model, models.settings(selector="trained"), adapter=adapter)
+    attach(model, models.settings(selector="trained"), predictor=predictor)
     assert np.isfinite(models.prefill(model, models.token_ids(60))[0]).all()
 
 
 @pytest.mark.parametrize("name", ["qwen2", "gemma2", "gemma3", "phi3"])
 def test_other_architectures(name: str, tmp_path: Path, parts: Parts) -> None:
     prepared(tmp_path, parts, replace(SMALL, compensator="none"), model=fresh(name))()
-    adapter = load_adapter(tmp_path)
-    adapter.check(BaseModel.of(fresh(name)))
-    assert adapter.predictors and adapter.importances
+    predictor = load_predictor(tmp_path)
+    predictor.check(BaseModel.of(fresh(name)))
+    assert predictor.layers and predictor.importances
 
 
 def test_the_phases_and_their_ticks(tmp_path: Path, parts: Parts) -> None:
@@ -457,7 +457,7 @@ def test_other_settings_do_not_go_on(
 ) -> None:
     run = prepared(tmp_path, parts, SMALL)
     run.state.save("capture dense")
-    with pytest.raises(AdapterError) as e:
+    with pytest.raises(PredictorError) as e:
         prepared(tmp_path, parts, replace(SMALL, **changed))()
     (name,) = changed
     text = str(e.value)
@@ -467,7 +467,7 @@ def test_other_settings_do_not_go_on(
 
 def test_another_model_does_not_go_on(tmp_path: Path, parts: Parts) -> None:
     prepared(tmp_path, parts).state.save("capture dense")
-    with pytest.raises(AdapterError, match=r"other settings \(fingerprint\)"):
+    with pytest.raises(PredictorError, match=r"other settings \(fingerprint\)"):
         prepared(tmp_path, parts, model=fresh(seed=4))()
 
 
@@ -477,7 +477,7 @@ def test_another_model_does_not_go_on(tmp_path: Path, parts: Parts) -> None:
 def test_a_damaged_state_is_told(text: str, tmp_path: Path, parts: Parts) -> None:
     (tmp_path / WORK).mkdir()
     (tmp_path / WORK / "state.json").write_bytes(text.encode("latin-1"))
-    with pytest.raises(AdapterError) as e:
+    with pytest.raises(PredictorError) as e:
         prepared(tmp_path, parts)()
     line = str(e.value)
     assert "\n" not in line and str(tmp_path / WORK) in line
@@ -503,7 +503,7 @@ def test_minutes_cut_everything_short(tmp_path: Path, parts: Parts) -> None:
     found = prepared(tmp_path, parts, settings)()
     assert found["calibration"]["tokens"] <= 3 * LENGTH
     assert curves_of(tmp_path)["dense"][-1][0] == 20
-    load_adapter(tmp_path).check(BaseModel.of(fresh()))
+    load_predictor(tmp_path).check(BaseModel.of(fresh()))
 
 
 def test_plenty_of_minutes_change_nothing(tmp_path: Path, parts: Parts) -> None:
@@ -544,7 +544,7 @@ def test_steps_are_timed_on_a_network_that_is_thrown_away(
 
 def test_texts_that_fill_no_block(tmp_path: Path) -> None:
     parts = parts_of(write_lines(tmp_path / "a.jsonl", [2] * 40))
-    with pytest.raises(AdapterError) as e:
+    with pytest.raises(PredictorError) as e:
         prepared(tmp_path / "out", parts)()
     line = str(e.value)
     assert line.startswith("no sequence fills a block of 8 tokens; ")
@@ -552,7 +552,7 @@ def test_texts_that_fill_no_block(tmp_path: Path) -> None:
 
 def test_texts_of_nothing(tmp_path: Path) -> None:
     parts = parts_of(write_lines(tmp_path / "a.jsonl", [0] * 40))
-    with pytest.raises(AdapterError, match="holds no text"):
+    with pytest.raises(PredictorError, match="holds no text"):
         prepared(tmp_path / "out", parts)()
 
 
@@ -588,7 +588,7 @@ def test_a_second_half_that_fills_no_block(compensator: str, tmp_path: Path) -> 
         part.lines.sort(key=lambda place: place.start)
     settings = replace(SEQUENTIAL, compensator=compensator, tokens=900)
     prepared(tmp_path / "out", parts, settings)()
-    assert load_adapter(tmp_path / "out").predictors
+    assert load_predictor(tmp_path / "out").predictors
 
 
 # What it takes

@@ -11,10 +11,10 @@ import pytest
 from rich.console import Console
 
 from mlx_fastforward import PrefillConfig, attach, detach, tune
-from mlx_fastforward.cli import tuning
+from mlx_fastforward.cli import first_use
 from mlx_fastforward.engine import Engine
-from mlx_fastforward.ffn import GatedFFN
-from mlx_fastforward.limits import Shape
+from mlx_fastforward.model.ffn import GatedFFN
+from mlx_fastforward.tokens.flops import Shape
 from mlx_fastforward.tune import Choice
 
 SHAPE = Shape.of(models.tiny("llama"))

@@ -11,7 +11,7 @@ from huggingface_hub import ModelCard
 from loopback_hub import TOKEN, Done, Hub, process, refusal, several
 from typer.testing import CliRunner
 
-from mlx_fastforward import save_adapter
+from mlx_fastforward import save_predictor
 from mlx_fastforward.cli import app
 
 PROMPT = "Keawe was poor, brave, and active; he could read and write. " * 6
@@ -23,13 +23,13 @@ BASE = "mlx-community/Tiny-4bit"
 
 @pytest.fixture(scope="module")
 def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    """A model, its adapter, and adapters that differ from that one in one thing."""
+    """A model, its predictor, and predictors that differ from that one in one thing."""
     home = tmp_path_factory.mktemp("folders")
     model = models.tiny("llama", vocab=4096)
     folders = {"model": models.save_folder(model, home / "model")}
     for name in ("plain", "newer", "named", "carded", "damaged", "miscarded", "binary"):
         rank = 8 if name == "newer" else 4
-        folders[name] = models.save_random_adapter(model, home / name, rank)
+        folders[name] = models.save_random_predictor(model, home / name, rank)
     rename(folders["named"], BASE)
     (folders["carded"] / CARD).write_text(OWN_CARD)
     (folders["miscarded"] / CARD).write_text("---\ntags: [mlx\n---\n")
@@ -42,11 +42,11 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 
 
 def rename(folder: Path, name: str) -> None:
-    """Let an adapter say which model it is for, and how well it is made."""
+    """Let a predictor say which model it is for, and how well it is made."""
     info = json.loads((folder / JSON).read_text())
     info["base_model"]["name"] = name
     info["calibration"] = {"tokens": 4096, "text": "a | b"}
-    save_adapter(folder, info, dict(mx.load(str(folder / WEIGHTS))))
+    save_predictor(folder, info, dict(mx.load(str(folder / WEIGHTS))))
 
 
 @pytest.fixture
@@ -92,17 +92,17 @@ def test_an_uploaded_adapter_works_from_the_hub_and_then_offline(
     assert {f.name for f in arrived.iterdir()} == {JSON, WEIGHTS, CARD}
     assert len(hub.commits) == 1
     model = str(folders["model"])
-    base = [*GENERATE, "--model", model, "--adapter"]
+    base = [*GENERATE, "--model", model, "--predictor"]
     got = said(process(hub, tmp_path, *base, name))
-    assert got["settings"]["adapter"] == name
+    assert got["settings"]["predictor"] == name
     del hub.asked[:]
     local, offline, listed, fitting, again = several(
         hub,
         tmp_path,
         [*base, str(plain)],
         [*base, name],
-        ["adapters"],
-        ["adapters", "--model", model],
+        ["predictors"],
+        ["predictors", "--model", model],
         command(plain, name),
         HF_HUB_OFFLINE="1",
     )
@@ -110,9 +110,9 @@ def test_an_uploaded_adapter_works_from_the_hub_and_then_offline(
     assert got["ffn_sparsity"] == said(local)["ffn_sparsity"] > 0.1
     assert hub.asked == [] and len(hub.commits) == 1
     assert refusal(again).startswith(f"{name}: the hub cannot be reached (")
-    for adapters in (listed, fitting):
-        assert (adapters.code, adapters.stderr) == (0, "")
-        first, what, parts = adapters.stdout.splitlines()
+    for predictors in (listed, fitting):
+        assert (predictors.code, predictors.stderr) == (0, "")
+        first, what, parts = predictors.stdout.splitlines()
         assert first == name  # chat takes it only when it is named
         assert what == "    for tiny: 4 layers, hidden 32, FFN 128"
         assert parts.startswith("    pooled predictor rank 4 (float32, 0.0")
@@ -169,7 +169,7 @@ def check_card(folder: Path, repo: str, base: Optional[str]) -> None:
     assert card.data.pipeline_tag == "text-generation"
     assert set(card.data.tags) == {"mlx", "mlx-fastforward"}
     assert card.text.lstrip().startswith(f"# {repo}\n")
-    usage = f"mlx_fastforward chat --model {base or 'MODEL'} --adapter {repo} "
+    usage = f"mlx_fastforward chat --model {base or 'MODEL'} --predictor {repo} "
     assert f"\n{usage}--sparsity 0.5\n" in card.text
     rows = [r for r in card.text.splitlines() if r.startswith("| ")]
     shape = "4 layers, hidden 32, FFN 128"
@@ -191,7 +191,7 @@ def test_what_cannot_be_uploaded_is_refused_before_anything_is_sent(
         *(command(plain, name) for name in names),
         HF_TOKEN=TOKEN,
     )
-    assert refusal(nothing).startswith(f"no adapter in {empty}: expected the files")
+    assert refusal(nothing).startswith(f"no predictor in {empty}: expected the files")
     assert refusal(cut).startswith(f"{damaged / WEIGHTS} cannot be read: ")
     for name, done in zip(names, misnamed):
         line = refusal(done, code=2)

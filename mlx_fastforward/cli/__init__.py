@@ -6,7 +6,6 @@ from typing import Annotated
 import typer
 
 from ..version import __version__
-from .adapters import adapters
 from .bench import bench
 from .chat import chat
 from .convert import convert
@@ -14,6 +13,7 @@ from .demo import demo
 from .eval import evaluate
 from .generate import generate
 from .inspect import inspect
+from .predictors import predictors
 from .train import train
 from .tune import tune
 from .upload import upload
@@ -56,7 +56,7 @@ app.command()(inspect)
 app.command()(tune)
 app.command()(train)
 app.command()(convert)
-app.command()(adapters)
+app.command()(predictors)
 app.command()(upload)
 
 

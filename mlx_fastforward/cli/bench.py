@@ -9,20 +9,14 @@ from rich.console import Console
 from rich.progress import Progress
 from rich.table import Table
 
-from ..config import ConfigError, PrefillConfig
+from ..config import STRATEGIES, DeviceSettings, PrefillConfig
+from ..errors import ConfigError
 from . import options as o
-from .common import interruptible, one_line_errors
-from .measuring import (
-    check_dtype,
-    check_files,
-    dtype_name,
-    numbers,
-    public_name,
-    stock_model,
-    write,
-    write_json,
-)
-from .tuning import tune_once
+from .errors import interruptible, one_line_errors
+from .first_use import tuned
+from .inputs import DTYPES, check_choice, numbers
+from .models import dtype_name, public_name, stock_model
+from .outputs import check_files, write, write_json
 
 
 def bench(
@@ -79,7 +73,7 @@ def bench(
             show_default=False,
         ),
     ] = None,
-    adapter: o.Adapter = None,
+    predictor: o.Predictor = None,
     compensator: o.Compensator = "auto",
     trust_remote_code: o.TrustRemoteCode = False,
     no_tune: o.NoTune = False,
@@ -103,14 +97,14 @@ def bench(
     with one_line_errors(), interruptible():
         import mlx.core as mx
 
-        from ..attachment import attach, detach
-        from ..bench import ttft
+        from ..attachment import engine_for
         from ..bench.environment import describe
+        from ..bench.speed import ttft
 
         check_files(json_file, png)
         sizes = numbers("--contexts", contexts, int) if contexts else None
         net, tokenizer, side = _model(
-            model, random, layers, q_bits, dtype, adapter, trust_remote_code
+            model, random, layers, q_bits, dtype, predictor, trust_remote_code
         )
         configs = [
             PrefillConfig(s, selector=name, compensator=compensator)
@@ -125,12 +119,11 @@ def bench(
         console = Console(stderr=True)
         engines = []
         for config in configs:
-            for arm in _arms(config, blocks, ways):
-                engine = attach(net, arm, adapter=side)
+            for arm, device in _arms(config, blocks, ways):
+                engine = engine_for(net, arm, side, device=device)
                 if not no_tune and not blocks and not ways:
-                    tune_once(net, engine, console)
+                    engine = engine.on(tuned(net, engine, console))
                 engines += _attention_arms(engine, queries)
-                detach(net)
         sizes = sizes or _contexts(net)
         rows: list[ttft.Row] = []
         with Progress(console=console, disable=not console.is_terminal) as bar:
@@ -166,41 +159,41 @@ def _model(
     layers: Optional[int],
     q_bits: int,
     dtype: Optional[str],
-    adapter: Optional[str],
+    predictor: Optional[str],
     trust_remote_code: bool,
 ) -> tuple[Any, Any, Any]:
-    """The model, stock, its tokenizer and its adapter."""
+    """The model, stock, its tokenizer and its predictor."""
     import mlx.core as mx
     from mlx_lm.utils import load_tokenizer
 
     from .. import demo
-    from ..bench import shapes
+    from ..bench.speed import shapes
 
     if q_bits not in (0, 2, 3, 4, 5, 6, 8):
         raise ConfigError(f"--q-bits must be 2, 3, 4, 5, 6 or 8, or 0; got {q_bits}.")
     if random is not None and model is not None:
         raise ConfigError("give --model or --random, not both.")
-    check_dtype(dtype)
+    check_choice("--dtype", dtype, DTYPES)
     if random is None:
         if layers or q_bits:
             raise ConfigError("--layers and --q-bits go with --random.")
-        return stock_model(model, dtype, adapter, trust_remote_code)
+        return stock_model(model, dtype, predictor, trust_remote_code)
     if random not in shapes.SHAPES:
         known = ", ".join(shapes.SHAPES)
         raise ConfigError(f"--random must be one of {known}; got {random}.")
     usual = "bfloat16" if mx.default_device() == mx.gpu else "float32"
     net = shapes.random_model(random, layers, getattr(mx, dtype or usual), q_bits)
-    return net, load_tokenizer(demo.MODEL), shapes.random_adapter(net)
+    return net, load_tokenizer(demo.MODEL), shapes.random_predictor(net)
 
 
 def _arms(
     config: PrefillConfig, blocks: Optional[list[int]], ways: Optional[list[str]]
-) -> list[PrefillConfig]:
+) -> list[tuple[PrefillConfig, DeviceSettings]]:
     """Every block size with every strategy."""
     return [
-        replace(config, block_size=block, strategy=way)
-        for block in blocks or [config.block_size]
-        for way in ways or [config.strategy]
+        (replace(config, block_size=block), DeviceSettings(strategy=way))
+        for block in blocks or (None,)
+        for way in ways or STRATEGIES[:1]
     ]
 
 
@@ -208,12 +201,12 @@ def _attention_arms(engine: Any, queries: list[int]) -> list[Any]:
     """The engine with every attention block that was asked for; as it is if none was."""
     if not queries:
         return [engine]
-    configs = [replace(engine.config, attention_block=rows) for rows in queries]
-    return [replace(engine, config=config, call=None) for config in configs]
+    devices = [replace(engine.device, attention_block=rows) for rows in queries]
+    return [engine.on(device) for device in devices]
 
 
 def _contexts(net: Any) -> list[int]:
-    from ..families import context_length
+    from ..model.families import context_length
 
     limit = context_length(net) or 4096
     return [c for c in (512, 1024, 2048, 4096) if c + 32 <= limit] or [limit // 2]
@@ -222,7 +215,7 @@ def _contexts(net: Any) -> list[int]:
 def _write(
     report: dict[str, Any], rows: Any, json_file: Optional[Path], png: Optional[Path]
 ) -> None:
-    from ..bench.picture import picture
+    from ..bench.speed.picture import picture
 
     env = report["environment"]
     title = f"{env['model']}, {env['dtype']}, {env['device']}, mlx {env['mlx']}"
@@ -231,7 +224,7 @@ def _write(
 
 
 def _show(rows: Any, environment: dict[str, Any]) -> None:
-    from ..bench.ttft import arm_name
+    from ..bench.speed.ttft import arm_name
 
     print(", ".join(f"{k} {v}" for k, v in environment.items()))
     table = Table(

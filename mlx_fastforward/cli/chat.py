@@ -10,20 +10,20 @@ import typer
 from rich.console import Console
 from rich.text import Text
 
-from ..config import BLOCK_SIZE as BLOCK
 from . import options as o
-from .common import (
+from .errors import one_line_errors
+from .first_use import tune_first
+from .inputs import (
+    check_choice,
     check_lengths,
     length_warning,
-    load_model,
-    one_line_errors,
     read_text,
     sampling,
-    status_line,
     template_config,
 )
+from .models import load_model
+from .outputs import status_line
 from .terminal import Lines, prefill_progress, show_compared
-from .tuning import tune_first
 
 HELP = """\
 /file PATH   put a document before the next message
@@ -44,12 +44,7 @@ def chat(
     block_size: o.BlockSize = None,
     no_tune: o.NoTune = False,
     selector: o.Selector = "auto",
-    adapter: o.Adapter = None,
-    compensator: o.Compensator = "auto",
-    schedule: o.Schedule = "auto",
-    dense_head: o.DenseHead = True,
-    dense_tail: o.DenseTail = True,
-    sparse_decode: o.SparseDecode = False,
+    predictor: o.Predictor = None,
     max_tokens: o.MaxTokens = 256,
     temp: o.Temp = 0.0,
     top_p: o.TopP = 1.0,
@@ -72,20 +67,16 @@ def chat(
       echo "Who was Alice?" | mlx_fastforward chat > answer.txt
     """
     with one_line_errors():
-        check_lengths(max_tokens, prefill_step_size, block_size or BLOCK)
+        check_lengths(max_tokens, prefill_step_size, block_size)
+        check_choice("--selector", selector, o.SELECTORS)
         template = template_config(chat_template_config)
         document = read_text(file) if file is not None else None
         net, tokenizer = load_model(
             model,
             sparsity=sparsity,
-            block_size=block_size or BLOCK,
+            block_size=block_size,
             selector=selector,
-            adapter=adapter,
-            compensator=compensator,
-            schedule=schedule,
-            dense_head=dense_head,
-            dense_tail=dense_tail,
-            sparse_decode=sparse_decode,
+            predictor=predictor,
             adapter_path=adapter_path,
             trust_remote_code=trust_remote_code,
         )
@@ -150,20 +141,21 @@ class Chat:
             print(f"mlx_fastforward: {text}", file=sys.stderr)
 
     def why_dense(self) -> str:
-        if self.engine.tuned_dense:
+        if self.engine.device.dense:
             return "dense prefill is the fastest on this device; start with --no-tune"
         return "this chat was started with --sparsity 0; start it with more"
 
     def banner(self, model: Optional[str], file: Optional[Path]) -> None:
         if not self.interactive:
             return
-        config = self.engine.config
+        engine = self.engine
         mode = "dense (stock mlx-lm)"
-        if self.engine.tuned_dense:
+        if engine.device.dense:
             mode += ", the fastest on this device; --no-tune runs sparsely"
-        if config.sparsity:
-            mode = f"{config.sparsity:.0%} of FFN neurons dropped per {config.block_size} tokens"
-            mode += f", selector {self.engine.selector.name}"
+        if engine.sparse:
+            share, tokens = engine.config.sparsity, engine.block_size
+            mode = f"{share:.0%} of FFN neurons dropped per {tokens} tokens"
+            mode += f", selector {engine.selector.name}"
         self.console.print(Text("mlx_fastforward chat", style="bold"))
         if model is None:
             from .. import demo
@@ -177,8 +169,8 @@ class Chat:
         else:
             self.console.print(Text(f"model    {model}"))
         self.console.print(Text(f"prefill  {mode}"))
-        if self.engine.adapter is not None:
-            self.console.print(Text(f"adapter  {self.engine.adapter}"))
+        if engine.predictor is not None:
+            self.console.print(Text(f"weights  {engine.predictor}"))
         self.note("/help lists the commands")
 
     def run(self) -> None:
@@ -217,16 +209,18 @@ class Chat:
         return True
 
     def switch(self, sparse: bool) -> None:
-        if sparse and not self.engine.config.sparsity:
+        from ..attachment import switch
+
+        if sparse and not self.engine.sparse:
             self.problem(f"{self.why_dense()}.")
             return
-        self.engine.enabled = sparse
+        switch(self.session.model, sparse)
         self.session.forget_cache()
         how = "sparse" if sparse else "dense, as stock mlx-lm"
         self.note(f"Prefill is {how} now; the next message reads everything anew.")
 
     def load_document(self, name: str) -> None:
-        from ..config import FastForwardError
+        from ..errors import FastForwardError
 
         if not name:
             self.problem("usage: /file PATH")
@@ -242,7 +236,7 @@ class Chat:
 
     def turn(self, text: str) -> None:
         """Answer one message."""
-        from ..config import FastForwardError
+        from ..errors import FastForwardError
 
         message = f"{self.document}\n\n{text}" if self.document else text
         try:
@@ -277,7 +271,7 @@ class Chat:
         if self.last is None:
             self.problem("nothing to compare yet: ask something first.")
             return
-        if not self.engine.config.sparsity:
+        if not self.engine.sparse:
             self.problem(f"{self.why_dense()}.")
             return
         self.session.warm_up()

@@ -1,4 +1,4 @@
-"""mlx_fastforward convert: a trained checkpoint becomes an adapter."""
+"""mlx_fastforward convert: a trained checkpoint becomes a predictor."""
 
 import time
 from pathlib import Path
@@ -8,16 +8,12 @@ import typer
 from rich.console import Console
 from rich.progress import track
 
-from ..config import expanded, printable
+from ..errors import printable
+from ..files import expanded
 from . import options as o
-from .common import (
-    check_choice,
-    describe_base,
-    fail,
-    interruptible,
-    one_line_errors,
-)
-from .measuring import DTYPES
+from .errors import fail, interruptible, one_line_errors
+from .inputs import DTYPES, check_choice
+from .models import describe_base
 
 
 def convert(
@@ -33,7 +29,7 @@ def convert(
     out: Annotated[
         Optional[Path],
         typer.Option(
-            help="Folder of the adapter. Default: your adapters' folder, where chat looks.",
+            help="Folder of the predictor. Default: your predictors' folder, where chat looks.",
             show_default=False,
         ),
     ] = None,
@@ -76,11 +72,11 @@ def convert(
         ),
     ] = None,
     overwrite: Annotated[
-        bool, typer.Option("--overwrite", help="Replace an adapter that is there.")
+        bool, typer.Option("--overwrite", help="Replace a predictor that is there.")
     ] = False,
     trust_remote_code: o.TrustRemoteCode = False,
 ) -> None:
-    """Convert trained predictors and compensators into an adapter.
+    """Convert trained predictors and compensators into a predictor.
 
     Everything is checked against the model before anything is written.
 
@@ -90,12 +86,12 @@ def convert(
 
       mlx_fastforward convert checkpoint.safetensors --list
 
-      mlx_fastforward convert folder --map names.json --dtype float16 --quantize 8 --out adapter
+      mlx_fastforward convert folder --map names.json --dtype float16 --quantize 8 --out predictor
     """
     with one_line_errors(), interruptible():
-        from ..compensators import ACTIVATIONS
         from ..convert.naming import read_map
-        from ..selectors import QUANTIZATION_BITS
+        from ..neurons.compensators import ACTIVATIONS
+        from ..neurons.predictor import QUANTIZATION_BITS
 
         check_choice("--dtype", dtype, DTYPES)
         check_choice("--quantize", quantize, QUANTIZATION_BITS)
@@ -120,7 +116,7 @@ def convert(
 
 def _open(checkpoint: str) -> Any:
     from ..convert.files import EXPECTED, KINDS, open_checkpoint
-    from ..finding import download, looks_like_a_repository
+    from ..hub import download, looks_like_a_repository
 
     suffixes = [s for kind in KINDS.values() for s in kind]
     if Path(checkpoint).suffix in suffixes or not looks_like_a_repository(checkpoint):
@@ -163,10 +159,10 @@ def _convert(
     overwrite: bool,
     trust_remote_code: bool,
 ) -> None:
-    from ..adapter import JSON_NAME, save_adapter
     from ..convert import conversion
     from ..convert.files import describe
-    from ..finding import default_folder
+    from ..predictors.file import JSON_NAME, save_predictor
+    from ..predictors.search import default_folder
 
     start = time.perf_counter()
     base, own_dtype = describe_base(model, trust_remote_code)
@@ -175,7 +171,7 @@ def _convert(
         fail(f"{out} is a file; expected a folder to write to.")
     if (out / JSON_NAME).exists() and not overwrite:
         fail(
-            f"{out} holds an adapter: --overwrite replaces it, --out puts the new one elsewhere."
+            f"{out} holds a predictor: --overwrite replaces it, --out puts the new one elsewhere."
         )
     plan = conversion.plan(source, base, rules)
     _check_bits(bits, plan)
@@ -192,20 +188,19 @@ def _convert(
         tensors.update(made)
     info = conversion.information(plan, source, act, bits)
     try:
-        save_adapter(out, info, tensors)
+        save_predictor(out, info, tensors)
     except (OSError, RuntimeError) as e:
         fail(f"{out} cannot be written: {getattr(e, 'strerror', None) or e}.")
     size = sum(t.nbytes for t in tensors.values())
     rows = {
         "checkpoint": describe(source),
         "ignored": _ignored(plan.ignored),
-        "model": f"{base.name}: {base.model_type}, {base.layers} layers, "
-        f"hidden {base.hidden_size:,}, FFN {base.ffn_size:,}",
+        "model": f"{base.name}: {base.model_type}, {base.sizes()}",
         "predictor": _summary("predictor", plan, act, told, bits),
         "compensator": _summary("compensator", plan, act, told, bits),
         "importances": "one per layer" if plan.importance else "none",
         "note": "; ".join(plan.remarks),
-        "adapter": f"{out} ({dtype}, {size / 1e6:,.1f} MB, {time.perf_counter() - start:.1f} s)",
+        "predictor": f"{out} ({dtype}, {size / 1e6:,.1f} MB, {time.perf_counter() - start:.1f} s)",
     }
     for key, value in rows.items():
         if value:
@@ -221,15 +216,13 @@ def _ignored(names: list[str]) -> str:
 
 
 def _check_bits(bits: Optional[int], plan: Any) -> None:
-    from ..selectors import group_size
+    from ..neurons.predictor import group_size
 
     if bits and "predictor" not in plan.ranks:
         fail("--quantize is for predictors, and the checkpoint has none.", 2)
-    if bits and not group_size(plan.base.ffn_size):
-        fail(
-            f"--quantize needs a multiple of 32 neurons, the model has {plan.base.ffn_size}.",
-            2,
-        )
+    odd = [f for f in plan.base.widths if not group_size(f)]
+    if bits and odd:
+        fail(f"--quantize needs a multiple of 32 neurons, the model has {odd[0]}.", 2)
 
 
 def _summary(kind: str, plan: Any, act: str, told: bool, bits: Optional[int]) -> str:

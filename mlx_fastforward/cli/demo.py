@@ -8,7 +8,9 @@ from rich.console import Console
 from rich.table import Table
 
 from . import options as o
-from .common import check_lengths, load_model, one_line_errors
+from .errors import one_line_errors
+from .inputs import check_lengths
+from .models import load_model
 
 
 def demo(

@@ -9,27 +9,21 @@ import typer
 from rich.console import Console
 from rich.progress import Progress
 
-from ..config import BLOCK_SIZE, ConfigError, PrefillConfig
+from ..config import BLOCK_SIZE, PrefillConfig
+from ..errors import ConfigError
 from . import options as o
-from .benchmarks import chosen, run_benchmark
-from .common import interruptible, one_line_errors
-from .evaluation_tables import announce, show
-from .measuring import (
-    check_dtype,
-    check_files,
-    dtype_name,
-    numbers,
-    public_name,
-    stock_model,
-    write,
-    write_json,
-)
-from .tuning import tune_once
+from .errors import interruptible, one_line_errors
+from .eval_lm import chosen, run_benchmark
+from .eval_tables import announce, show
+from .first_use import tuned
+from .inputs import DTYPES, check_choice, numbers
+from .models import dtype_name, public_name, stock_model
+from .outputs import check_files, write, write_json
 
 
 def evaluate(
     model: o.Model = None,
-    adapter: o.Adapter = None,
+    predictor: o.Predictor = None,
     selectors: Annotated[
         str, typer.Option(help="auto, trained, probe, first-block, oracle.")
     ] = "auto",
@@ -115,7 +109,7 @@ def evaluate(
     """
     with one_line_errors(), interruptible():
         check_files(json_file, png)
-        blocks = [BLOCK_SIZE]
+        blocks: list[Optional[int]] = [None]
         if block_sizes:
             blocks = numbers("--block-sizes", block_sizes, int)
         configs = [
@@ -135,17 +129,14 @@ def evaluate(
         benchmark = chosen(longbench, mmlu, limit, lengths, png)
         asked = [] if benchmark else _tasks(tasks, data)
         sizes = numbers("--lengths", lengths, int) if lengths else None
-        check_dtype(dtype)
-        net, tokenizer, side = stock_model(model, dtype, adapter, trust_remote_code)
-        from ..bench.evaluation import evaluate as run
-        from ..bench.summaries import summaries, worst
-        from ..bench.tasks import build
+        check_choice("--dtype", dtype, DTYPES)
+        net, tokenizer, side = stock_model(model, dtype, predictor, trust_remote_code)
+        from ..bench.eval.evaluation import evaluate as run
+        from ..bench.eval.summaries import summaries, worst
+        from ..bench.eval.tasks import build
 
         console = Console(stderr=True, highlight=False)
-        if not block_sizes and not no_tune:
-            configs = [_tuned(net, config, side, console) for config in configs]
-        usual = set() if block_sizes else {BLOCK_SIZE}
-        arms, shortest = _arms(net, configs, side, usual)
+        arms, engines = _arms(net, configs, side, None if no_tune else console)
         if benchmark:
             table = run_benchmark(
                 benchmark, net, tokenizer, arms, side, tasks, limit, data, console
@@ -155,6 +146,7 @@ def evaluate(
         sizes = _lengths(net, sizes)
         with console.status("choosing prompts"):
             documents = build(tokenizer, asked, sizes, prompts, seed, data)
+        shortest = max(engine.shortest for engine in engines)
         announce(console, documents, [a.label for a in arms], shortest)
         start = time.perf_counter()
         with Progress(console=console, disable=not console.is_terminal) as bar:
@@ -172,7 +164,7 @@ def evaluate(
         seconds = time.perf_counter() - start
         found, bad = summaries(records), worst(records)
         settings = {
-            "adapter": public_name(side.source) if side else "none",
+            "predictor": public_name(side.source) if side else "none",
             "tasks": asked,
             "lengths": sizes,
             "prompts": prompts,
@@ -186,7 +178,10 @@ def evaluate(
             "environment": environment,
             "settings": settings,
             "seconds": round(seconds, 1),
-            "arms": [{"label": a.label, **asdict(a.config)} for a in arms],
+            "arms": [
+                {"label": arm.label, **asdict(arm.config), **engine.settings()}
+                for arm, engine in zip(arms, engines)
+            ],
             "summaries": [asdict(s) for s in found],
             "worst": [asdict(r) for r in bad],
             "records": [asdict(r) for r in records],
@@ -198,7 +193,7 @@ def evaluate(
 
 
 def _tasks(tasks: Optional[str], data: Optional[Path]) -> list[str]:
-    from ..bench.tasks import BUILT, TASKS
+    from ..bench.eval.tasks import BUILT, TASKS
 
     asked = [*BUILT, *(["qa"] if data else [])]
     if tasks is not None:
@@ -215,8 +210,8 @@ def _tasks(tasks: Optional[str], data: Optional[Path]) -> list[str]:
 
 def _lengths(net: Any, asked: Optional[list[int]]) -> list[int]:
     """Prompt lengths that leave room for the answers."""
-    from ..bench.tasks import ROOM, SHORTEST, default_lengths
-    from ..families import context_length
+    from ..bench.eval.tasks import ROOM, SHORTEST, default_lengths
+    from ..model.families import context_length
 
     context = context_length(net)
     if asked is None:
@@ -233,37 +228,30 @@ def _lengths(net: Any, asked: Optional[list[int]]) -> list[int]:
     return sorted(set(asked))
 
 
-def _tuned(
-    net: Any, config: PrefillConfig, side: Any, console: Console
-) -> PrefillConfig:
-    """The settings that chat would run with; where dense is faster, those asked for."""
-    from ..attachment import attach, detach
-
-    engine = attach(net, config, adapter=side)
-    detach(net)
-    tune_once(net, engine, console)
-    return config if engine.tuned_dense else engine.config
-
-
 def _arms(
-    net: Any, configs: list[PrefillConfig], side: Any, usual: set[int]
-) -> tuple[list[Any], int]:
-    """Arms named by what they run, and from which length on all of them read sparsely.
+    net: Any, configs: list[PrefillConfig], side: Any, console: Optional[Console]
+) -> tuple[list[Any], list[Any]]:
+    """Arms named by what they run, and their engines; tuned as for chat if there is a console.
 
-    Block sizes are named where there are several, those that are ``usual`` counted.
+    Where dense is fastest the settings that were asked for are measured. Block sizes are named
+    where they are not all the usual one.
     """
-    from ..attachment import attach, detach
-    from ..bench.evaluation import Arm, label, labels_of
+    from ..attachment import engine_for
+    from ..bench.eval.arms import Arm, label, labels_of
 
-    several = len({c.block_size for c in configs} | usual) > 1
-    arms, shortest = [], 0
+    engines = []
     for config in configs:
-        engine = attach(net, config, adapter=side)
-        arms.append(Arm(label(engine, several), config))
-        shortest = max(shortest, engine.shortest)
-    detach(net)
+        engine = engine_for(net, config, side)
+        if config.block_size is None and console is not None:
+            device = tuned(net, engine, console)
+            engine = engine if device.dense else engine.on(device)
+        engines.append(engine)
+    asked = any(config.block_size for config in configs)
+    usual = set() if asked else {BLOCK_SIZE}
+    several = len({e.block_size for e in engines} | usual) > 1
+    arms = [Arm(label(e, several), e.config, e.device) for e in engines]
     labels_of(arms)
-    return arms, shortest
+    return arms, engines
 
 
 def _environment(net: Any, model: Optional[str]) -> dict[str, Any]:
@@ -280,7 +268,7 @@ def _write(
     json_file: Optional[Path],
     png: Optional[Path],
 ) -> None:
-    from ..bench.evaluation_picture import picture
+    from ..bench.eval.picture import picture
 
     env = report["environment"]
     title = f"{env['model']}, {env['dtype']}, {env['device']}, mlx {env['mlx']}"

@@ -7,23 +7,22 @@ from typing import Annotated, Any, Optional
 import typer
 from rich.console import Console
 
-from ..config import BLOCK_SIZE as BLOCK
+from ..errors import LoadProblem
 from . import options as o
-from .common import (
+from .errors import fail, one_line_errors
+from .first_use import tune_first
+from .inputs import (
+    check_choice,
     check_lengths,
     decoded,
-    fail,
     length_warning,
-    load_model,
-    load_problems,
-    one_line_errors,
     read_text,
     sampling,
-    status_line,
     template_config,
 )
+from .models import load_model
+from .outputs import status_line
 from .terminal import prefill_progress
-from .tuning import tune_first
 
 
 def generate(
@@ -45,12 +44,7 @@ def generate(
     block_size: o.BlockSize = None,
     no_tune: o.NoTune = False,
     selector: o.Selector = "auto",
-    adapter: o.Adapter = None,
-    compensator: o.Compensator = "auto",
-    schedule: o.Schedule = "auto",
-    dense_head: o.DenseHead = True,
-    dense_tail: o.DenseTail = True,
-    sparse_decode: o.SparseDecode = False,
+    predictor: o.Predictor = None,
     max_tokens: o.MaxTokens = 100,
     temp: o.Temp = 0.0,
     top_p: o.TopP = 1.0,
@@ -115,26 +109,19 @@ def generate(
     """
     with one_line_errors():
         text = _prompt(prompt, prompt_option, file)
-        check_lengths(max_tokens, prefill_step_size, block_size or BLOCK)
-        settings = {
-            "sparsity": sparsity,
-            "block_size": block_size or BLOCK,
-            "selector": selector,
-            "compensator": compensator,
-            "schedule": schedule,
-            "dense_head": dense_head,
-            "dense_tail": dense_tail,
-            "sparse_decode": sparse_decode,
-        }
+        check_lengths(max_tokens, prefill_step_size, block_size)
+        check_choice("--selector", selector, o.SELECTORS)
         template = template_config(chat_template_config)
         if draft_model is not None and max_tokens < 0:
             fail("--max-tokens -1 does not go with --draft-model; give a number.", 2)
         net, tokenizer = load_model(
             model,
-            adapter=adapter,
+            predictor=predictor,
             adapter_path=adapter_path,
             trust_remote_code=trust_remote_code,
-            **settings,
+            sparsity=sparsity,
+            block_size=block_size,
+            selector=selector,
         )
         tune_first(net, block_size, no_tune)
         more: dict[str, Any] = {}
@@ -152,15 +139,13 @@ def generate(
 
         engine = engine_of(net)
         assert engine is not None
-        for name in ("sparsity", "block_size"):  # as tuned
-            settings[name] = getattr(engine.config, name)
         if seed is not None:
             mx.random.seed(seed)
         _run(
             net,
             tokenizer,
             ids,
-            {**settings, "model": model or "demo", "adapter": engine.adapter},
+            {"model": model or "demo", **engine.settings()},
             json_output,
             max_tokens=max_tokens,
             sampler=sampling(
@@ -191,7 +176,9 @@ def _draft(name: str, tokenizer: Any) -> Any:
     """A draft model; it never prefills sparsely, so any model of mlx-lm will do."""
     from mlx_lm.utils import load
 
-    with load_problems(name):
+    from ..hub import problems
+
+    with problems(name, LoadProblem):
         model, theirs, *_ = load(name)
     if theirs.vocab_size != tokenizer.vocab_size:
         fail(

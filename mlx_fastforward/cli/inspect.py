@@ -11,19 +11,13 @@ from rich.progress import Progress
 from rich.table import Table
 
 from .. import demo
-from ..config import BLOCK_SIZE, ConfigError, PrefillConfig
+from ..config import BLOCK_SIZE, PrefillConfig
+from ..errors import ConfigError
 from . import options as o
-from .common import interruptible, one_line_errors, read_text
-from .measuring import (
-    check_dtype,
-    check_files,
-    dtype_name,
-    numbers,
-    public_name,
-    stock_model,
-    write,
-    write_json,
-)
+from .errors import interruptible, one_line_errors
+from .inputs import DTYPES, check_choice, numbers, read_text
+from .models import dtype_name, public_name, stock_model
+from .outputs import check_files, write, write_json
 
 HEADS = "layer,importance,kept,by importance,recall,FFN error,compensated,stream error"
 HEADS += ",overlap,oracle's"
@@ -46,12 +40,12 @@ def inspect(
         ),
     ] = BLOCK_SIZE,
     selector: o.Selector = "auto",
-    adapter: o.Adapter = None,
+    predictor: o.Predictor = None,
     compensator: o.Compensator = "auto",
     schedule: Annotated[
         str,
         typer.Option(
-            help="Neurons per layer: auto, uniform, layerwise; without an adapter's importances "
+            help="Neurons per layer: auto, uniform, layerwise; without a predictor's importances "
             "layerwise measures them on the text.",
             rich_help_panel=o.SPARSE,
         ),
@@ -94,10 +88,10 @@ def inspect(
         )
         if not sparsity:
             raise ConfigError("--sparsity 0 drops nothing; give one above 0.")
-        check_dtype(dtype)
+        check_choice("--dtype", dtype, DTYPES)
         check_files(json_file, png)
         text = read_text(file or demo.DOCUMENT)
-        net, tokenizer, side = stock_model(model, dtype, adapter, trust_remote_code)
+        net, tokenizer, side = stock_model(model, dtype, predictor, trust_remote_code)
         chosen = _numbers(layers, len(net.layers)) if layers else None
         ids = _ids(net, tokenizer, text)
         engine, weights = _engine(net, config, side, ids)
@@ -111,8 +105,8 @@ def inspect(
 
 def _ids(net: Any, tokenizer: Any, text: str) -> Any:
     """The text's tokens, as many as the model was made for."""
-    from ..families import context_length
     from ..generation import encode_prompt
+    from ..model.families import context_length
 
     ids, limit = encode_prompt(tokenizer, text), context_length(net)
     if limit and ids.size > limit:
@@ -126,12 +120,11 @@ def _ids(net: Any, tokenizer: Any, text: str) -> Any:
 
 
 def _engine(net: Any, config: PrefillConfig, side: Any, ids: Any) -> tuple[Any, Any]:
-    """The engine of a detached model, and importances: the adapter's, else the text's."""
-    from ..attachment import attach, detach
-    from ..bench.inspection import check_length, measured_importances
+    """The engine of a detached model, and importances: the predictor's, else the text's."""
+    from ..attachment import engine_for
+    from ..bench.inspect.inspection import check_length, measured_importances
 
-    engine = attach(net, replace(config, schedule="auto"), adapter=side)
-    detach(net)
+    engine = engine_for(net, replace(config, schedule="auto"), side)
     check_length(engine, ids.size)
     weights = side.importances if side is not None else None
     if weights is None:
@@ -143,8 +136,7 @@ def _engine(net: Any, config: PrefillConfig, side: Any, ids: Any) -> tuple[Any, 
                 "usual one; use --schedule uniform."
             )
     if config.schedule != "auto":
-        engine = attach(net, config, adapter=side, importances=weights)
-        detach(net)
+        engine = engine_for(net, config, side, weights)
     return engine, weights
 
 
@@ -166,7 +158,7 @@ def _first_middle_last(keep: list[Optional[int]]) -> list[int]:
 
 
 def _measure(net: Any, ids: Any, engine: Any, weights: Any) -> Any:
-    from ..bench import inspection
+    from ..bench.inspect import inspection
 
     console = Console(stderr=True)
     bar = Progress(console=console, disable=not console.is_terminal, transient=True)
@@ -180,18 +172,15 @@ def _settings(
 ) -> dict[str, Any]:
     """What the figures are about."""
     own = side is not None and side.importances is not None
-    source = "the adapter's" if own else "this text's"
+    source = "the predictor's" if own else "this text's"
     return {
         "model": public_name(model),
         "dtype": dtype_name(net),
-        "selector": engine.selector.name,
-        "compensator": engine.compensation,
-        "sparsity": engine.config.sparsity,
-        "block_size": engine.config.block_size,
+        **engine.settings(),
+        "predictor": public_name(engine.predictor) if engine.predictor else "none",
         "importances": source if weights is not None else "none",
         "tokens": found.tokens,
         "blocks": found.blocks,
-        "neurons": found.neurons,
         "ffn_flops_skipped": round(found.ffn_sparsity, 4),
     }
 
@@ -217,7 +206,7 @@ def _print(found: Any, settings: dict[str, Any]) -> None:
     Console(width=120).print(table)
     for name, kind in ((settings["selector"], "selector"), ("oracle", "oracle")):
         print(_words(name, [getattr(x, kind) for x in found.layers], found.blocks))
-    shares = [x.kept / found.neurons for x in found.layers]
+    shares = [x.kept / x.neurons for x in found.layers]
     chance = sum(p / (2 - p) for p in shares) / len(shares)
     print(
         "Overlap: of the neurons that either of two blocks keeps, the share that both keep; "
@@ -251,7 +240,7 @@ def _write(
     json_file: Optional[Path],
 ) -> None:
     from ..bench.environment import describe
-    from ..bench.inspection_picture import picture
+    from ..bench.inspect.picture import picture
 
     s = settings
     title = (

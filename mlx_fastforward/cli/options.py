@@ -8,6 +8,7 @@ import typer
 MODEL = "Model"
 SPARSE = "Sparse prefill"
 SAMPLING = "Generation"
+SELECTORS = ("auto", "trained", "probe", "first-block")
 
 Model = Annotated[
     Optional[str],
@@ -57,11 +58,11 @@ NoTune = Annotated[
 Selector = Annotated[
     str,
     typer.Option(
-        help="How neurons are picked: auto, trained, probe, first-block, oracle.",
+        help=f"How neurons are picked: {', '.join(SELECTORS)}.",
         rich_help_panel=SPARSE,
     ),
 ]
-Adapter = Annotated[
+Predictor = Annotated[
     Optional[str],
     typer.Option(
         help="Trained predictors (fastforward.json and .safetensors): folder or repository. "
@@ -80,22 +81,6 @@ Schedule = Annotated[
     str,
     typer.Option(
         help="Neurons per layer: auto, uniform, layerwise.", rich_help_panel=SPARSE
-    ),
-]
-DenseHead = Annotated[
-    bool,
-    typer.Option(
-        "--dense-head/--no-dense-head",
-        help="Keep the first block dense.",
-        rich_help_panel=SPARSE,
-    ),
-]
-DenseTail = Annotated[
-    bool,
-    typer.Option(
-        "--dense-tail/--no-dense-tail",
-        help="Keep the end of the prompt dense.",
-        rich_help_panel=SPARSE,
     ),
 ]
 SparseDecode = Annotated[

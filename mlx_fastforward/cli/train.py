@@ -1,4 +1,4 @@
-"""mlx_fastforward train: fit an adapter on this machine."""
+"""mlx_fastforward train: fit a predictor on this machine."""
 
 import time
 from pathlib import Path
@@ -8,16 +8,11 @@ import typer
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
-from ..config import expanded
+from ..files import expanded
 from . import options as o
-from .common import (
-    check_choice,
-    fail,
-    interruptible,
-    load_model,
-    one_line_errors,
-)
-from .measuring import public_name
+from .errors import fail, interruptible, one_line_errors
+from .inputs import check_choice
+from .models import load_model, public_name
 
 PREDICTORS = ("token-wise", "pooled")
 SCORES = ("relative", "weighted", "plain")
@@ -37,7 +32,7 @@ def train(
     out: Annotated[
         Optional[Path],
         typer.Option(
-            help="Folder of the adapter. Default: your adapters' folder, where chat looks.",
+            help="Folder of the predictor. Default: your predictors' folder, where chat looks.",
             show_default=False,
         ),
     ] = None,
@@ -56,7 +51,7 @@ def train(
         int, typer.Option(min=1, help="Steps of the predictors, at most.")
     ] = 4000,
     length: Annotated[int, typer.Option(min=256, help="Tokens per sequence.")] = 1920,
-    predictor: Annotated[
+    kind: Annotated[
         str, typer.Option(help="token-wise, or pooled as in the paper.")
     ] = "token-wise",
     score: Annotated[
@@ -90,7 +85,7 @@ def train(
         bool, typer.Option("--restart", help="Forget an unfinished run.")
     ] = False,
     overwrite: Annotated[
-        bool, typer.Option("--overwrite", help="Replace an adapter that is there.")
+        bool, typer.Option("--overwrite", help="Replace a predictor that is there.")
     ] = False,
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Say what it would take, and stop.")
@@ -105,15 +100,15 @@ def train(
 
       mlx_fastforward train --model mlx-community/Llama-3.2-3B-Instruct-4bit --minutes 20
 
-      mlx_fastforward train --data notes/ --data chats.jsonl --tokens 1000000 --out adapter
+      mlx_fastforward train --data notes/ --data chats.jsonl --tokens 1000000 --out predictor
     """
     with one_line_errors(), interruptible():
-        check_choice("--predictor", predictor, PREDICTORS)
+        check_choice("--kind", kind, PREDICTORS)
         check_choice("--score", score, SCORES)
         check_choice("--compensator", compensator, COMPENSATORS)
-        from ..adapter import JSON_NAME, BaseModel
         from ..attachment import detach
-        from ..finding import default_folder
+        from ..predictors.file import JSON_NAME, BaseModel
+        from ..predictors.search import default_folder
         from ..train import estimate
         from ..train.data import Sequences, open_corpus
         from ..train.run import WORK, Run
@@ -123,7 +118,7 @@ def train(
         net, tokenizer = load_model(
             model,
             sparsity=0.0,
-            adapter="none",
+            predictor="none",
             trust_remote_code=trust_remote_code,
         )
         detach(net)
@@ -134,14 +129,14 @@ def train(
         unfinished = (out / WORK / "state.json").exists() and not restart
         if (out / JSON_NAME).exists() and not (overwrite or unfinished or dry_run):
             fail(
-                f"{out} holds an adapter: --overwrite replaces it, --out puts the new one elsewhere."
+                f"{out} holds a predictor file: --overwrite replaces it, --out puts the new one elsewhere."
             )
         settings = Settings(
             tokens or estimate.default_tokens(base),
             length,
             minutes,
             steps,
-            predictor=predictor,
+            kind=kind,
             score=score,
             rank=rank,
             compensator=compensator,
@@ -243,4 +238,4 @@ def _conclude(report: dict[str, Any], out: Path, seconds: float) -> None:
         print(f"error removed by the compensator, mean of the layers: {share:.0%}")
     for arm, row in (found["from_dense"] or {}).items():
         print(f"at 50 %, {arm}: KL {row['kl']:.4f}, top-1 agreement {row['top1']:.1%}")
-    print(f"adapter: {out} (with report.json and report.png)")
+    print(f"predictor: {out} (with report.json and report.png)")

@@ -6,17 +6,18 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from ..config import ConfigError
+from ..errors import ConfigError
 from . import options as o
-from .common import fail, interruptible, load_model, one_line_errors
-from .tuning import measured
+from .errors import fail, interruptible, one_line_errors
+from .first_use import measured
+from .models import load_model
 
 
 def tune(
     model: o.Model = None,
     sparsity: o.Sparsity = 0.5,
     selector: o.Selector = "auto",
-    adapter: o.Adapter = None,
+    predictor: o.Predictor = None,
     compensator: o.Compensator = "auto",
     largest: Annotated[
         int,
@@ -33,7 +34,7 @@ def tune(
     with one_line_errors(), interruptible():
         from .. import tune as tuning
         from ..attachment import engine_of
-        from ..limits import Shape
+        from ..model.families import Heads
 
         if not 128 <= largest <= 2048:
             raise ConfigError(f"--largest must be 128 to 2048, got {largest}.")
@@ -41,7 +42,7 @@ def tune(
             model,
             sparsity=sparsity,
             selector=selector,
-            adapter=adapter,
+            predictor=predictor,
             compensator=compensator,
             trust_remote_code=trust_remote_code,
         )
@@ -49,15 +50,14 @@ def tune(
         assert engine is not None
         if not any(engine.keep):
             fail("nothing to tune: every layer stays dense.", 2 if not sparsity else 1)
-        shape = Shape.of(net)
-        choice = measured(engine, shape, Console(stderr=True), largest)
-        key = tuning.key(engine, shape)
-        tuning.remember(key, choice)
+        heads = Heads.of(net, max(engine.shapes)[0])
+        choice = measured(engine, heads, Console(stderr=True), largest)
+        key = tuning.key(engine, heads)
+        tuning.remember(key, choice.device)
         table = Table("block", "strategy", "of the dense time", "error")
         for c in choice.candidates:
-            share = f"{c['seconds'] / choice.dense_seconds:.2f}"
-            error = f"{c['error']:.1e}" + ("" if c["correct"] else ", wrong")
-            table.add_row(str(c["block_size"]), c["strategy"], share, error)
+            error = f"{c.error:.1e}" + ("" if c.correct else ", wrong")
+            table.add_row(str(c.block_size), c.strategy, f"{c.share:.2f}", error)
         Console().print(table)
         print(tuning.summary(choice))
         print(f"Kept in {tuning.file()} for: {key}")

@@ -1,1 +1,1 @@
-"""Fitting adapters on the user's machine: data, capture, predictor, compensator, importance, run."""
+"""Fitting predictors on the user's machine: data, capture, predictor, compensator, importance, run."""

@@ -1,4 +1,4 @@
-"""What an adapter is fitted on: prose and chats, one token sequence per number.
+"""What a predictor is fitted on: prose and chats, one token sequence per number.
 
 Sequence i depends on the seed and on i alone, so an interrupted run goes on where it was, and a
 corpus of any size takes no more memory than a list of places in it. What is fitted on prose alone
@@ -15,8 +15,10 @@ from typing import Any, BinaryIO, Callable, Optional
 
 import mlx.core as mx
 
-from ..config import FastForwardError, expanded
-from ..finding import download, looks_like_a_repository
+from ..errors import FastForwardError
+from ..files import expanded
+from ..hub import download, looks_like_a_repository
+from .facts import CODE, NAMES, QUOTE, WORD, WORDS, asked, planted
 
 BUNDLED = Path(__file__).parent / "data" / "calibration.txt"
 TEXT = {
@@ -36,19 +38,10 @@ TEXT = {
 PIECE = 4096  # bytes between the places where a passage may begin
 HELD_SHARE = 20  # one passage in so many is held out
 BYTES_PER_TOKEN = 6  # read rather too much than too little
-NAMES = (
-    "Alma Boris Clara Dmitri Edith Felix Greta Hugo Irene Jasper Katrin Leopold Mabel Nestor "
-    "Olive Percy Quentin Rosalind Silas Tabitha Ulric Verity Wendell Xenia Yorick Zelda"
-).split()
-WORDS = (
-    "apple table river candle garden mirror window silver thunder basket feather copper lantern "
-    "pepper saddle ribbon castle forest meadow harbor kettle violin pillow hammer ladder needle "
-    "blanket button pocket bottle anchor barrel"
-).split()
 
 
 class DataError(FastForwardError, ValueError):
-    """Data that an adapter cannot be fitted on, said in one line."""
+    """Data that a predictor cannot be fitted on, said in one line."""
 
 
 @dataclass(frozen=True)
@@ -224,14 +217,14 @@ class Sequences:
     def _facts(self, rng: random.Random, text: str) -> list[int]:
         """Facts planted among the paragraphs of a text, and asked for."""
         paragraphs = self._paragraphs(text)
-        digits = rng.random() < 0.5
-        kind = "secret code" if digits else "favourite word"
+        kind = CODE if rng.random() < 0.5 else WORD
         turns = []
         for name in rng.sample(NAMES, rng.randint(3, 6)):
-            value = str(rng.randrange(1000, 10000)) if digits else rng.choice(WORDS)
+            code = kind == CODE
+            value = str(rng.randrange(1000, 10000)) if code else rng.choice(WORDS)
             at = rng.randrange(len(paragraphs) + 1)
-            paragraphs.insert(at, f"The {kind} of {name} is {value}.")
-            turns.append((f"What is the {kind} of {name}?", value))
+            paragraphs.insert(at, planted(kind, name, value))
+            turns.append((asked(kind, name), value))
         return self._chat("\n\n".join(paragraphs), turns)
 
     def _quotes(self, rng: random.Random, text: str) -> list[int]:
@@ -242,8 +235,7 @@ class Sequences:
         turns = []
         for words in rng.sample(sentences, min(3, len(sentences))):
             begun = " ".join(words[:5])
-            question = f"Complete this sentence from the text: {begun}"
-            turns.append((question, " ".join(words[5:])))
+            turns.append((f"{QUOTE} {begun}", " ".join(words[5:])))
         return self._chat(text, turns) if turns else self._prose(rng, text)
 
     def _paragraphs(self, text: str) -> list[str]:

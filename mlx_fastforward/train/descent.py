@@ -11,7 +11,7 @@ import mlx.nn as nn
 import mlx.optimizers as optim
 from mlx.utils import tree_flatten, tree_unflatten
 
-from ..adapter import AdapterError
+from ..errors import PredictorError
 from .state import save_tensors
 
 INTERVAL = 20.0  # seconds of work that a crash may cost
@@ -94,7 +94,7 @@ class Descent:
         try:
             loaded: Any = mx.load(str(self.file), return_metadata=True)
         except (RuntimeError, ValueError) as e:
-            raise AdapterError(
+            raise PredictorError(
                 f"{self.file} is damaged; start anew with --restart."
             ) from e
         tensors, where = loaded

@@ -6,10 +6,11 @@ from pathlib import Path
 
 import mlx.core as mx
 
-from ..adapter import MLP, AdapterError, BaseModel
+from ..errors import PredictorError
+from ..predictors.file import MLP, BaseModel
 from .capture import capture
-from .lost import marked
 from .low_rank import SOLVED_AT_ONCE, fit_low_rank
+from .reconstruction import marked
 from .run import FIT_TOKENS, Run
 from .state import HELD_OUT, Settings
 from .store import BLOCKS
@@ -21,7 +22,7 @@ MLP_PASSES = 5
 
 def bytes_per_token(base: BaseModel, block: int) -> float:
     """On disk: every layer's input, and its block's share of the norms, in float16."""
-    return 2.0 * (base.layers - 1) * (base.hidden_size + base.ffn_size / block)
+    return 2.0 * (base.layers - 1) * (base.hidden_size + base.width / block)
 
 
 def default_tokens(base: BaseModel, block: int = 128) -> int:
@@ -48,7 +49,7 @@ def free_disk(folder: Path) -> float:
 
 def memory(base: BaseModel, settings: Settings) -> float:
     """Bytes of memory besides what the model takes to read, at most: the largest phase."""
-    layers, d, f = base.layers - 1, base.hidden_size, base.ffn_size
+    layers, d, f = base.layers - 1, base.hidden_size, base.width
     r, k, n = settings.rank, settings.compensator_rank + 1, settings.length
     rows = layers * BLOCKS
     tokens = rows * settings.block_size
@@ -66,7 +67,7 @@ def seconds(run: Run) -> dict[str, float]:
     some = (run.sequences[i] for i in range(100))
     ids = next((x for x in some if x.size >= settings.block_size), None)
     if ids is None:
-        raise AdapterError("the first hundred sequences fill no block of tokens.")
+        raise PredictorError("the first hundred sequences fill no block of tokens.")
     capture(run.model, ids[:256], settings.block_size, "plain")  # first calls compile
     start = time.perf_counter()
     x, _ = capture(run.model, ids, settings.block_size, settings.score)
@@ -78,7 +79,7 @@ def seconds(run: Run) -> dict[str, float]:
     if settings.compensator != "none":
         start = time.perf_counter()
         first = x[0].astype(mx.float32)
-        kept = marked(mx.random.normal((len(first), run.base.ffn_size)), 1)
+        kept = marked(mx.random.normal((len(first), run.base.width)), 1)
         fit_low_rank(run.ffns[0], lambda: [(first, kept)], settings.compensator_rank)
         # an mlp sees about as many tokens as the closed form, several times
         passes = MLP_PASSES if settings.compensator == MLP else 1

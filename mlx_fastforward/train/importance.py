@@ -5,7 +5,8 @@ from typing import Any, Iterable
 import mlx.core as mx
 import mlx.nn as nn
 
-from ..attention import Attention, attention_module, replaced
+from ..attachment import watched_attention
+from ..model.attention import Attention
 
 ROWS = 256  # queries at a time: all of them against all keys would not fit
 
@@ -30,23 +31,23 @@ def masses(model: nn.Module, ids: mx.array, block: int) -> mx.array:
     """s_l of one sequence, (layers,)."""
     found: list[mx.array] = []
 
-    def watching(original: Attention) -> Attention:
-        def watched(
-            queries: mx.array, keys: mx.array, *args: Any, **kwargs: Any
-        ) -> mx.array:
-            mask = kwargs.get("mask")
-            mass = outside(queries, keys, kwargs["scale"], mask, block)
-            mx.eval(mass)
-            found.append(mass)
-            return original(queries, keys, *args, **kwargs)
+    def watching(
+        layer: int,
+        original: Attention,
+        queries: mx.array,
+        keys: mx.array,
+        *args: Any,
+        **kwargs: Any,
+    ) -> mx.array:
+        mass = outside(queries, keys, kwargs["scale"], kwargs.get("mask"), block)
+        mx.eval(mass)
+        found.append(mass)
+        return original(queries, keys, *args, **kwargs)
 
-        return watched
-
-    with replaced(attention_module(model), watching) as seen:
-        if seen:
-            model(ids[None])  # lazily: only the masses are computed
-    if len(found) != len(model.layers):
-        return mx.ones((len(model.layers),))  # layers without plain attention
+    with watched_attention(model, watching) as all_layers:
+        if not all_layers:
+            return mx.ones((len(model.layers),))  # layers without plain attention
+        model(ids[None])  # lazily: only the masses are computed
     return mx.stack(found)
 
 

@@ -10,9 +10,9 @@ from dataclasses import dataclass
 import mlx.core as mx
 import numpy as np
 
-from ..compensators import LowRankWeights, features
-from ..ffn import GatedFFN
-from .lost import Blocks, dropped
+from ..model.ffn import GatedFFN
+from ..neurons.compensators import LowRankWeights, features
+from .reconstruction import Blocks, dropped
 
 # A neuron that few blocks drop is drawn towards zero by this many typical blocks.
 PRIOR_BLOCKS = 4

@@ -7,10 +7,10 @@ from typing import Callable
 import mlx.core as mx
 import mlx.nn as nn
 
-from ..compensators import MLPWeights
-from ..ffn import GatedFFN
+from ..model.ffn import GatedFFN
+from ..neurons.compensators import MLPWeights
 from .descent import Descent
-from .lost import dropped, marked
+from .reconstruction import dropped, marked
 
 RATE = 2e-3
 BLOCKS = 8  # of a batch

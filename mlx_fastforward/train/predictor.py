@@ -6,8 +6,8 @@ from typing import Any
 import mlx.core as mx
 import mlx.nn as nn
 
-from ..adapter import POOLED, TOKENWISE
-from ..selectors import PredictorWeights, token_features
+from ..neurons.predictor import PredictorWeights, token_features
+from ..predictors.file import POOLED, TOKENWISE
 
 RATE = 3e-3
 

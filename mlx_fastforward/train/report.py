@@ -4,13 +4,13 @@ import json
 from pathlib import Path
 from typing import Any
 
+from ..files import replace, write_text
+
 
 def write_report(folder: Path, report: dict[str, Any]) -> None:
-    """report.json and report.png beside the adapter."""
-    folder.mkdir(parents=True, exist_ok=True)
-    text = json.dumps(report, indent=2) + "\n"
-    (folder / "report.json").write_text(text, encoding="utf-8")
-    picture(folder / "report.png", report)
+    """report.json and report.png beside the predictor."""
+    write_text(folder / "report.json", json.dumps(report, indent=2) + "\n")
+    replace(folder / "report.png", lambda half: picture(half, report))
 
 
 def picture(path: Path, report: dict[str, Any]) -> None:
@@ -36,7 +36,7 @@ def picture(path: Path, report: dict[str, Any]) -> None:
         f"{report['base_model']['name']}: {found['tokens']:,} tokens; measured on held-out text",
         parse_math=False,
     )
-    figure.savefig(path, dpi=120)
+    figure.savefig(path, dpi=120, format="png")
 
 
 def _curves(axis: Any, curves: dict[str, list[Any]]) -> None:

@@ -1,4 +1,4 @@
-"""The run: capture, predictors, compensators, importances, judgement, adapter.
+"""The run: capture, predictors, compensators, importances, judgement, predictor file.
 
 Every phase can be interrupted, killed included, and goes on from its last saved state: captured
 sequences are files, a descent is saved every so often, compensators layer by layer.
@@ -14,26 +14,27 @@ from typing import Any, Callable, Iterator, Optional
 import mlx.core as mx
 import mlx.nn as nn
 
-from ..adapter import MLP, Adapter, AdapterError, BaseModel, save_adapter
-from ..attachment import attach, detach
-from ..compensators import (
+from ..attachment import engine_for, reading, seated
+from ..config import PrefillConfig
+from ..errors import PredictorError
+from ..model.families import float_dtype, prefilled
+from ..neurons.compensators import (
     Compensator,
     LowRankCompensator,
     LowRankWeights,
     MLPCompensator,
     MLPWeights,
 )
-from ..config import PrefillConfig
-from ..families import float_dtype
+from ..predictors.file import MLP, BaseModel, PredictorFile, save_predictor
 from .capture import capture, ffns_of
 from .data import Sequences
 from .descent import Curve, Descent
 from .importance import importances
-from .judge import drift, recall
-from .lost import Blocks, error_left, marked
 from .low_rank import fit_low_rank
 from .mlp import ACTIVATION, BLOCKS, fit_mlp
 from .predictor import KINDS, RATE, loss, weights_of
+from .quality import drift, recall
+from .reconstruction import Blocks, error_left, marked
 from .report import write_report
 from .state import HELD_OUT, Settings, State, forget, save_tensors
 from .store import BLOCKS as BATCH
@@ -51,12 +52,12 @@ Tick = Callable[[str, float, float, str], None]
 
 
 class Run:
-    """One adapter in the making.
+    """One predictor file in the making.
 
     Args:
         model: The base model, detached.
         data: Token sequences to fit on, and those that are held out.
-        out: Folder of the adapter; the state is kept in a folder inside it.
+        out: Folder of the file; the state is kept in a folder inside it.
         tick: Called with (phase, done, total, details) as the work goes on.
     """
 
@@ -83,7 +84,7 @@ class Run:
         self.net = self._network()
 
     def __call__(self) -> dict[str, Any]:
-        """All that is not done yet; writes the adapter and returns its report."""
+        """All that is not done yet; writes the file and returns its report."""
         curves: dict[str, Curve] = {}
         self.capture("held-out")
         for stage in self.stages:
@@ -100,7 +101,7 @@ class Run:
 
     @functools.cached_property
     def state(self) -> State:
-        """Where the run is; AdapterError where the folder holds another one."""
+        """Where the run is; PredictorError where the folder holds another one."""
         asked = asdict(self.settings) | {"fingerprint": self.base.fingerprint}
         return State.resumed(self.work, asked)
 
@@ -138,7 +139,7 @@ class Run:
             wanted = settings.held_out
         share = HELD if stage == "held-out" else CAPTURE / len(self.stages)
         budget = self.seconds(share)
-        below = self.adapter("dense") if stage == "sparse" else None
+        below = self.fitted_file("dense") if stage == "sparse" else None
         start, before = time.perf_counter(), state.tokens.get(stage, 0)
         while stage not in state.enough:
             i = state.captured.setdefault(stage, 0)
@@ -148,7 +149,7 @@ class Run:
             state.captured[stage] = i + 1
             tokens = state.tokens[stage] = state.tokens.get(stage, 0) + len(ids)
             if i > 100 and not tokens:
-                raise AdapterError("the data holds no text that the tokenizer knows.")
+                raise PredictorError("the data holds no text that the tokenizer knows.")
             late = state.seconds.get(f"capture {stage}", 0.0) > budget
             if tokens >= wanted or late:
                 state.enough.append(stage)
@@ -157,7 +158,7 @@ class Run:
             self.tick(f"capture {stage}", tokens, wanted, f"{speed:,.0f} tok/s")
 
     def _taken(
-        self, below: Optional[Adapter], ids: mx.array, i: int
+        self, below: Optional[PredictorFile], ids: mx.array, i: int
     ) -> tuple[mx.array, mx.array]:
         """One sequence through the dense model, or through the sparse one so far."""
         block, score = self.settings.block_size, self.settings.score
@@ -165,18 +166,15 @@ class Run:
             return capture(self.model, ids, block, score)
         level = random.Random(f"{self.settings.seed} level {i}").choice(LEVELS)
         config = PrefillConfig(level, block, selector="trained")
-        engine = attach(self.model, config, adapter=below)
-        try:
-            with engine.prompt(len(ids)):
-                return capture(self.model, ids, block, score)
-        finally:
-            detach(self.model)
+        engine = engine_for(self.model, config, below)
+        with seated(self.model, engine), reading(self.model, len(ids)):
+            return capture(self.model, ids, block, score)
 
     # Predictors
 
     def _network(self) -> nn.Module:
-        d, f = self.base.hidden_size, self.base.ffn_size
-        kind = KINDS[self.settings.predictor]
+        d, f = self.base.hidden_size, self.base.width
+        kind = KINDS[self.settings.kind]
         net: nn.Module = kind(len(self.ffns), d, self.settings.rank, f)
         return net
 
@@ -185,7 +183,7 @@ class Run:
         seen = self.captured("dense")
         seen += self.captured("sparse") if stage == "sparse" else []
         if not seen:
-            raise AdapterError(
+            raise PredictorError(
                 f"no sequence fills a block of {self.settings.block_size} tokens; "
                 "more or longer texts are needed."
             )
@@ -223,7 +221,7 @@ class Run:
         """Time of one step, measured on a network that is thrown away."""
         shape = (len(self.ffns), BATCH, self.settings.block_size, self.base.hidden_size)
         x = mx.random.normal(shape)
-        norms = mx.random.uniform(shape=(*shape[:2], self.base.ffn_size))
+        norms = mx.random.uniform(shape=(*shape[:2], self.base.width))
         trial = Descent(self._network(), loss, 10, RATE, self.work / "none")
         trial.once(x, norms)
         start = time.perf_counter()
@@ -261,7 +259,7 @@ class Run:
         batches = Batches(
             self.fitted(stage), self.settings.seed, blocks=BLOCKS, longest=1
         )
-        f = self.base.ffn_size
+        f = self.base.width
 
         def batch(step: int) -> tuple[mx.array, mx.array]:
             x, norms = batches(step, slice(layer, layer + 1))
@@ -296,7 +294,7 @@ class Run:
             1, int(min(FIT_TOKENS / self.settings.length, share * len(captured)))
         )
         chosen = captured[:: -(-len(captured) // most)]
-        weights, f = weights_of(self.net, layer), self.base.ffn_size
+        weights, f = weights_of(self.net, layer), self.base.width
 
         def blocks() -> Iterator[tuple[mx.array, mx.array]]:
             for store, i in chosen:
@@ -330,15 +328,15 @@ class Run:
     def judge(self) -> dict[str, Any]:
         """Recall and error removed per layer, and the distance from the dense model, held out."""
         captured = [store.load(i) for store, i in self.held_out()]
-        adapter = self.adapter(self.stages[-1]).astype(self.dtype)
-        assert adapter.predictors is not None
-        found = recall(adapter.predictors[:-1], captured)
+        predictor = self.fitted_file(self.stages[-1]).astype(self.dtype)
+        assert predictor.layers is not None
+        found = recall(prefilled(predictor.layers), captured)
         sequences = [(self.held.kind(i), self.held[i]) for i in range(HELD_OUT)]
         spent = sum(self.state.seconds.values())
         end = time.perf_counter() + self.seconds(1) - spent
         distance = drift(
             self.model,
-            adapter,
+            predictor,
             sequences,
             LEVEL,
             self.settings.block_size,
@@ -353,35 +351,35 @@ class Run:
             "from_dense": distance,
         }
 
-    # The adapter
+    # The file
 
-    def adapter(self, stage: str) -> Adapter:
+    def fitted_file(self, stage: str) -> PredictorFile:
         """What is fitted so far. The last layer never runs sparsely: a copy."""
         layers = [*range(len(self.ffns)), len(self.ffns) - 1][: self.base.layers]
         predictors = [weights_of(self.net, i) for i in layers]
         compensator = self._compensator(stage, *layers)
         importance = self.state.importance
-        return Adapter(self.base, predictors, compensator, importance, {}, "")  # type: ignore
+        return PredictorFile(self.base, predictors, compensator, importance, {}, "")  # type: ignore
 
     def write(self, info: dict[str, Any]) -> None:
-        """The side file, in the base model's dtype."""
-        adapter = self.adapter(self.stages[-1]).astype(self.dtype)
-        tensors = {"importance": mx.array(adapter.importances or [])}
-        parts: dict[str, Any] = {"predictor": adapter.predictors or []}
-        if adapter.compensator is not None:
-            parts["compensator"] = adapter.compensator.layers
+        """The predictor file, in the base model's dtype."""
+        predictor = self.fitted_file(self.stages[-1]).astype(self.dtype)
+        tensors = {"importance": mx.array(predictor.importances or [])}
+        parts: dict[str, Any] = {"predictor": predictor.layers or []}
+        if predictor.compensator is not None:
+            parts["compensator"] = predictor.compensator.layers
         for part, layers in parts.items():
             for i, weights in enumerate(layers):
                 for name, value in vars(weights).items():
                     if isinstance(value, mx.array):
                         tensors[f"layers.{i}.{part}.{name}"] = value
-        save_adapter(self.out, info, tensors)
+        save_predictor(self.out, info, tensors)
 
     def information(self, findings: dict[str, Any]) -> dict[str, Any]:
         settings, state = self.settings, self.state
         info: dict[str, Any] = {
             "base_model": asdict(self.base),
-            "predictor": {"kind": settings.predictor, "rank": settings.rank},
+            "predictor": {"kind": settings.kind, "rank": settings.rank},
         }
         if settings.compensator != "none":
             found = {"kind": settings.compensator, "rank": settings.compensator_rank}

@@ -1,17 +1,18 @@
 """What a run was asked for and how far it is, in a folder from which it goes on."""
 
 import json
-import os
 import shutil
 import time
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any, Callable, Optional
+from typing import Any, Optional
 
 import mlx.core as mx
 
-from ..adapter import LOW_RANK, TOKENWISE, AdapterError
-from ..tensor_file import write_tensors
+from ..errors import PredictorError
+from ..files import replace, write_text
+from ..predictors.file import LOW_RANK, TOKENWISE
+from ..predictors.tensors import write_tensors
 
 HELD_OUT = 10  # sequences to judge on
 
@@ -27,6 +28,7 @@ class Settings:
         steps: Steps of the predictors' training; with ``minutes`` at most.
         score: Which neurons of a block are the best ones: see capture.block_norms.
         rank: Of the predictors; 0 is hidden size / 8, at most 256.
+        kind: Of the predictors, token-wise or pooled.
         compensator: low-rank, mlp or none.
         compensator_rank: Directions of x, or hidden units; 0 is hidden size / 8, at most 64.
         sequential: The second half of the data is captured below sparse layers.
@@ -37,7 +39,7 @@ class Settings:
     minutes: float = 0.0
     steps: int = 4000
     block_size: int = 128
-    predictor: str = TOKENWISE
+    kind: str = TOKENWISE
     score: str = "relative"
     rank: int = 0
     compensator: str = LOW_RANK
@@ -78,7 +80,7 @@ class State:
 
     @classmethod
     def resumed(cls, folder: Path, asked: dict[str, Any]) -> "State":
-        """The state in a folder, or a new one; AdapterError if it was asked for something else."""
+        """The state in a folder, or a new one; PredictorError if it was asked for something else."""
         file = folder / "state.json"
         try:
             state = cls(folder, **json.loads(file.read_text(encoding="utf-8")))
@@ -86,14 +88,16 @@ class State:
             forget(folder)  # what is left of another run
             return cls(folder, asked)
         except NotADirectoryError:
-            raise AdapterError(
-                f"{folder.parent} is a file; expected a folder for the adapter."
+            raise PredictorError(
+                f"{folder.parent} is a file; expected a folder for the predictor."
             ) from None
         except (OSError, ValueError, TypeError) as e:
-            raise AdapterError(f"{file} cannot be read ({e}); delete {folder}.") from e
+            raise PredictorError(
+                f"{file} cannot be read ({e}); delete {folder}."
+            ) from e
         if state.asked != asked:
             keys = [k for k in asked if state.asked.get(k) != asked[k]]
-            raise AdapterError(
+            raise PredictorError(
                 f"{folder} holds an unfinished run with other settings ({', '.join(keys)}); "
                 "repeat them, or start anew with --restart."
             )
@@ -106,22 +110,13 @@ class State:
         self._mark = now
         content = asdict(self)
         del content["folder"]
-        text = json.dumps(content).encode()
-        replace(self.folder / "state.json", lambda half: half.write_bytes(text))
+        write_text(self.folder / "state.json", json.dumps(content))
 
 
 def forget(folder: Path) -> None:
     """Delete a run; killed on the way, what is left is no run."""
     (folder / "state.json").unlink(missing_ok=True)
     shutil.rmtree(folder, ignore_errors=True)
-
-
-def replace(path: Path, write: Callable[[Path], Any]) -> None:
-    """Let ``write`` fill another file, and put that in the place of this one: all or nothing."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    half = path.with_name(f"writing{path.suffix}")
-    write(half)
-    os.replace(half, path)
 
 
 def save_tensors(

@@ -8,7 +8,7 @@ from typing import Any, Callable
 import mlx.core as mx
 import numpy as np
 
-from .state import replace
+from ..files import replace
 
 BLOCKS, SEQUENCES = 32, 4  # of a batch
 

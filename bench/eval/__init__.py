@@ -1,0 +1,1 @@
+"""Does the model still answer right when it reads sparsely?"""

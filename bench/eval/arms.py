@@ -1,0 +1,55 @@
+"""What is compared: settings under a name."""
+
+from dataclasses import dataclass
+from typing import Optional, Sequence
+
+import mlx.nn as nn
+
+from ...attachment import engine_for
+from ...config import DeviceSettings, PrefillConfig
+from ...engine import Engine
+from ...errors import ConfigError
+from ...predictors.file import PredictorFile
+
+
+@dataclass(frozen=True)
+class Arm:
+    """Settings under a name; without any it is the dense model.
+
+    The settings alone say what of a predictor file is used: selector probe, compensator none and
+    schedule uniform use nothing of it.
+    """
+
+    label: str
+    config: Optional[PrefillConfig]
+    device: DeviceSettings = DeviceSettings()
+
+    def engine(
+        self, model: nn.Module, predictor: Optional[PredictorFile]
+    ) -> Optional[Engine]:
+        """What reads the prompts; raises ConfigError and PredictorError."""
+        if self.config is None:
+            return None
+        return engine_for(model, self.config, predictor, device=self.device)
+
+
+DENSE = Arm("dense", None)
+
+
+def labels_of(arms: Sequence[Arm]) -> list[str]:
+    """Their labels; raises ConfigError where they do not tell the arms apart."""
+    labels = [arm.label for arm in arms]
+    if len(set(labels)) < len(labels):
+        raise ConfigError(f"two arms are the same: {', '.join(labels)}; drop one.")
+    return labels
+
+
+def label(engine: Engine, block: bool = False) -> str:
+    """What runs, whatever was asked for; with ``block`` the block size too."""
+    parts = [engine.selector.name]
+    if engine.compensator is not None:
+        parts += ["+", engine.compensator.name]
+    parts.append(f"{100 * engine.config.sparsity:g}%")
+    if block:
+        parts.append(f"block {engine.block_size}")
+    return " ".join(parts)

@@ -1,0 +1,1 @@
+"""What sparse prefill does inside a model."""

@@ -1,0 +1,1 @@
+"""Time to first token, sparse against stock mlx-lm."""

@@ -1,0 +1,1 @@
+"""Scripts for developers: python -m mlx_fastforward.bench.studies.NAME."""

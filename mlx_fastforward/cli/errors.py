@@ -1,0 +1,36 @@
+"""What a command prints and returns when it cannot go on: one line, 2 for usage, 1 for failure."""
+
+import contextlib
+import sys
+from typing import Iterator, NoReturn
+
+import typer
+
+from ..errors import ConfigError, FastForwardError, printable
+
+
+def fail(message: str, code: int = 1) -> NoReturn:
+    """Print one line to stderr and leave; 2 is for wrong usage, 1 for failure."""
+    print(f"mlx_fastforward: {printable(message)}", file=sys.stderr)
+    raise typer.Exit(code)
+
+
+@contextlib.contextmanager
+def one_line_errors() -> Iterator[None]:
+    """Turn the errors a user can act on into one line, without a traceback."""
+    try:
+        yield
+    except ConfigError as e:
+        fail(str(e), 2)
+    except FastForwardError as e:
+        fail(str(e))
+
+
+@contextlib.contextmanager
+def interruptible() -> Iterator[None]:
+    """Ctrl-C leaves quietly, with the shell's code for it."""
+    try:
+        yield
+    except KeyboardInterrupt:
+        print("mlx_fastforward: stopped.", file=sys.stderr)
+        raise typer.Exit(130) from None

@@ -1,0 +1,172 @@
+"""What eval prints: tables that fit 120 columns, and a verdict per arm."""
+
+from collections import Counter
+from typing import Any, Iterator, Optional
+
+from rich import box
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from ..errors import printable
+
+WIDTH = 120
+
+
+def announce(
+    console: Console, documents: Any, labels: list[str], shortest: int
+) -> None:
+    """How many prompts of which length, and what reads them."""
+    built = Counter(d.length for d in documents if d.task != "qa")
+    parts = [f"{n} of {length:,} tokens" for length, n in sorted(built.items())]
+    if own := [d.length for d in documents if d.task == "qa"]:
+        parts.append(f"{len(own)} of yours of {min(own):,} to {max(own):,} tokens")
+    questions = sum(len(d.questions) for d in documents)
+    console.print(
+        f"{len(documents)} documents ({', '.join(parts)}) with {questions} questions; each is "
+        f"read {len(labels) + 1} times: dense, {', '.join(labels)}.",
+        soft_wrap=True,
+    )
+    if short := sum(d.length < shortest for d in documents):
+        console.print(
+            f"{short} of them have fewer than {shortest} tokens and are always read densely.",
+            soft_wrap=True,
+        )
+
+
+def show(environment: dict[str, Any], found: Any, worst: Any) -> None:
+    """Environment, scores, KL, perplexity, the worst cases, and a line per arm."""
+    print(", ".join(f"{k} {v}" for k, v in environment.items()))
+    console = Console(width=WIDTH, highlight=False)
+    answered = [s for s in found if s.score_dense is not None]
+    if answered:
+        console.print(_scores(answered))
+    console.print(_kl(found))
+    if texts := [s for s in found if s.perplexity_dense is not None]:
+        console.print(_perplexity([s for s in texts if s.task == "continuation"]))
+    console.print(_worst(worst))
+    for arm in dict.fromkeys(s.arm for s in answered):
+        console.print(verdict([s for s in answered if s.arm == arm][-1]))
+
+
+def verdict(s: Any) -> str:
+    """Did it get worse? One line from an arm's summary."""
+    said = f"{s.arm}: score {s.score_sparse:.3f}, dense {s.score_dense:.3f}"
+    bounds = s.score_difference_bounds
+    if bounds is None:
+        return f"{said}. One document says nothing about others: use more --prompts."
+    low, high = bounds
+    if low == high == 0:
+        return f"{said}: every question as before."
+    spread = f"{s.score_difference:+.3f}, 95 % interval {low:+.3f} to {high:+.3f}"
+    if high < 0:
+        return f"{said}: worse by more than chance ({spread})."
+    if low > 0:
+        return f"{said}: better by more than chance ({spread})."
+    return f"{said}: no difference beyond chance ({spread})."
+
+
+def _table(title: str, *columns: str) -> Table:
+    table = Table(
+        title=title, title_justify="left", box=box.SIMPLE_HEAD, title_style="bold"
+    )
+    for name in columns:
+        table.add_column(name, no_wrap=True, overflow="ellipsis")
+    return table
+
+
+def _scores(found: Any) -> Table:
+    title = "Scores: share of answers that hold the value; quote and qa: token F1"
+    names = ("dense", "sparse", "difference", "95 % interval", "exact")
+    table = _table(title, "arm", "task", "questions", *names)
+    for arm, s in _named(table, found):
+        table.add_row(
+            arm,
+            s.task,
+            str(s.scored),
+            f"{s.score_dense:.3f}",
+            f"{s.score_sparse:.3f}",
+            f"{s.score_difference:+.3f}",
+            _bounds(s.score_difference_bounds, "+.3f"),
+            f"{s.exact_dense:.3f}, {s.exact_sparse:.3f}",
+        )
+    return table
+
+
+def _kl(found: Any) -> Table:
+    title = "KL(dense || sparse) in nats per token of what follows the prompt"
+    names = ("KL", "95 % interval", "top-1", "95 % interval", "FFN FLOPs skipped")
+    table = _table(title, "arm", "task", *names)
+    for arm, s in _named(table, found):
+        table.add_row(
+            arm,
+            s.task,
+            f"{s.kl:.4f}",
+            _bounds(s.kl_bounds, ".4f"),
+            f"{s.top1:.3f}",
+            _bounds(s.top1_bounds, ".3f"),
+            f"{s.ffn_sparsity:.1%}",
+        )
+    return table
+
+
+def _named(table: Table, found: Any) -> Iterator[tuple[str, Any]]:
+    """Every arm's name once, and a line before the next arm."""
+    last = None
+    for s in found:
+        if last not in (None, s.arm):
+            table.add_section()
+        yield "" if s.arm == last else s.arm, s
+        last = s.arm
+
+
+def _perplexity(found: Any) -> Table:
+    title = "Perplexity of the true tokens after the prompt"
+    names = ("dense", "sparse", "sparse - dense", "95 % interval")
+    table = _table(title, "arm", *names)
+    for s in found:
+        table.add_row(
+            s.arm,
+            f"{s.perplexity_dense:.2f}",
+            f"{s.perplexity_sparse:.2f}",
+            f"{s.perplexity_difference:+.2f}",
+            _bounds(s.perplexity_difference_bounds, "+.2f"),
+        )
+    return table
+
+
+def _worst(records: Any) -> Table:
+    title = f"Largest KL under {records[0].arm}"
+    answers = ("expected", "dense", "sparse")
+    table = _table(title, "task", "question", "depth", "tokens", "KL", *answers)
+    for r in records:
+        table.add_row(
+            r.task,
+            _short(_brief(r.name), 22),
+            "-" if r.depth is None else f"{r.depth:.0%}",
+            f"{r.tokens:,}",
+            f"{r.kl:.3f}",
+            *(_short(text, 15) for text in (r.expected, r.dense, r.sparse)),
+        )
+    return table
+
+
+def _brief(question: str) -> str:
+    """Without the words that many questions begin with."""
+    for words in ("What is the ", "Complete this sentence from the text: "):
+        question = question.removeprefix(words)
+    return question
+
+
+def _short(text: str, most: int) -> Text:
+    """A few letters of what may hold anything."""
+    text = printable(text)
+    return Text(text if len(text) <= most else f"{text[: most - 1]}…")
+
+
+def _bounds(bounds: Optional[tuple[float, float]], form: str) -> str:
+    """Drawn from values that do not differ, an interval of no width would promise too much."""
+    if bounds is None:
+        return "-"
+    low, high = bounds
+    return "all equal" if low == high else f"{low:{form}} to {high:{form}}"

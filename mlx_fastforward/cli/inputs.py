@@ -1,0 +1,125 @@
+"""What a user typed, checked before anything is loaded: flags, lists, documents, sampling."""
+
+import json
+from pathlib import Path
+from typing import Any, Callable, Optional
+
+from ..config import BLOCK_SIZE
+from ..errors import ConfigError, FileProblem
+from ..files import expanded
+
+DTYPES = ("float32", "float16", "bfloat16")
+
+
+def check_choice(flag: str, value: Any, known: tuple) -> None:
+    """A flag's value is one of these, or None; raises ConfigError."""
+    if value is not None and value not in known:
+        names = ", ".join(map(str, known))
+        raise ConfigError(f"{flag} must be one of {names}; got {value}.")
+
+
+def numbers(flag: str, text: str, kind: Any, least: int = 1) -> list[Any]:
+    """A list of numbers with commas between them."""
+    try:
+        found = [kind(part) for part in text.split(",")]
+    except ValueError:
+        raise ConfigError(
+            f"{flag} must be numbers with commas between them, got {text!r}."
+        ) from None
+    if kind is int and min(found) < least:
+        raise ConfigError(f"{flag} must be at least {least}, got {text!r}.")
+    return found
+
+
+def check_lengths(
+    max_tokens: int, prefill_step_size: int, block_size: Optional[int]
+) -> None:
+    if max_tokens == 0 or max_tokens < -1:
+        raise ConfigError(
+            f"--max-tokens must be above 0, or -1 for no limit; got {max_tokens}."
+        )
+    if block_size is not None and block_size < 8:
+        raise ConfigError(
+            f"--block-size must be at least 8 tokens, got {block_size}; try 128."
+        )
+    size = BLOCK_SIZE if block_size is None else block_size
+    if prefill_step_size < size + min(size, 128):
+        raise ConfigError(
+            f"--prefill-step-size ({prefill_step_size}) must hold the dense head and a block: "
+            f"--block-size ({size}) plus up to 128."
+        )
+
+
+def template_config(text: Optional[str]) -> dict[str, Any]:
+    """The object of --chat-template-config."""
+    try:
+        config = json.loads(text) if text else {}
+    except ValueError:
+        config = None
+    if not isinstance(config, dict):
+        raise ConfigError(f"--chat-template-config must be a JSON object, got {text}.")
+    return config
+
+
+def length_warning(model: Any, tokens: int) -> Optional[str]:
+    """What to say of a prompt that is longer than the model was made for."""
+    from ..model.families import context_length
+
+    limit = context_length(model)
+    if not limit or tokens <= limit:
+        return None
+    return (
+        f"{tokens:,} tokens, but the model was made for {limit:,}: expect a poor answer; "
+        "use a shorter document or another --model."
+    )
+
+
+def read_text(path: Path) -> str:
+    """A UTF-8 document, or one line that says why not."""
+    try:
+        if path.is_dir():
+            raise FileProblem(f"{path} is a folder; expected a text file.")
+        text = expanded(path).read_text(encoding="utf-8")
+    except FileNotFoundError:
+        raise FileProblem(f"{path} does not exist; expected a text file.") from None
+    except UnicodeDecodeError:
+        raise FileProblem(
+            f"{path} is not UTF-8 text; convert it to plain text first."
+        ) from None
+    except (OSError, ValueError) as e:  # ValueError: a name that no file can have
+        reason = getattr(e, "strerror", None) or e
+        raise FileProblem(f"{path} cannot be read: {reason}.") from None
+    if not text.strip():
+        raise FileProblem(f"{path} is empty.")
+    return text.strip()
+
+
+def decoded(text: bytes) -> str:
+    """Standard input as text, whatever the locale; raises FileProblem."""
+    try:
+        return text.decode("utf-8")
+    except UnicodeDecodeError:
+        raise FileProblem("standard input is not UTF-8 text.") from None
+
+
+def sampling(
+    tokenizer: Any,
+    temp: float,
+    top_p: float,
+    min_p: float = 0.0,
+    top_k: int = 0,
+    xtc_probability: float = 0.0,
+    xtc_threshold: float = 0.1,
+) -> Callable:
+    """mlx-lm's sampler for the flags of the commands."""
+    from mlx_lm.sample_utils import make_sampler
+
+    return make_sampler(
+        temp,
+        top_p,
+        min_p,
+        top_k=top_k,
+        xtc_probability=xtc_probability,
+        xtc_threshold=xtc_threshold,
+        xtc_special_tokens=tokenizer.encode("\n") + list(tokenizer.eos_token_ids),
+    )

@@ -1,0 +1,52 @@
+"""What commands print and the files they write, whole or not at all."""
+
+import json
+import tempfile
+from pathlib import Path
+from typing import Any, Callable, Optional
+
+from ..errors import ConfigError
+from ..files import replacing
+from .errors import fail
+
+
+def status_line(r: Any) -> str:
+    """One quiet line about an answer. r: Response."""
+    reused = f" (+{r.cached_tokens:,} cached)" if r.cached_tokens else ""
+    return (
+        f"{r.prompt_tokens:,} prompt tokens{reused} · TTFT {r.ttft:.2f} s · "
+        f"{r.generation_tps:.1f} tok/s · {r.ffn_sparsity:.0%} of the prompt's FFN skipped"
+    )
+
+
+def check_files(json_file: Optional[Path], png: Optional[Path]) -> None:
+    """Better before the measuring than after it."""
+    if png and png.suffix.lower() != ".png":
+        raise ConfigError(f"--png must be a file ending in .png, got {png}.")
+    for file in (json_file, png):
+        if file is None:
+            continue
+        if file.is_dir():
+            fail(f"{file} cannot be written: it is a folder.")
+        if not file.absolute().parent.is_dir():
+            fail(f"{file} cannot be written: no such folder.")
+        try:
+            tempfile.TemporaryFile(dir=file.absolute().parent).close()
+        except OSError as e:
+            fail(f"{file} cannot be written: {e.strerror or e}.")
+
+
+def write_json(file: Optional[Path], report: dict[str, Any]) -> None:
+    text = json.dumps(report, indent=2, ensure_ascii=False) + "\n"
+    write(file, lambda half: half.write_text(text, encoding="utf-8"))
+
+
+def write(file: Optional[Path], action: Callable[[Path], Any]) -> None:
+    """Let ``action`` write a file, whole or not at all; None writes nothing."""
+    if file is None:
+        return
+    try:
+        with replacing(file) as half:
+            action(half)
+    except OSError as e:
+        fail(f"{file} cannot be written: {e.strerror or e}.")

@@ -1,0 +1,101 @@
+"""mlx_fastforward predictors: which trained weights this machine has."""
+
+import contextlib
+from typing import Any, Optional
+
+from ..errors import printable
+from . import options as o
+from .errors import one_line_errors
+from .models import describe_base
+
+
+def predictors(
+    model: o.Model = None, trust_remote_code: o.TrustRemoteCode = False
+) -> None:
+    """List predictors: those for --model, or all without it.
+
+    Looks beside the model, in your predictors' folder and in the Hugging Face cache. Without
+    --predictor, chat takes the one beside the model, else your newest for it.
+
+    Examples:
+
+      mlx_fastforward predictors --model mlx-community/Llama-3.2-3B-Instruct-4bit
+    """
+    with one_line_errors():
+        from ..errors import PredictorError
+        from ..predictors.search import found_predictors, home, predictor_for
+
+        base = describe_base(model, trust_remote_code)[0] if model else None
+        found = list(found_predictors(model))
+        if base is not None:
+            found = [f for f in found if f.problem or _same(f.predictor, base)]
+        if not found:
+            whom = f" for {model}" if model else ""
+            print(
+                f"No predictors{whom}: none beside the model, in {home()} or in the hub's cache."
+            )
+            print("mlx_fastforward convert makes one from trained weights.")
+            return
+        chosen = None
+        if model and base:
+            with contextlib.suppress(PredictorError):  # damaged: listed as such
+                chosen = predictor_for(model, base)
+        for f in found:
+            mine = chosen is not None and str(f.folder) == chosen.source
+            print(f.place + (" (chat takes it)" if mine else ""))
+            for line in (
+                summary(f.predictor) if f.predictor else [f"damaged: {f.problem}"]
+            ):
+                print(f"    {printable(line)}")
+
+
+def _same(predictor: Any, base: Any) -> bool:
+    return bool(predictor.base.fingerprint == base.fingerprint)
+
+
+def summary(predictor: Any) -> list[str]:
+    """What a predictor holds, in a few lines."""
+    b = predictor.base
+    parts = []
+    if predictor.layers:
+        first = predictor.layers[0]
+        bits = f", w2 in {first.bits} bits" if first.bits else ""
+        kind = predictor.details["predictor"].get("kind", "pooled")
+        parts.append(f"{kind} predictor {_ranks(predictor.details, 'predictor')}{bits}")
+    if predictor.compensator:
+        kind = predictor.details["compensator"].get("kind", "mlp")
+        parts.append(f"{kind} compensator {_ranks(predictor.details, 'compensator')}")
+    if predictor.importances:
+        parts.append("importances")
+    lines = [
+        f"for {b.name}: {b.sizes()}",
+        f"{'; '.join(parts) or 'nothing'} ({_size(predictor)})",
+    ]
+    if (recall := _recall(predictor.details)) is not None:
+        lines.append(f"recall of the best neurons {recall:.0%}, as its maker measured")
+    return lines
+
+
+def _size(predictor: Any) -> str:
+    arrays = predictor.arrays()
+    kinds = {str(w.dtype).removeprefix("mlx.core.") for w in arrays} - {"uint32"}
+    size = f"{sum(w.nbytes for w in arrays) / 1e6:,.1f} MB"
+    return ", ".join([*sorted(kinds), size])
+
+
+def _ranks(info: dict[str, Any], section: str) -> str:
+    rank = info[section]["rank"]
+    if isinstance(rank, int) or min(rank) == max(rank):
+        return f"rank {rank if isinstance(rank, int) else rank[0]}"
+    return f"ranks {min(rank)} to {max(rank)}"
+
+
+def _recall(info: dict[str, Any]) -> Optional[float]:
+    """Mean top-K recall that the predictor's maker measured."""
+    calibration = info.get("calibration")
+    values = calibration.get("recall") if isinstance(calibration, dict) else None
+    if not isinstance(values, list) or not values:
+        return None
+    if not all(isinstance(v, (int, float)) for v in values):
+        return None
+    return sum(values) / len(values)

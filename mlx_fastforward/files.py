@@ -1,0 +1,38 @@
+"""Paths as people type them, and writing whole or not at all."""
+
+import contextlib
+from pathlib import Path
+from typing import Any, Callable, Iterator
+
+from .errors import FastForwardError
+
+
+def expanded(path: Path) -> Path:
+    """``path`` with ~ as the user's home; an unknown user is a FastForwardError."""
+    try:
+        return path.expanduser()
+    except RuntimeError:
+        raise FastForwardError(f"{path}: no such user; write the folder out.") from None
+
+
+@contextlib.contextmanager
+def replacing(path: Path) -> Iterator[Path]:
+    """A name beside ``path`` to write to; it takes the file's place when all is written."""
+    half = path.with_name(f".writing-{path.name}")
+    try:
+        yield half
+        half.replace(path)
+    finally:
+        half.unlink(missing_ok=True)
+
+
+def replace(path: Path, write: Callable[[Path], Any]) -> None:
+    """Let ``write(half)`` fill a file that then takes the place of ``path``; makes the folder."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with replacing(path) as half:
+        write(half)
+
+
+def write_text(path: Path, text: str) -> None:
+    """UTF-8, whole or not at all."""
+    replace(path, lambda half: half.write_text(text, encoding="utf-8"))

@@ -1,0 +1,1 @@
+"""What mlx-lm's models are made of: FFNs, projections, attention, caches."""

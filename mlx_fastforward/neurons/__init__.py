@@ -1,0 +1,1 @@
+"""Which neurons a block keeps, and what is added back for the others."""

@@ -1,0 +1,1 @@
+"""The file of trained weights: reading, writing, finding and sharing it."""

@@ -1,0 +1,408 @@
+"""The predictor file: trained predictors, compensators and importances of one base model.
+
+A folder with ``fastforward.json`` (what it is) and ``fastforward.safetensors`` (the weights).
+"""
+
+import contextlib
+import copy
+import hashlib
+import json
+import os
+import tempfile
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any, Iterable, Optional, Sequence
+
+import mlx.core as mx
+import mlx.nn as nn
+import numpy as np
+
+from ..errors import PredictorError
+from ..model.families import family_of, layer_mlps, layer_norm_weights
+from ..model.ffn import GatedFFN
+from ..neurons.compensators import (
+    ACTIVATIONS,
+    Compensator,
+    LowRankCompensator,
+    LowRankWeights,
+    MLPCompensator,
+    MLPWeights,
+)
+from ..neurons.predictor import QUANTIZATION_BITS, PredictorWeights, group_size
+from .tensors import TensorFileError, open_tensors, write_tensors
+
+FORMAT = 1
+POOLED, TOKENWISE = "pooled", "token-wise"
+MLP, LOW_RANK = "mlp", "low-rank"
+JSON_NAME = "fastforward.json"
+TENSORS_NAME = "fastforward.safetensors"
+
+
+@dataclass(frozen=True)
+class BaseModel:
+    """The model that a predictor is for. Name and type are for people, the rest is compared."""
+
+    name: str
+    model_type: str
+    layers: int
+    hidden_size: int
+    ffn_size: int | list[int]  # one for all layers, or one per layer
+    fingerprint: str
+
+    @classmethod
+    def of(cls, model: nn.Module, name: str = "") -> "BaseModel":
+        """Describe a loaded model, lazily loaded or not; raises UnsupportedModel."""
+        family = family_of(model)
+        shapes = [GatedFFN(mlp, family).shape for mlp in layer_mlps(model)]
+        widths = [f for _, f in shapes]
+        same = widths[0] if len(set(widths)) == 1 else widths
+        kind = str(getattr(model, "model_type", type(model).__name__))
+        mark = fingerprint(layer_norm_weights(model))
+        return cls(name, kind, len(shapes), shapes[0][0], same, mark)
+
+    @property
+    def widths(self) -> list[int]:
+        """Neurons of every layer."""
+        size = self.ffn_size
+        return size if isinstance(size, list) else [size] * self.layers
+
+    @property
+    def width(self) -> int:
+        """Neurons of a layer where all have as many; raises PredictorError."""
+        if isinstance(self.ffn_size, list):
+            raise PredictorError(
+                f"the FFNs of {self.name} are not equally wide, and train fits only such ones; "
+                "use the untrained selector probe."
+            )
+        return self.ffn_size
+
+    def sizes(self) -> str:
+        """Layers and widths in words."""
+        least, most = min(self.widths), max(self.widths)
+        ffn = f"{most:,}" if least == most else f"{least:,} to {most:,}"
+        return f"{self.layers} layers, hidden {self.hidden_size:,}, FFN {ffn}"
+
+
+@dataclass
+class PredictorFile:
+    """A loaded predictor file.
+
+    Args:
+        base: The model that it is for.
+        layers: One predictor per layer, or None.
+        compensator: Ready to use, or None.
+        importances: s_l per layer (eq. 23), or None.
+        details: The whole JSON (calibration summary, versions).
+        source: Where it was found.
+    """
+
+    base: BaseModel
+    layers: Optional[list[PredictorWeights]] = None
+    compensator: Optional[Compensator] = None
+    importances: Optional[list[float]] = None
+    details: dict[str, Any] = field(default_factory=dict)
+    source: str = ""
+
+    def check(self, model: BaseModel) -> None:
+        """Refuse a model that this was not made for; raises PredictorError."""
+        for key in ("layers", "hidden_size", "ffn_size"):
+            made_for, found = getattr(self.base, key), getattr(model, key)
+            if made_for != found:
+                raise PredictorError(
+                    f"the predictor file was made for a model with {key} {made_for}, "
+                    f"this model has {found}."
+                )
+        if self.base.fingerprint != model.fingerprint:
+            raise PredictorError(
+                f"the predictor file was made for {self.base.name!r}: "
+                "the shapes agree, but the weights of this model do not."
+            )
+
+    def astype(self, dtype: mx.Dtype) -> "PredictorFile":
+        """The same with all float weights of this dtype; PredictorError where they do not fit."""
+
+        def cast(part: Any) -> Any:
+            found = {k: _cast(w, dtype) for k, w in vars(part).items()}
+            return type(part)(**found)
+
+        layers = self.layers and [cast(w) for w in self.layers]
+        compensator = copy.copy(self.compensator)
+        if compensator is not None:
+            compensator.layers = [cast(w) for w in compensator.layers]
+        return replace(self, layers=layers, compensator=compensator)
+
+    def arrays(self) -> list[mx.array]:
+        """All weights, to evaluate them before they are needed."""
+        parts: list[Any] = list(self.layers or [])
+        parts += getattr(self.compensator, "layers", [])
+        return [w for p in parts for w in vars(p).values() if isinstance(w, mx.array)]
+
+
+def _cast(value: Any, dtype: mx.Dtype) -> Any:
+    if not isinstance(value, mx.array) or not mx.issubdtype(value.dtype, mx.floating):
+        return value
+    value = value.astype(dtype)
+    if not mx.all(mx.isfinite(value)).item():
+        raise PredictorError(f"a weight does not fit {dtype}.")
+    return value
+
+
+def fingerprint(norms: Sequence[mx.array]) -> str:
+    """A hash of a model's norm weights, the same for every quantisation of the model.
+
+    Norms stay float when a model is quantised; they are rounded to bf16, so all copies (fp32,
+    fp16, bf16) of a model published in bf16 agree.
+    """
+    digest = hashlib.sha256()
+    for i in sorted({0, len(norms) // 2, len(norms) - 1}):
+        w = norms[i].astype(mx.bfloat16).astype(mx.float32)
+        digest.update(np.array(w).tobytes())
+    return digest.hexdigest()[:16]
+
+
+def load_predictor(path: str | Path) -> PredictorFile:
+    """Read a predictor file lazily (weights are mapped, not read); raises PredictorError."""
+    path = Path(path).expanduser()
+    info, tensors = _read(path)
+    base = _base(path, info)
+    if base.layers > max(1, len(tensors)):  # before anything is made as long as it says
+        raise PredictorError(
+            f"{path / TENSORS_NAME} lacks weights for {base.layers} layers."
+        )
+    file = _File(path, tensors)
+    predictors = compensator = importances = None
+    if info.get("predictor"):
+        predictors = _predictors(file, info, base)
+    if info.get("compensator"):
+        compensator = _compensator(file, info, base)
+    if "importance" in tensors:
+        weight = file.get("importance", (base.layers,))
+        importances = np.array(weight.astype(mx.float32)).tolist()
+    return PredictorFile(base, predictors, compensator, importances, info, str(path))
+
+
+def _base(path: Path, info: dict[str, Any]) -> BaseModel:
+    base = _section(path, info, "base_model")
+    layers, d = (
+        _whole(path, info, "base_model", key) for key in ("layers", "hidden_size")
+    )
+    widths = _per_layer(path, info, "base_model", "ffn_size", layers)
+    f = widths[0] if len(set(widths)) == 1 else widths
+    if not isinstance(mark := base.get("fingerprint"), str):
+        raise PredictorError(f"{path / JSON_NAME} lacks base_model.fingerprint.")
+    name, kind = base.get("name"), base.get("model_type")
+    return BaseModel(
+        name if isinstance(name, str) and name else "another model",
+        kind if isinstance(kind, str) else "",
+        layers,
+        d,
+        f,
+        mark,
+    )
+
+
+def _predictors(
+    file: "_File", info: dict[str, Any], base: BaseModel
+) -> list[PredictorWeights]:
+    path, d = file.path, base.hidden_size
+    kind = _kind(path, info, "predictor", (POOLED, TOKENWISE))
+    ranks = _per_layer(path, info, "predictor", "rank", base.layers)
+    rows = ranks if kind == POOLED else [2 * r for r in ranks]
+    none: list[Any] = [None] * base.layers
+    queries = biases = none
+    if kind == POOLED:
+        queries = file.layers("predictor.query", [(d,)] * base.layers)
+    else:
+        biases = file.layers("predictor.bias", [(f,) for f in base.widths])
+    w1 = file.layers("predictor.w1", [(d, r) for r in ranks])
+    bits, w2 = _w2(file, info, list(zip(rows, base.widths)))
+    return [
+        PredictorWeights(q, first, *second, bits, bias)
+        for q, first, second, bias in zip(queries, w1, w2, biases)
+    ]
+
+
+def _w2(
+    file: "_File", info: dict[str, Any], shapes: list[tuple[int, int]]
+) -> tuple[int, list[tuple[Any, Any, Any]]]:
+    """Bits (0: float), and per layer w2 with its scales and biases."""
+    quantization, path = info["predictor"].get("quantization"), file.path
+    if quantization is None:
+        return 0, [(w, None, None) for w in file.layers("predictor.w2", shapes)]
+    bits = _whole(path, {"quantization": quantization}, "quantization", "bits")
+    odd = [f for _, f in shapes if not group_size(f)]
+    if bits not in QUANTIZATION_BITS or odd:
+        raise PredictorError(
+            f"{path / JSON_NAME}: expected a predictor in {_words(QUANTIZATION_BITS)} bits "
+            f"and a multiple of 32 neurons; found {bits} bits and "
+            f"{(odd or [shapes[0][1]])[0]} neurons."
+        )
+    groups = [(r, f // group_size(f)) for r, f in shapes]
+    packed = [(r, f * bits // 32) for r, f in shapes]
+    w2 = file.layers("predictor.w2", packed, mx.uint32)
+    scales = file.layers("predictor.w2.scales", groups)
+    biases = file.layers("predictor.w2.biases", groups)
+    return bits, list(zip(w2, scales, biases))
+
+
+def _compensator(file: "_File", info: dict[str, Any], base: BaseModel) -> Compensator:
+    path, d = file.path, base.hidden_size
+    kind = _kind(path, info, "compensator", (MLP, LOW_RANK))
+    ranks = _per_layer(path, info, "compensator", "rank", base.layers)
+    if kind == LOW_RANK:
+        parts = [
+            file.layers("compensator.center", [(d,)] * base.layers),
+            file.layers("compensator.v", [(d, k) for k in ranks]),
+            file.layers(
+                "compensator.u", [(f, k + 1) for f, k in zip(base.widths, ranks)]
+            ),
+        ]
+        return LowRankCompensator([LowRankWeights(*w) for w in zip(*parts)])
+    activation = info["compensator"].get("activation", "relu")
+    if activation not in list(ACTIVATIONS):
+        raise PredictorError(
+            f"{path / JSON_NAME}: expected a compensator activation of "
+            f"{', '.join(ACTIVATIONS)}; found {activation!r}."
+        )
+    w1 = file.layers("compensator.w1", [(d, h) for h in ranks])
+    w2 = file.layers("compensator.w2", [(h, d) for h in ranks])
+    return MLPCompensator([MLPWeights(*w) for w in zip(w1, w2)], activation)
+
+
+def packed(name: str, w: mx.array, bits: int) -> dict[str, mx.array]:
+    """A predictor's w2 (r, f) quantised along the neurons, under the names of the file."""
+    weight, scales, biases = mx.quantize(
+        w, group_size=group_size(w.shape[1]), bits=bits
+    )
+    return {name: weight, f"{name}.scales": scales, f"{name}.biases": biases}
+
+
+def _kind(
+    path: Path, info: dict[str, Any], section: str, known: tuple[str, str]
+) -> str:
+    """Which of the known kinds; the first one unless it says otherwise."""
+    kind = _section(path, info, section).get("kind", known[0])
+    if kind not in list(known):
+        raise PredictorError(
+            f"{path / JSON_NAME}: expected a {section} of kind {' or '.join(map(repr, known))}, "
+            f"found {kind!r}; a newer mlx-fastforward may know it."
+        )
+    return kind
+
+
+def _per_layer(
+    path: Path, info: dict[str, Any], section: str, key: str, layers: int
+) -> list[int]:
+    """One number per layer; most files have one for all."""
+    value = _section(path, info, section).get(key)
+    if not isinstance(value, list):
+        return [_whole(path, info, section, key)] * layers
+    if len(value) != layers:
+        raise PredictorError(
+            f"{path / JSON_NAME}: expected {layers} numbers in {section}.{key}, found {len(value)}."
+        )
+    return [_whole(path, {section: {key: v}}, section, key) for v in value]
+
+
+def _words(numbers: Sequence[int]) -> str:
+    return " or ".join(map(str, numbers))
+
+
+def _section(path: Path, info: dict[str, Any], name: str) -> dict[str, Any]:
+    section = info.get(name)
+    if not isinstance(section, dict):
+        raise PredictorError(
+            f"{path / JSON_NAME}: expected {name} to be an object, found {section!r}."
+        )
+    return section
+
+
+def _whole(path: Path, info: dict[str, Any], section: str, key: str) -> int:
+    value = _section(path, info, section).get(key)
+    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+        raise PredictorError(
+            f"{path / JSON_NAME}: expected {section}.{key} to be a whole number above 0, "
+            f"found {value!r}."
+        )
+    return value
+
+
+@dataclass(frozen=True)
+class _File:
+    """The tensors of a predictor file, each checked as it is asked for."""
+
+    path: Path
+    tensors: dict[str, mx.array]
+
+    def get(
+        self, key: str, shape: tuple[int, ...], dtype: Optional[mx.Dtype] = None
+    ) -> mx.array:
+        """A tensor of this name and shape, float or of the dtype given, or PredictorError."""
+        file = self.path / TENSORS_NAME
+        if key not in self.tensors:
+            raise PredictorError(f"{file} lacks the tensor {key}.")
+        tensor = self.tensors[key]
+        if tuple(tensor.shape) != shape:
+            raise PredictorError(
+                f"{file}: {key} should have shape {shape}, found {tuple(tensor.shape)}."
+            )
+        if not mx.issubdtype(tensor.dtype, dtype or mx.floating):
+            raise PredictorError(
+                f"{file}: {key} should be {dtype or 'float'}, found {tensor.dtype}."
+            )
+        return tensor
+
+    def layers(
+        self,
+        name: str,
+        shapes: Iterable[tuple[int, ...]],
+        dtype: Optional[mx.Dtype] = None,
+    ) -> list[mx.array]:
+        """This part of every layer."""
+        return [self.get(f"layers.{i}.{name}", s, dtype) for i, s in enumerate(shapes)]
+
+
+def _read(path: Path) -> tuple[dict[str, Any], dict[str, mx.array]]:
+    for name in (JSON_NAME, TENSORS_NAME):
+        if not (path / name).is_file():
+            raise PredictorError(
+                f"no predictor file in {path}: expected the files {JSON_NAME} and {TENSORS_NAME}."
+            )
+    try:
+        info = json.loads((path / JSON_NAME).read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError) as e:
+        raise PredictorError(f"{path / JSON_NAME} cannot be read: {e}") from e
+    if not isinstance(info, dict) or info.get("format") != FORMAT:
+        found = info.get("format") if isinstance(info, dict) else type(info).__name__
+        raise PredictorError(
+            f"{path / JSON_NAME}: expected format {FORMAT}, found {found!r}."
+        )
+    try:
+        tensors = open_tensors(path / TENSORS_NAME)
+    except TensorFileError as e:
+        raise PredictorError(f"{path / TENSORS_NAME} cannot be read: {e}") from e
+    return info, tensors
+
+
+def save_predictor(
+    path: str | Path, info: dict[str, Any], tensors: dict[str, mx.array]
+) -> None:
+    """Write a predictor file; the JSON, without which nothing loads, appears last."""
+    path = Path(path)
+    made = [p for p in (path, *path.parents) if not p.exists()]
+    path.mkdir(parents=True, exist_ok=True)
+    try:
+        with tempfile.TemporaryDirectory(dir=path, prefix=".writing-") as tmp:
+            write_tensors(f"{tmp}/{TENSORS_NAME}", tensors)
+            text = json.dumps({"format": FORMAT, **info}, indent=2)
+            Path(tmp, JSON_NAME).write_text(text + "\n", encoding="utf-8")
+            (path / JSON_NAME).unlink(
+                missing_ok=True
+            )  # never old JSON with new weights
+            for name in (TENSORS_NAME, JSON_NAME):
+                os.replace(f"{tmp}/{name}", path / name)
+    except BaseException:
+        with contextlib.suppress(OSError):
+            for folder in made:
+                folder.rmdir()
+        raise

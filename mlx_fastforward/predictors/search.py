@@ -1,0 +1,125 @@
+"""Where predictors are found: named by the user, beside the model, in their own folder, on the hub."""
+
+import json
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Iterator, Optional
+
+from .. import hub
+from ..errors import PredictorError
+from ..files import expanded
+from .file import JSON_NAME, TENSORS_NAME, BaseModel, PredictorFile, load_predictor
+
+NONE = "none"
+
+
+def home() -> Path:
+    """The folder of the user's own predictors; MLX_FASTFORWARD_HOME moves it."""
+    root = os.environ.get("MLX_FASTFORWARD_HOME") or "~/.cache/mlx_fastforward"
+    return expanded(Path(root)) / "predictors"
+
+
+def default_folder(base: BaseModel) -> Path:
+    """Where a predictor for this model goes unless the user says otherwise."""
+    name = base.name.replace("/", "--").replace(" ", "-")
+    return home() / (name if name.strip(".") else "model")
+
+
+def named_predictor(name: str | Path) -> Optional[PredictorFile]:
+    """The predictor that a user named, a folder or a repository; "none" is none at all."""
+    text = str(name)
+    if text == NONE:
+        return None
+    if isinstance(name, Path) or not hub.looks_like_a_repository(text):
+        return load_predictor(text)
+    predictor = load_predictor(hub.download(text, [JSON_NAME, TENSORS_NAME]))
+    predictor.source = text
+    return predictor
+
+
+def predictor_for(
+    model: str, base: BaseModel, revision: Optional[str] = None
+) -> Optional[PredictorFile]:
+    """The predictor to use when nobody named one: beside the model, else the user's newest for it.
+
+    Raises PredictorError where the chosen one is damaged.
+    """
+    if (beside := beside_model(model, revision)) is not None:
+        return load_predictor(beside)
+    fitting = [p for p in own_folders() if fits(p, base)]
+    newest = max(fitting, key=lambda p: (p / JSON_NAME).stat().st_mtime, default=None)
+    return load_predictor(newest) if newest is not None else None
+
+
+def beside_model(model: str, revision: Optional[str] = None) -> Optional[Path]:
+    """The model's own folder, local or of the hub, if a predictor lies in it.
+
+    mlx-lm downloads the JSON with a model but not the predictor's weights: they are fetched here.
+    """
+    if Path(model).exists():
+        return Path(model) if (Path(model) / JSON_NAME).is_file() else None
+    folder = hub.cached_folder(model, [JSON_NAME], revision)
+    if folder is None or not (folder / JSON_NAME).is_file():
+        return None
+    if not (folder / TENSORS_NAME).is_file():
+        hub.download(model, [JSON_NAME, TENSORS_NAME], revision=folder.name)
+    return folder
+
+
+def own_folders() -> list[Path]:
+    """Folders in home() that look like predictors."""
+    try:
+        return sorted(p.parent for p in home().glob(f"*/{JSON_NAME}"))
+    except OSError:
+        return []
+
+
+def fits(folder: Path, base: BaseModel) -> bool:
+    """Whether the JSON says so; damaged JSON fits nothing."""
+    try:
+        info = json.loads((folder / JSON_NAME).read_text(encoding="utf-8"))
+        return bool(info["base_model"]["fingerprint"] == base.fingerprint)
+    except (OSError, ValueError, KeyError, TypeError, RecursionError):
+        return False
+
+
+@dataclass(frozen=True)
+class Found:
+    """A predictor in some place, or why it is none."""
+
+    place: str
+    folder: Path
+    predictor: Optional[PredictorFile] = None
+    problem: str = ""
+
+
+def found_predictors(model: Optional[str]) -> Iterator[Found]:
+    """All predictors on this machine: beside the model, the user's own, the hub cache's."""
+    if model is not None and (beside := beside_model(model)) is not None:
+        yield _found(str(beside), beside)
+    for folder in own_folders():
+        yield _found(str(folder), folder)
+    for repo, folder in cached_repositories():
+        if repo != model:
+            yield _found(repo, folder)
+
+
+def cached_repositories() -> list[tuple[str, Path]]:
+    """Repositories with a predictor file in the Hugging Face cache, newest revision of each."""
+    found = []
+    for name, folders in hub.cached_models():
+        if (newest := next(filter(_is_predictor, folders), None)) is not None:
+            found.append((name, newest))
+    return found
+
+
+def _is_predictor(folder: Path) -> bool:
+    return all((folder / name).is_file() for name in (JSON_NAME, TENSORS_NAME))
+
+
+def _found(place: str, folder: Path) -> Found:
+    try:
+        return Found(place, folder, load_predictor(folder))
+    except PredictorError as e:
+        return Found(place, folder, problem=str(e))

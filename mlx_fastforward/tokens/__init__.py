@@ -1,0 +1,1 @@
+"""Which tokens of a call run densely and which sparsely, and what that costs."""

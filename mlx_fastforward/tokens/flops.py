@@ -1,0 +1,102 @@
+"""The one count of FLOPs: of a prompt's FFNs as they run, and of a whole prefill.
+
+Counted as the engine runs: the plan of each call, the last layer's FFN never. A whole prefill is a
+limit, not a forecast: every product at full speed, norms, softmax and sampling for nothing. Sliding
+windows are counted as full attention.
+"""
+
+from dataclasses import dataclass
+from typing import Optional, Sequence
+
+from ..model.families import Heads, prefilled
+from ..neurons.compensators import Compensator
+from ..neurons.selectors import Selector
+from .plan import Plan
+from .split import TokenSplit
+
+Shapes = Sequence[tuple[int, int]]  # (d, f) of every layer's FFN
+
+
+@dataclass
+class FlopCount:
+    """FFN FLOPs of one prompt, over the layers whose FFN a prefill runs.
+
+    dense: what stock mlx-lm runs. run: what ran, selection and compensation included.
+    """
+
+    dense: float = 0.0
+    run: float = 0.0
+
+    @property
+    def sparsity(self) -> float:
+        """Share of the dense FFN FLOPs that was skipped; selection and compensation are paid."""
+        return 1 - self.run / self.dense if self.dense else 0.0
+
+
+def dense_ffn(tokens: int, d: int, f: int) -> float:
+    """Three products of one layer."""
+    return 6.0 * tokens * d * f
+
+
+def overhead(
+    split: TokenSplit,
+    layer: int,
+    d: int,
+    f: int,
+    keep: int,
+    selector: Selector,
+    compensator: Optional[Compensator],
+) -> float:
+    """Selection and compensation of one block in one layer."""
+    paid = selector.flops(layer, split.plan.block_size, split.dense_tokens, d, f)
+    if compensator is not None:
+        paid += compensator.flops(layer, split.sparse_tokens, d, keep)
+    return paid
+
+
+def count_call(
+    count: FlopCount,
+    tokens: tuple[int, int],
+    plan: Optional[Plan],
+    shapes: Shapes,
+    keep: Sequence[Optional[int]],
+    selector: Selector,
+    compensator: Optional[Compensator],
+) -> None:
+    """Add one call to a count.
+
+    Args:
+        tokens: Rows of the call, and tokens per row.
+        plan: None where the call ran densely.
+        keep: Neurons that each layer keeps, None for a dense layer.
+    """
+    batch, new = tokens
+    for layer, ((d, f), kept) in enumerate(prefilled(list(zip(shapes, keep)))):
+        whole = batch * dense_ffn(new, d, f)
+        count.dense += whole
+        count.run += whole
+        if plan is None or kept is None:
+            continue
+        split = TokenSplit(plan, selector.probe_every)
+        saved = dense_ffn(split.sparse_tokens, d, f - kept)
+        paid = overhead(split, layer, d, f, kept, selector, compensator)
+        count.run += batch * plan.blocks * (paid - saved)
+
+
+def other_than_ffn(shapes: Shapes, heads: Heads, tokens: int) -> float:
+    """FLOPs of stock mlx-lm reading a prompt: projections and attention."""
+    last = (
+        2.0 * shapes[-1][0] * heads.size * heads.keys
+    )  # keys and values, nothing else
+    seen = tokens * (tokens + 1) / 2
+    total = 2.0 * tokens * last
+    for d, _ in prefilled(shapes):
+        matrices = 2.0 * d * heads.size * (heads.queries + heads.keys)
+        total += 2.0 * tokens * matrices + 4.0 * seen * heads.queries * heads.size
+    return total
+
+
+def ideal_speedup(shapes: Shapes, heads: Heads, tokens: int, ffn: FlopCount) -> float:
+    """Stock FLOPs over the sparse prefill's, both with all that is not FFN: what arithmetic allows."""
+    rest = other_than_ffn(shapes, heads, tokens)
+    return (rest + ffn.dense) / (rest + ffn.run)
