@@ -6,7 +6,8 @@ from typing import Any, Iterable, Optional
 import mlx.core as mx
 
 from ..neurons.compensators import ACTIVATIONS
-from ..predictors.file import MLP, POOLED, BaseModel, packed
+from ..predictors.base import BaseModel
+from ..predictors.file import MLP, POOLED, packed
 from .files import Checkpoint, CheckpointError, Entry
 from .naming import IMPORTANCE, PARTS, Match, Rule, Unknown, place
 

@@ -8,12 +8,7 @@ from .version import __version__
 if TYPE_CHECKING:
     from .attachment import attach, detach
     from .config import DeviceSettings, PrefillConfig
-    from .errors import (
-        ConfigError,
-        FastForwardError,
-        PredictorError,
-        UnsupportedModel,
-    )
+    from .errors import ConfigError, FastForwardError, PredictorError, UnsupportedModel
     from .generation import Response, stream_generate
     from .loading import load
     from .predictors.file import PredictorFile, load_predictor, save_predictor

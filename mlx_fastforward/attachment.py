@@ -14,21 +14,12 @@ from typing import Any, Callable, Iterator, Optional, Sequence
 import mlx.core as mx
 import mlx.nn as nn
 
+from .build import engine_for
 from .config import DeviceSettings, PrefillConfig
 from .engine import Call, Engine, Prompt
-from .errors import ConfigError
 from .model.attention import NAME, Attention, by_queries
-from .model.families import (
-    family_of,
-    layer_attention,
-    layer_mlps,
-    prefilled,
-)
-from .model.ffn import GatedFFN
-from .neurons.compensators import Compensator
-from .neurons.schedule import layerwise, neurons_kept, uniform
-from .neurons.selectors import FirstBlock, Oracle, Probe, Selector, Trained
-from .predictors.file import BaseModel, PredictorFile
+from .model.families import layer_attention
+from .predictors.file import PredictorFile
 
 
 class Attached:
@@ -59,12 +50,7 @@ def attach(
 ) -> Engine:
     """Make a loaded mlx-lm model prefill sparsely, in place.
 
-    Args:
-        model: A model of a supported architecture; attached before, it gets the new settings.
-        config: Defaults to ``PrefillConfig()``.
-        predictor: Trained predictors, compensators and importances for this model.
-        importances: s_l per layer for the layerwise schedule; the predictor's are the default.
-        device: What tuning found.
+    Args are those of engine_for(); a model that was attached before gets the new settings.
 
     Raises:
         UnsupportedModel, ConfigError, PredictorError: before anything of the model is touched.
@@ -72,32 +58,6 @@ def attach(
     engine = engine_for(model, config, predictor, importances, device)
     detach(model)
     seat(model, engine)
-    return engine
-
-
-def engine_for(
-    model: nn.Module,
-    config: Optional[PrefillConfig] = None,
-    predictor: Optional[PredictorFile] = None,
-    importances: Optional[Sequence[float]] = None,
-    device: DeviceSettings = DeviceSettings(),
-) -> Engine:
-    """The engine that attach() would give the model, which stays as it is."""
-    config = config or PrefillConfig()
-    family, mlps = family_of(model), layer_mlps(model)
-    ffns = [GatedFFN(mlp, family, device.strategy) for mlp in mlps]
-    if predictor is not None:
-        predictor.check(BaseModel.of(model))
-    engine = Engine(
-        config,
-        ffns,
-        _budgets(config, ffns, predictor, importances),
-        _selector(config, predictor),
-        _compensator(config, predictor),
-        predictor=predictor.source if predictor is not None else None,
-        device=device,
-    )
-    engine.drop_unsupported()
     return engine
 
 
@@ -308,67 +268,3 @@ def watched_attention(
 
     with watched(modules, through):
         yield True
-
-
-def _budgets(
-    config: PrefillConfig,
-    ffns: list[GatedFFN],
-    predictor: Optional[PredictorFile],
-    importances: Optional[Sequence[float]],
-) -> list[Optional[int]]:
-    """Neurons kept per layer, None for a dense layer. The last layer is always dense."""
-    widths = [ffn.shape[1] for ffn in prefilled(ffns)]
-    if importances is None and predictor is not None:
-        importances = predictor.importances
-    if config.schedule == "layerwise" and importances is None:
-        raise ConfigError(
-            "schedule layerwise needs importances, from a predictor file or from "
-            "attach(importances=); use schedule uniform or auto."
-        )
-    if config.sparsity == 0:
-        return [None] * len(ffns)
-    if importances is None or config.schedule == "uniform":
-        budgets = uniform(len(widths), config.sparsity)
-    elif len(importances) != len(ffns):
-        raise ConfigError(
-            f"expected one importance per layer ({len(ffns)}), got {len(importances)}."
-        )
-    else:
-        budgets = layerwise(prefilled(importances), config.sparsity)
-    return [*map(neurons_kept, budgets, widths), None]
-
-
-def _selector(config: PrefillConfig, predictor: Optional[PredictorFile]) -> Selector:
-    name = config.selector
-    trained = predictor.layers if predictor is not None else None
-    if name == "auto":
-        name = "trained" if trained else "probe"
-    if name == "trained":
-        if not trained:
-            raise ConfigError(
-                "selector trained needs a predictor file with predictors; "
-                "use selector probe, which needs no training."
-            )
-        return Trained(trained)
-    if name == "probe" and config.sparse_decode:
-        raise ConfigError(
-            "sparse_decode needs the selector trained, first-block or oracle."
-        )
-    known: dict[str, type[Selector]] = {
-        kind.name: kind for kind in (Probe, FirstBlock, Oracle)
-    }
-    return known[name]()
-
-
-def _compensator(
-    config: PrefillConfig, predictor: Optional[PredictorFile]
-) -> Optional[Compensator]:
-    compensator = predictor.compensator if predictor is not None else None
-    found = compensator.name if compensator is not None else "none"
-    if config.compensator not in ("auto", "none", found):
-        here = f"this one has {found}" if predictor is not None else "there is none"
-        raise ConfigError(
-            f"compensator {config.compensator} needs a predictor file that has one, {here}; "
-            "use compensator none or auto."
-        )
-    return None if config.compensator == "none" else compensator

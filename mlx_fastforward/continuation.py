@@ -12,11 +12,7 @@ from .prefill import read
 
 
 def follow(
-    model: nn.Module,
-    rest: mx.array,
-    tokens: mx.array,
-    cache: Any,
-    step: bool = False,
+    model: nn.Module, rest: mx.array, tokens: mx.array, cache: Any, step: bool = False
 ) -> mx.array:
     """Log-probabilities (tokens.size, vocabulary) of ``tokens`` after a prompt.
 

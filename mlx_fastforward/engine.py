@@ -14,12 +14,7 @@ from .config import DeviceSettings, PrefillConfig
 from .model.caches import Cache, Memory, is_empty, memory_of, valid_tokens
 from .model.ffn import Estimate, GatedFFN
 from .neurons.compensators import Compensator
-from .neurons.selectors import (
-    Selector,
-    SelectorInputs,
-    at_least_one,
-    top_neurons,
-)
+from .neurons.selectors import Selector, SelectorInputs, at_least_one, top_neurons
 from .tokens.flops import FlopCount, Shapes, count_call
 from .tokens.plan import CHUNK, Plan, plan_call, shortest_sparse
 from .tokens.split import TokenSplit

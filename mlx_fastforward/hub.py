@@ -40,10 +40,7 @@ def cached_folder(
     try:
         return Path(
             snapshot_download(
-                repo,
-                revision=revision,
-                allow_patterns=patterns,
-                local_files_only=True,
+                repo, revision=revision, allow_patterns=patterns, local_files_only=True
             )
         )
     except (HFValidationError, OSError):

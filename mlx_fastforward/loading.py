@@ -9,7 +9,8 @@ from mlx_lm.utils import load as mlx_lm_load
 
 from .attachment import attach, detach
 from .config import PrefillConfig
-from .predictors.file import BaseModel, PredictorFile
+from .predictors.base import BaseModel
+from .predictors.file import PredictorFile
 from .predictors.search import named_predictor, predictor_for
 
 

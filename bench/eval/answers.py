@@ -81,10 +81,7 @@ def reply(
 
 
 def _ask_each(
-    model: nn.Module,
-    tokenizer: Any,
-    document: Document,
-    max_tokens: int,
+    model: nn.Module, tokenizer: Any, document: Document, max_tokens: int
 ) -> Iterator[Reading]:
     """The shared beginning of the prompts is read once; each question goes on from a copy."""
     prompts, cache = document.prompts, make_prompt_cache(model)
@@ -102,10 +99,7 @@ def _ask_each(
 
 
 def _converse(
-    model: nn.Module,
-    tokenizer: Any,
-    document: Document,
-    max_tokens: int,
+    model: nn.Module, tokenizer: Any, document: Document, max_tokens: int
 ) -> Iterator[Reading]:
     """One conversation as ``chat`` has it: earlier answers stay, and the cache is kept."""
     session = Conversation(model, tokenizer)

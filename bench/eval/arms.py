@@ -5,7 +5,7 @@ from typing import Optional, Sequence
 
 import mlx.nn as nn
 
-from ...attachment import engine_for
+from ...build import engine_for
 from ...config import DeviceSettings, PrefillConfig
 from ...engine import Engine
 from ...errors import ConfigError

@@ -247,12 +247,7 @@ def _prompts(tokenizer: Any, text: str, questions: list[Question]) -> list[list[
 
 
 def _document(
-    tokenizer: Any,
-    task: str,
-    length: int,
-    i: int,
-    text: str,
-    questions: list[Question],
+    tokenizer: Any, task: str, length: int, i: int, text: str, questions: list[Question]
 ) -> Document:
     prompts = _prompts(tokenizer, text, questions[:1] if task == "chat" else questions)
     return Document(f"{task}-{length}-{i}", task, length, text, questions, prompts)

@@ -242,9 +242,7 @@ def inspect(
 
 
 def _inspection(
-    tokens: int,
-    observer: Observer,
-    weights: Optional[Sequence[float]],
+    tokens: int, observer: Observer, weights: Optional[Sequence[float]]
 ) -> Inspection:
     engine = observer.engine
     shares: Sequence[Optional[float]] = [None] * len(observer.found)

@@ -9,7 +9,8 @@ from mlx_lm.models import llama, qwen3
 from ...model.families import float_dtype
 from ...neurons.compensators import LowRankCompensator, LowRankWeights
 from ...neurons.predictor import PredictorWeights
-from ...predictors.file import BaseModel, PredictorFile
+from ...predictors.base import BaseModel
+from ...predictors.file import PredictorFile
 from ...train.state import Settings
 
 LLAMA_1B = dict(

@@ -15,7 +15,8 @@ from mlx_lm.models.cache import make_prompt_cache
 from rich.console import Console
 from rich.table import Table
 
-from ...attachment import engine_for, seated
+from ...attachment import seated
+from ...build import engine_for
 from ...config import STRATEGIES, DeviceSettings, PrefillConfig
 from ...engine import Engine
 from ...model.attention import by_queries

@@ -18,7 +18,8 @@ import typer
 
 from ...convert import conversion
 from ...convert.files import open_checkpoint
-from ...predictors.file import TENSORS_NAME, BaseModel, load_predictor, save_predictor
+from ...predictors.base import BaseModel
+from ...predictors.file import TENSORS_NAME, load_predictor, save_predictor
 from ..environment import describe, resident
 
 app = typer.Typer(add_completion=False)

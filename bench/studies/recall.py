@@ -14,7 +14,8 @@ from rich.progress import track
 from ... import demo
 from ...loading import load_stock
 from ...neurons.selectors import Oracle, Selector, SelectorInputs, Trained
-from ...predictors.file import BaseModel, load_predictor
+from ...predictors.base import BaseModel
+from ...predictors.file import load_predictor
 from ...train.capture import capture, ffns_of
 from ...train.reconstruction import hits
 from ..environment import describe

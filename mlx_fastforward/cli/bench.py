@@ -4,7 +4,6 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Annotated, Any, Optional
 
-import typer
 from rich.console import Console
 from rich.progress import Progress
 from rich.table import Table
@@ -23,54 +22,38 @@ def bench(
     model: o.Model = None,
     random: Annotated[
         Optional[str],
-        typer.Option(
-            help="Random weights in the shape of llama-3.2-1b, llama-3.2-3b, llama-3.1-8b or "
-            "qwen3-4b, with predictors of random weights: for timings they do.",
-            show_default=False,
+        o.opt(
+            "Random weights in the shape of llama-3.2-1b, llama-3.2-3b, llama-3.1-8b or "
+            "qwen3-4b, with predictors of random weights: for timings they do."
         ),
     ] = None,
     layers: Annotated[
-        Optional[int],
-        typer.Option(min=2, help="Fewer layers, with --random.", show_default=False),
+        Optional[int], o.opt("Fewer layers, with --random.", min=2)
     ] = None,
-    q_bits: Annotated[
-        int, typer.Option(help="Quantised weights with --random; 0: float.")
-    ] = 0,
+    q_bits: Annotated[int, o.opt("Quantised weights with --random; 0: float.")] = 0,
     dtype: Annotated[
         Optional[str],
-        typer.Option(
-            help="float32, float16 or bfloat16. Default: the model's own; --random: bfloat16 on "
-            "a GPU, else float32.",
-            show_default=False,
+        o.opt(
+            "float32, float16 or bfloat16. Default: the model's own; --random: bfloat16 on "
+            "a GPU, else float32."
         ),
     ] = None,
     contexts: Annotated[
         Optional[str],
-        typer.Option(
-            help="Prompt tokens. Default: 512,1024,2048,4096, as the model allows."
-        ),
+        o.opt("Prompt tokens. Default: 512,1024,2048,4096, as the model allows."),
     ] = None,
-    sparsities: Annotated[
-        str, typer.Option(help="Shares of FFN neurons dropped.")
-    ] = "0.5",
-    block_sizes: Annotated[
-        Optional[str],
-        typer.Option(help="Default: the tuned one.", show_default=False),
-    ] = None,
+    sparsities: Annotated[str, o.opt("Shares of FFN neurons dropped.")] = "0.5",
+    block_sizes: Annotated[Optional[str], o.opt("Default: the tuned one.")] = None,
     selectors: Annotated[
-        str, typer.Option(help="auto, trained, probe, first-block, oracle.")
+        str, o.opt("auto, trained, probe, first-block, oracle.")
     ] = "auto",
     strategies: Annotated[
-        Optional[str],
-        typer.Option(
-            help="chunk, columns, stored. Default: the tuned one.", show_default=False
-        ),
+        Optional[str], o.opt("chunk, columns, stored. Default: the tuned one.")
     ] = None,
     attention_blocks: Annotated[
         Optional[str],
-        typer.Option(
-            help="Queries per attention call, 0 for all as mlx-lm does. Default: as tuned.",
-            show_default=False,
+        o.opt(
+            "Queries per attention call, 0 for all as mlx-lm does. Default: as tuned."
         ),
     ] = None,
     predictor: o.Predictor = None,
@@ -78,13 +61,11 @@ def bench(
     trust_remote_code: o.TrustRemoteCode = False,
     no_tune: o.NoTune = False,
     num_trials: Annotated[
-        int, typer.Option("--num-trials", "-n", min=1, help="Runs of each arm.")
+        int, o.opt("Runs of each arm.", "--num-trials", "-n", min=1)
     ] = 5,
-    delay: Annotated[
-        float, typer.Option(min=0, help="Seconds of rest before each run.")
-    ] = 0,
+    delay: Annotated[float, o.opt("Seconds of rest before each run.", min=0)] = 0,
     json_file: o.JsonFile = None,
-    png: Annotated[Optional[Path], typer.Option(help="Write a picture here.")] = None,
+    png: Annotated[Optional[Path], o.opt("Write a picture here.")] = None,
 ) -> None:
     """Measure the time to first token, sparse against stock mlx-lm, interleaved.
 
@@ -97,9 +78,9 @@ def bench(
     with one_line_errors(), interruptible():
         import mlx.core as mx
 
-        from ..attachment import engine_for
         from ..bench.environment import describe
         from ..bench.speed import ttft
+        from ..build import engine_for
 
         check_files(json_file, png)
         sizes = numbers("--contexts", contexts, int) if contexts else None

@@ -28,51 +28,36 @@ def convert(
     model: o.Model = None,
     out: Annotated[
         Optional[Path],
-        typer.Option(
-            help="Folder of the predictor. Default: your predictors' folder, where chat looks.",
-            show_default=False,
+        o.opt(
+            "Folder of the predictor. Default: your predictors' folder, where chat looks."
         ),
     ] = None,
     map_file: Annotated[
         Optional[Path],
-        typer.Option(
+        o.opt(
+            'Names of another layout, JSON: {"REGEX": "layers.\\\\1.predictor.w1"}.',
             "--map",
-            help='Names of another layout, JSON: {"REGEX": "layers.\\\\1.predictor.w1"}.',
-            show_default=False,
         ),
     ] = None,
     list_only: Annotated[
-        bool,
-        typer.Option(
-            "--list", help="Print the tensors and what they match; write nothing."
-        ),
+        bool, o.opt("Print the tensors and what they match; write nothing.", "--list")
     ] = False,
     dtype: Annotated[
-        Optional[str],
-        typer.Option(
-            help="float32, float16 or bfloat16. Default: the model's own.",
-            show_default=False,
-        ),
+        Optional[str], o.opt("float32, float16 or bfloat16. Default: the model's own.")
     ] = None,
     quantize: Annotated[
         Optional[int],
-        typer.Option(
-            "--quantize",
-            "-q",
-            help="Bits for the predictor's large matrix: 8 or 4.",
-            show_default=False,
-        ),
+        o.opt("Bits for the predictor's large matrix: 8 or 4.", "--quantize", "-q"),
     ] = None,
     activation: Annotated[
         Optional[str],
-        typer.Option(
-            help="The compensator's activation: relu, silu or gelu. Default: what the "
-            "checkpoint's fastforward.json says, else relu.",
-            show_default=False,
+        o.opt(
+            "The compensator's activation: relu, silu or gelu. Default: what the "
+            "checkpoint's fastforward.json says, else relu."
         ),
     ] = None,
     overwrite: Annotated[
-        bool, typer.Option("--overwrite", help="Replace a predictor that is there.")
+        bool, o.opt("Replace a predictor that is there.", "--overwrite")
     ] = False,
     trust_remote_code: o.TrustRemoteCode = False,
 ) -> None:
@@ -200,7 +185,7 @@ def _convert(
         "compensator": _summary("compensator", plan, act, told, bits),
         "importances": "one per layer" if plan.importance else "none",
         "note": "; ".join(plan.remarks),
-        "predictor": f"{out} ({dtype}, {size / 1e6:,.1f} MB, {time.perf_counter() - start:.1f} s)",
+        "written": f"{out} ({dtype}, {size / 1e6:,.1f} MB, {time.perf_counter() - start:.1f} s)",
     }
     for key, value in rows.items():
         if value:

@@ -3,7 +3,6 @@
 import statistics
 from typing import Annotated
 
-import typer
 from rich.console import Console
 from rich.table import Table
 
@@ -16,7 +15,7 @@ from .models import load_model
 def demo(
     sparsity: o.Sparsity = 0.5,
     block_size: Annotated[
-        int, typer.Option(help="Tokens that share one set of neurons, about.")
+        int, o.opt("Tokens that share one set of neurons, about.")
     ] = 128,
     selector: o.Selector = "auto",
 ) -> None:

@@ -5,7 +5,6 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated, Any, Optional
 
-import typer
 from rich.console import Console
 from rich.progress import Progress
 
@@ -25,20 +24,15 @@ def evaluate(
     model: o.Model = None,
     predictor: o.Predictor = None,
     selectors: Annotated[
-        str, typer.Option(help="auto, trained, probe, first-block, oracle.")
+        str, o.opt("auto, trained, probe, first-block, oracle.")
     ] = "auto",
-    compensators: Annotated[
-        str, typer.Option(help="auto, none, mlp, low-rank.")
-    ] = "auto",
-    sparsities: Annotated[
-        str, typer.Option(help="Shares of FFN neurons dropped.")
-    ] = "0.5",
+    compensators: Annotated[str, o.opt("auto, none, mlp, low-rank.")] = "auto",
+    sparsities: Annotated[str, o.opt("Shares of FFN neurons dropped.")] = "0.5",
     block_sizes: Annotated[
         Optional[str],
-        typer.Option(
-            help="Tokens that share one set of neurons, about. Default: as tuned for this "
-            "device, as chat runs.",
-            show_default=False,
+        o.opt(
+            "Tokens that share one set of neurons, about. Default: as tuned for this "
+            "device, as chat runs."
         ),
     ] = None,
     no_tune: o.NoTune = False,
@@ -46,55 +40,42 @@ def evaluate(
     sparse_decode: o.SparseDecode = False,
     tasks: Annotated[
         Optional[str],
-        typer.Option(
-            help="continuation, needle, key-value, quote, chat, qa. Default: all, qa with --data. "
-            "Or LongBench's or MMLU's.",
-            show_default=False,
+        o.opt(
+            "continuation, needle, key-value, quote, chat, qa. Default: all, qa with --data. "
+            "Or LongBench's or MMLU's."
         ),
     ] = None,
     longbench: Annotated[
         bool,
-        typer.Option(
+        o.opt(
+            "LongBench instead, through lm-eval (pip install 'mlx-fastforward\\[eval]').",
             "--longbench",
-            help="LongBench instead, through lm-eval (pip install 'mlx-fastforward\\[eval]').",
         ),
     ] = False,
-    mmlu: Annotated[
-        bool, typer.Option("--mmlu", help="MMLU instead, through lm-eval.")
-    ] = False,
+    mmlu: Annotated[bool, o.opt("MMLU instead, through lm-eval.", "--mmlu")] = False,
     limit: Annotated[
         Optional[int],
-        typer.Option(
-            min=1,
-            help="Prompts per task of LongBench or MMLU. Default: all.",
-            show_default=False,
-        ),
+        o.opt("Prompts per task of LongBench or MMLU. Default: all.", min=1),
     ] = None,
     lengths: Annotated[
         Optional[str],
-        typer.Option(
-            help="Prompt tokens. Default: 1024,2048,4096, as the model allows.",
-            show_default=False,
-        ),
+        o.opt("Prompt tokens. Default: 1024,2048,4096, as the model allows."),
     ] = None,
-    prompts: Annotated[
-        int, typer.Option(min=1, help="Documents per task and length.")
-    ] = 8,
+    prompts: Annotated[int, o.opt("Documents per task and length.", min=1)] = 8,
     data: Annotated[
         Optional[Path],
-        typer.Option(
-            help='Your questions, JSONL: {"context", "question", "answers": [...]}. A folder with '
-            "the files of LongBench or MMLU; default: from the hub.",
-            show_default=False,
+        o.opt(
+            'Your questions, JSONL: {"context", "question", "answers": [...]}. A folder with '
+            "the files of LongBench or MMLU; default: from the hub."
         ),
     ] = None,
     max_tokens: Annotated[
-        int, typer.Option("--max-tokens", "-m", min=1, help="Of an answer, at most.")
+        int, o.opt("Of an answer, at most.", "--max-tokens", "-m", min=1)
     ] = 40,
-    seed: Annotated[int, typer.Option(min=0, help="Other seeds, other prompts.")] = 0,
+    seed: Annotated[int, o.opt("Other seeds, other prompts.", min=0)] = 0,
     dtype: o.Dtype = None,
     json_file: o.JsonFile = None,
-    png: Annotated[Optional[Path], typer.Option(help="Write a picture here.")] = None,
+    png: Annotated[Optional[Path], o.opt("Write a picture here.")] = None,
     trust_remote_code: o.TrustRemoteCode = False,
 ) -> None:
     """Compare answers after a sparse prefill with the dense model's, on the same prompts.
@@ -236,8 +217,8 @@ def _arms(
     Where dense is fastest the settings that were asked for are measured. Block sizes are named
     where they are not all the usual one.
     """
-    from ..attachment import engine_for
     from ..bench.eval.arms import Arm, label, labels_of
+    from ..build import engine_for
 
     engines = []
     for config in configs:

@@ -31,11 +31,11 @@ def generate(
         typer.Argument(help="The prompt; '-' reads it from standard input."),
     ] = None,
     prompt_option: Annotated[
-        Optional[str], typer.Option("--prompt", "-p", help="The same, as in mlx_lm.")
+        Optional[str], o.opt("The same, as in mlx_lm.", "--prompt", "-p")
     ] = None,
     file: o.File = None,
     json_output: Annotated[
-        bool, typer.Option("--json", help="Print one JSON object with statistics.")
+        bool, o.opt("Print one JSON object with statistics.", "--json")
     ] = False,
     model: o.Model = None,
     adapter_path: o.AdapterPath = None,
@@ -56,45 +56,24 @@ def generate(
     system_prompt: o.SystemPrompt = None,
     chat_template_config: o.ChatTemplateConfig = None,
     ignore_chat_template: Annotated[
-        bool,
-        typer.Option(
-            "--ignore-chat-template",
-            help="Use the raw prompt.",
-            rich_help_panel=o.SAMPLING,
-        ),
+        bool, o.opt("Use the raw prompt.", "--ignore-chat-template", panel=o.SAMPLING)
     ] = False,
     max_kv_size: o.MaxKvSize = None,
     prefill_step_size: o.PrefillStepSize = 2048,
     kv_bits: Annotated[
-        Optional[int],
-        typer.Option(
-            help="Bits for KV cache quantisation.", rich_help_panel=o.SAMPLING
-        ),
+        Optional[int], o.opt("Bits for KV cache quantisation.", panel=o.SAMPLING)
     ] = None,
     kv_group_size: Annotated[
-        int,
-        typer.Option(
-            help="Group size for KV cache quantisation.", rich_help_panel=o.SAMPLING
-        ),
+        int, o.opt("Group size for KV cache quantisation.", panel=o.SAMPLING)
     ] = 64,
     quantized_kv_start: Annotated[
-        int,
-        typer.Option(
-            help="Step from which the KV cache is quantised.",
-            rich_help_panel=o.SAMPLING,
-        ),
+        int, o.opt("Step from which the KV cache is quantised.", panel=o.SAMPLING)
     ] = 5000,
     draft_model: Annotated[
-        Optional[str],
-        typer.Option(
-            help="A model for speculative decoding.", rich_help_panel=o.SAMPLING
-        ),
+        Optional[str], o.opt("A model for speculative decoding.", panel=o.SAMPLING)
     ] = None,
     num_draft_tokens: Annotated[
-        int,
-        typer.Option(
-            min=1, help="Tokens drafted at a time.", rich_help_panel=o.SAMPLING
-        ),
+        int, o.opt("Tokens drafted at a time.", panel=o.SAMPLING, min=1)
     ] = 3,
 ) -> None:
     """Generate one answer.

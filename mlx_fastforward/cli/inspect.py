@@ -5,7 +5,6 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Annotated, Any, Optional
 
-import typer
 from rich.console import Console
 from rich.progress import Progress
 from rich.table import Table
@@ -26,42 +25,32 @@ HEADS += ",overlap,oracle's"
 def inspect(
     model: o.Model = None,
     file: Annotated[
-        Optional[Path],
-        typer.Option(
-            help="The text to read. Default: the demo's document.", show_default=False
-        ),
+        Optional[Path], o.opt("The text to read. Default: the demo's document.")
     ] = None,
     sparsity: o.Sparsity = 0.5,
     block_size: Annotated[
-        int,
-        typer.Option(
-            help="Tokens that share one set of neurons, about.",
-            rich_help_panel=o.SPARSE,
-        ),
+        int, o.opt("Tokens that share one set of neurons, about.", panel=o.SPARSE)
     ] = BLOCK_SIZE,
     selector: o.Selector = "auto",
     predictor: o.Predictor = None,
     compensator: o.Compensator = "auto",
     schedule: Annotated[
         str,
-        typer.Option(
-            help="Neurons per layer: auto, uniform, layerwise; without a predictor's importances "
+        o.opt(
+            "Neurons per layer: auto, uniform, layerwise; without a predictor's importances "
             "layerwise measures them on the text.",
-            rich_help_panel=o.SPARSE,
+            panel=o.SPARSE,
         ),
     ] = "auto",
     layers: Annotated[
         Optional[str],
-        typer.Option(
-            help="Layers whose neurons are drawn, e.g. 0,3,6. Default: the first, middle and "
-            "last sparse one.",
-            show_default=False,
+        o.opt(
+            "Layers whose neurons are drawn, e.g. 0,3,6. Default: the first, middle and "
+            "last sparse one."
         ),
     ] = None,
     dtype: o.Dtype = None,
-    png: Annotated[Path, typer.Option(help="Write the picture here.")] = Path(
-        "inspect.png"
-    ),
+    png: Annotated[Path, o.opt("Write the picture here.")] = Path("inspect.png"),
     json_file: o.JsonFile = None,
     trust_remote_code: o.TrustRemoteCode = False,
 ) -> None:
@@ -121,8 +110,8 @@ def _ids(net: Any, tokenizer: Any, text: str) -> Any:
 
 def _engine(net: Any, config: PrefillConfig, side: Any, ids: Any) -> tuple[Any, Any]:
     """The engine of a detached model, and importances: the predictor's, else the text's."""
-    from ..attachment import engine_for
     from ..bench.inspect.inspection import check_length, measured_importances
+    from ..build import engine_for
 
     engine = engine_for(net, replace(config, schedule="auto"), side)
     check_length(engine, ids.size)

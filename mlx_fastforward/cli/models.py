@@ -51,7 +51,7 @@ def describe_base(name: Optional[str], trust_remote_code: bool) -> tuple[Any, st
     from mlx_lm.utils import _download, load_model
 
     from ..hub import problems
-    from ..predictors.file import BaseModel
+    from ..predictors.base import BaseModel
 
     shown = public_name(name)
     name = checked_name(name)

@@ -4,7 +4,6 @@ import time
 from pathlib import Path
 from typing import Annotated, Any, Optional
 
-import typer
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
@@ -23,72 +22,58 @@ def train(
     model: o.Model = None,
     data: Annotated[
         Optional[list[str]],
-        typer.Option(
-            help="Text or JSONL files, folders of them, or a data set of the Hugging Face hub. "
-            "Default: bundled prose, and chats made from it.",
-            show_default=False,
+        o.opt(
+            "Text or JSONL files, folders of them, or a data set of the Hugging Face hub. "
+            "Default: bundled prose, and chats made from it."
         ),
     ] = None,
     out: Annotated[
         Optional[Path],
-        typer.Option(
-            help="Folder of the predictor. Default: your predictors' folder, where chat looks.",
-            show_default=False,
+        o.opt(
+            "Folder of the predictor. Default: your predictors' folder, where chat looks."
         ),
     ] = None,
     tokens: Annotated[
         Optional[int],
-        typer.Option(
+        o.opt(
+            "Tokens to read. Default: 400,000, fewer if they take more than 16 GB of disk.",
             min=4096,
-            help="Tokens to read. Default: 400,000, fewer if they take more than 16 GB of disk.",
-            show_default=False,
         ),
     ] = None,
     minutes: Annotated[
-        float, typer.Option(min=0, help="Time for everything, about; 0: no limit.")
+        float, o.opt("Time for everything, about; 0: no limit.", min=0)
     ] = 0,
-    steps: Annotated[
-        int, typer.Option(min=1, help="Steps of the predictors, at most.")
-    ] = 4000,
-    length: Annotated[int, typer.Option(min=256, help="Tokens per sequence.")] = 1920,
+    steps: Annotated[int, o.opt("Steps of the predictors, at most.", min=1)] = 4000,
+    length: Annotated[int, o.opt("Tokens per sequence.", min=256)] = 1920,
     kind: Annotated[
-        str, typer.Option(help="token-wise, or pooled as in the paper.")
+        str, o.opt("token-wise, or pooled as in the paper.")
     ] = "token-wise",
     score: Annotated[
-        str,
-        typer.Option(
-            help="Which neurons count as the best: relative, weighted, plain."
-        ),
+        str, o.opt("Which neurons count as the best: relative, weighted, plain.")
     ] = "relative",
     rank: Annotated[
-        int,
-        typer.Option(min=0, help="Of the predictors; 0: hidden size / 8, at most 256."),
+        int, o.opt("Of the predictors; 0: hidden size / 8, at most 256.", min=0)
     ] = 0,
     compensator: Annotated[
-        str, typer.Option(help="low-rank, mlp as in the paper, or none.")
+        str, o.opt("low-rank, mlp as in the paper, or none.")
     ] = "low-rank",
     compensator_rank: Annotated[
-        int,
-        typer.Option(
-            min=0, help="Or hidden units of an mlp; 0: hidden size / 8, at most 64."
-        ),
+        int, o.opt("Or hidden units of an mlp; 0: hidden size / 8, at most 64.", min=0)
     ] = 0,
     sequential: Annotated[
         bool,
-        typer.Option(
+        o.opt(
+            "Take the second half of the tokens as they arrive below sparse layers.",
             "--sequential",
-            help="Take the second half of the tokens as they arrive below sparse layers.",
         ),
     ] = False,
     seed: o.Seed = 0,
-    restart: Annotated[
-        bool, typer.Option("--restart", help="Forget an unfinished run.")
-    ] = False,
+    restart: Annotated[bool, o.opt("Forget an unfinished run.", "--restart")] = False,
     overwrite: Annotated[
-        bool, typer.Option("--overwrite", help="Replace a predictor that is there.")
+        bool, o.opt("Replace a predictor that is there.", "--overwrite")
     ] = False,
     dry_run: Annotated[
-        bool, typer.Option("--dry-run", help="Say what it would take, and stop.")
+        bool, o.opt("Say what it would take, and stop.", "--dry-run")
     ] = False,
     trust_remote_code: o.TrustRemoteCode = False,
 ) -> None:
@@ -107,7 +92,8 @@ def train(
         check_choice("--score", score, SCORES)
         check_choice("--compensator", compensator, COMPENSATORS)
         from ..attachment import detach
-        from ..predictors.file import JSON_NAME, BaseModel
+        from ..predictors.base import BaseModel
+        from ..predictors.file import JSON_NAME
         from ..predictors.search import default_folder
         from ..train import estimate
         from ..train.data import Sequences, open_corpus
@@ -116,10 +102,7 @@ def train(
 
         corpus = open_corpus(data)
         net, tokenizer = load_model(
-            model,
-            sparsity=0.0,
-            predictor="none",
-            trust_remote_code=trust_remote_code,
+            model, sparsity=0.0, predictor="none", trust_remote_code=trust_remote_code
         )
         detach(net)
         name = public_name(model)

@@ -2,7 +2,6 @@
 
 from typing import Annotated
 
-import typer
 from rich.console import Console
 from rich.table import Table
 
@@ -21,8 +20,8 @@ def tune(
     compensator: o.Compensator = "auto",
     largest: Annotated[
         int,
-        typer.Option(
-            help="Largest block to try, 128 to 2048: larger ones are faster and lose more."
+        o.opt(
+            "Largest block to try, 128 to 2048: larger ones are faster and lose more."
         ),
     ] = 1024,
     trust_remote_code: o.TrustRemoteCode = False,

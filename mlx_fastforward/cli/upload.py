@@ -3,19 +3,18 @@
 from pathlib import Path
 from typing import Annotated
 
-import typer
-
 from ..files import expanded
+from . import options as o
 from .errors import interruptible, one_line_errors
 
 
 def upload(
-    path: Annotated[Path, typer.Option(help="Folder of the predictor file.")],
+    path: Annotated[Path, o.opt("Folder of the predictor file.")],
     upload_repo: Annotated[
-        str, typer.Option(help="Hugging Face repository, made if it is not there.")
+        str, o.opt("Hugging Face repository, made if it is not there.")
     ],
     private: Annotated[
-        bool, typer.Option("--private", help="Make a new repository private.")
+        bool, o.opt("Make a new repository private.", "--private")
     ] = False,
 ) -> None:
     """Upload a predictor file with a model card; needs hf auth login.

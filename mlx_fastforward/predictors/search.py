@@ -9,7 +9,8 @@ from typing import Iterator, Optional
 from .. import hub
 from ..errors import PredictorError
 from ..files import expanded
-from .file import JSON_NAME, TENSORS_NAME, BaseModel, PredictorFile, load_predictor
+from .base import BaseModel
+from .file import JSON_NAME, TENSORS_NAME, PredictorFile, load_predictor
 
 NONE = "none"
 

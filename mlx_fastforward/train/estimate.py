@@ -7,7 +7,8 @@ from pathlib import Path
 import mlx.core as mx
 
 from ..errors import PredictorError
-from ..predictors.file import MLP, BaseModel
+from ..predictors.base import BaseModel
+from ..predictors.file import MLP
 from .capture import capture
 from .low_rank import SOLVED_AT_ONCE, fit_low_rank
 from .reconstruction import marked

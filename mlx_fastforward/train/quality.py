@@ -5,7 +5,7 @@ from typing import Any, Callable, Optional, Sequence
 import mlx.core as mx
 import mlx.nn as nn
 
-from ..attachment import engine_for
+from ..build import engine_for
 from ..config import PrefillConfig
 from ..continuation import continuation, divergence
 from ..neurons.predictor import PredictorWeights

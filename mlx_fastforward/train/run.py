@@ -14,7 +14,8 @@ from typing import Any, Callable, Iterator, Optional
 import mlx.core as mx
 import mlx.nn as nn
 
-from ..attachment import engine_for, reading, seated
+from ..attachment import reading, seated
+from ..build import engine_for
 from ..config import PrefillConfig
 from ..errors import PredictorError
 from ..model.families import float_dtype, prefilled
@@ -25,7 +26,8 @@ from ..neurons.compensators import (
     MLPCompensator,
     MLPWeights,
 )
-from ..predictors.file import MLP, BaseModel, PredictorFile, save_predictor
+from ..predictors.base import BaseModel
+from ..predictors.file import MLP, PredictorFile, save_predictor
 from .capture import capture, ffns_of
 from .data import Sequences
 from .descent import Curve, Descent
