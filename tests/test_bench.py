@@ -107,7 +107,9 @@ def test_every_arm_has_a_row(
     assert len(rows) == len(set(rows)) == 2**6
 
 
-def test_the_table_the_picture_and_the_environment(tmp_path: Path, folder: Path) -> None:
+def test_the_table_the_picture_and_the_environment(
+    tmp_path: Path, folder: Path
+) -> None:
     """Without --contexts it is half of what this model allows."""
     png = tmp_path / "bench.png"
     args = ["--model", folder, "--block-sizes", 8, "--png", png]

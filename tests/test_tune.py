@@ -187,7 +187,16 @@ def test_memory(home: Path) -> None:
 
 @pytest.mark.parametrize(
     "text",
-    ["", "{", "[]", '{"key": 3}', '{"key": {"a": 1}}', '{"key": {"block_size": 1.5}}'],
+    [
+        "",
+        "{",
+        "[]",
+        '{"key": 3}',
+        '{"key": {"a": 1}}',
+        '{"key": {"block_size": 1.5}}',
+        '{"key": {"block_size": 0}}',
+        '{"key": {"dense": "no"}}',
+    ],
 )
 def test_damaged_memory_is_no_memory(text: str, home: Path) -> None:
     home.mkdir()
