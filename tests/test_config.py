@@ -20,7 +20,7 @@ BAD: dict[tuple[str, str], list[Any]] = {
     ("block_size", WHOLE): [128.0, "128", True],
     ("shortest", WHOLE): [2.5],
     ("attention_block", WHOLE): [2.5, True],
-    ("attention_block", "0 or more"): [-1],
+    ("attention_block", "at least 0"): [-1],
     **{(n, "True or False"): [1, None] for n in ("dense_head", "dense_tail")},
     ("sparse_decode", "True or False"): ["yes"],
     **{(name, text): ["Auto", "two\nlines", 3] for name, text in CHOICES.items()},
