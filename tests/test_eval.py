@@ -1,5 +1,6 @@
 """Arms against the dense model on tiny random models."""
 
+import copy
 from dataclasses import replace
 from typing import Any
 
@@ -115,31 +116,37 @@ def test_a_chat_keeps_its_answers(
         messages.append({"role": "user", "content": text})
         ids = tokenizer.apply_chat_template(messages, add_generation_prompt=True)
         said = mlx_lm.generate(model, tokenizer, ids, max_tokens=ANSWER)
-        assert r.dense == said.strip() and r.tokens == len(ids) and r.kl > 0
+        assert r.dense == said.strip() and r.kl > 0
         messages.append({"role": "assistant", "content": said})
-    assert own[0].tokens == LENGTH and len({r.ffn_sparsity for r in own}) == 1
+    first, second, third = (r.tokens for r in own)
+    assert LENGTH == first < second - 5 < third - 10
+    assert len({r.ffn_sparsity for r in own}) == 1
 
 
 def test_sparse_decoding_goes_token_by_token(
     model: Any, documents: Documents, records: list[Record]
 ) -> None:
     """By hand: every token of the dense answer in a call of its own, run sparsely."""
-    d, ids = documents["needle"], documents["needle"].prompts[0]
+    d, (ids,) = documents["quote"], documents["quote"].prompts
     steps = Arm("steps", replace(HALF.config, sparse_decode=True))
     ticks: list[int] = []
     both = ask(model, [d], HALF, steps, tick=ticks.append)
     assert [r.arm for r in both] == ["half", "steps"] and ticks == [LENGTH] * 3
-    assert both[0] == next(r for r in records if r.task == "needle")
+    assert both[0] == next(r for r in records if r.task == "quote")
     answer, p = models.decode(model, ids, ANSWER)
     attach(model, steps.config)
     with reading(model, LENGTH):
         _, cache = prefill(model, ids[:-1])
     with switched(model, sparse=False):
         rows = [prefill(model, ids[-1:], cache)[0][-1]]
+    first, own = int(rows[0].argmax()), copy.deepcopy(cache)
+    said = [first, *models.continue_from(model, first, ANSWER - 1, own)[0]]
     rows += [prefill(model, [t], cache)[0][-1] for t in answer[:-1]]
     detach(model)
     assert both[1].kl == pytest.approx(mean_kl(p, logprobs(np.stack(rows))), rel=1e-2)
     assert both[1].kl != pytest.approx(both[0].kl, rel=1e-2)
+    text = models.demo_tokenizer().decode(said).strip()
+    assert both[1].sparse == text != both[0].sparse
     chat = ask(model, [documents["chat"]], steps)
     assert len(chat) == 3 and all(r.kl > 0 for r in chat)
 
