@@ -284,6 +284,10 @@ def test_odd_torch_files(tmp_path: Path) -> None:
     for path in (npz(trained(), tmp_path), torch_file(endless, tmp_path)):
         line = refused(path.rename(tmp_path / "c.pt"))
         assert "cannot be read as a PyTorch file" in line
+    many: list[Any] = [torch.ones(1)]
+    for _ in range(17):
+        many = [many, many]  # a small file that holds 131,072 tensors
+    assert "among 100000 tensors" in refused(torch_file(many, tmp_path))
     path = torch_file(trained(), tmp_path)
     data = bytearray(path.read_bytes())
     data[data.rindex(b"PK\x06\x07") + 4] = 1  # the number of the disk
@@ -338,4 +342,4 @@ def test_an_array_that_claims_another_size(tmp_path: Path) -> None:
                 np.lib.format.write_array_header_1_0(member, header)
                 member.write(bytes(4 * RANK * D))
         line = refused(path)
-        assert "claims more data" in line or "expected shape" in line
+        assert "claims more data" in line or "expected shape" in line and shape[0] < 99

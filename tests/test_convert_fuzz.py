@@ -26,7 +26,7 @@ from checkpoints import (
 
 from mlx_fastforward.errors import FastForwardError
 
-ROUNDS = 100
+ROUNDS = 80
 
 
 def somewhere(data: bytes, rng: random.Random) -> int:
