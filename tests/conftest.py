@@ -11,7 +11,7 @@ settings.load_profile("no-deadline")
 
 @pytest.fixture(scope="session", autouse=True)
 def own_home(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
-    """An predictors' folder of the tests' own: the user's would be found, and used."""
+    """A home of the tests' own: what lies in the user's would be found, and used."""
     before = os.environ.get("MLX_FASTFORWARD_HOME")
     os.environ["MLX_FASTFORWARD_HOME"] = str(tmp_path_factory.mktemp("home"))
     yield

@@ -3,25 +3,24 @@
 import copy
 import dataclasses
 import functools
+import importlib
 import json
 import shutil
 from pathlib import Path
-from typing import Any, Callable, Optional, Sequence
+from typing import Any, Optional, Sequence
 
 import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
 import reference
 from mlx.utils import tree_map_with_path
-from mlx_lm.models import gemma2, gemma3, gemma3_text, llama, phi3, qwen2, qwen3
 from mlx_lm.models.cache import make_prompt_cache
 from mlx_lm.tokenizer_utils import TokenizerWrapper
 from mlx_lm.utils import load_tokenizer
 
 from mlx_fastforward import PrefillConfig, save_predictor
 from mlx_fastforward.demo import MODEL as DEMO
-from mlx_fastforward.model.families import family_of, layer_norm_weights
-from mlx_fastforward.predictors.file import fingerprint
+from mlx_fastforward.predictors.base import BaseModel
 
 HIDDEN, FFN, LAYERS, VOCAB, BLOCK, WINDOW = 32, 128, 4, 96, 8, 24
 
@@ -33,91 +32,57 @@ SIZES: dict[str, Any] = dict(
     num_key_value_heads=2,
     rms_norm_eps=1e-5,
 )
-GEMMA3: dict[str, Any] = dict(
-    SIZES,
-    model_type="gemma3_text",
-    head_dim=8,
-    query_pre_attn_scalar=8,
-    sliding_window=WINDOW,
-    sliding_window_pattern=2,
-)
-
-
-def _llama(vocab: int, **more: Any) -> nn.Module:
-    args = llama.ModelArgs(model_type="llama", vocab_size=vocab, **{**SIZES, **more})
-    return llama.Model(args)
-
-
-def _llama_sliding(vocab: int) -> nn.Module:
-    kinds = ["sliding_attention", "full_attention"] * (LAYERS // 2)
-    return _llama(vocab, mlp_bias=True, layer_types=kinds, sliding_window=WINDOW)
-
-
-def _qwen2(vocab: int, **more: Any) -> nn.Module:
-    args = qwen2.ModelArgs(model_type="qwen2", vocab_size=vocab, **{**SIZES, **more})
-    return qwen2.Model(args)
-
-
-def _qwen3(vocab: int) -> nn.Module:
-    args = qwen3.ModelArgs(
-        model_type="qwen3",
-        vocab_size=vocab,
+HEADS: dict[str, Any] = dict(head_dim=8, query_pre_attn_scalar=8)
+SLIDING: dict[str, Any] = dict(sliding_window=WINDOW, sliding_window_pattern=2)
+MORE: dict[str, dict[str, Any]] = {
+    "llama": {},
+    "llama-bias-sliding": dict(
+        mlp_bias=True,
+        layer_types=["sliding_attention", "full_attention"] * (LAYERS // 2),
+        sliding_window=WINDOW,
+    ),
+    "qwen2": {},
+    "qwen3": dict(
         max_position_embeddings=512,
         head_dim=8,
         tie_word_embeddings=False,
         rope_theta=1e4,
-        **SIZES,
-    )
-    return qwen3.Model(args)
-
-
-def _gemma2(vocab: int) -> nn.Module:
-    args = gemma2.ModelArgs(
-        model_type="gemma2",
-        vocab_size=vocab,
-        head_dim=8,
-        query_pre_attn_scalar=8,
-        **SIZES,
-    )
-    return gemma2.Model(args)
-
-
-def _gemma3(vocab: int) -> nn.Module:
-    args = gemma3.ModelArgs("gemma3", text_config=dict(GEMMA3), vocab_size=vocab)
-    return gemma3.Model(args)
-
-
-def _gemma3_text(vocab: int) -> nn.Module:
-    return gemma3_text.Model(gemma3_text.ModelArgs(vocab_size=vocab, **GEMMA3))
-
-
-def _phi3(vocab: int) -> nn.Module:
-    args = phi3.ModelArgs(model_type="phi3", vocab_size=vocab, **SIZES)
-    return phi3.Model(args)
-
-
-BUILDERS: dict[str, Callable[..., nn.Module]] = {
-    "llama": _llama,
-    "llama-bias-sliding": _llama_sliding,
-    "qwen2": _qwen2,
-    "qwen3": _qwen3,
-    "gemma2": _gemma2,
-    "gemma3": _gemma3,
-    "gemma3_text": _gemma3_text,
-    "phi3": _phi3,
+    ),
+    "gemma2": HEADS,
+    "gemma3": dict(model_type="gemma3_text", **HEADS, **SLIDING),
+    "gemma3_text": dict(**HEADS, **SLIDING),
+    "phi3": {},
 }
-NAMES = list(BUILDERS)
+NAMES = list(MORE)
 WITHOUT_EMBEDDINGS = ["gemma2", "phi3"]  # no input_embeddings in mlx-lm
 WITH_EMBEDDINGS = [n for n in NAMES if n not in WITHOUT_EMBEDDINGS]
 
 
-def tiny(name: str, seed: int = 0, vocab: int = VOCAB, **more: Any) -> nn.Module:
-    """A random model of one architecture; ``more`` overrides sizes of llama and qwen2.
+def _untrained(name: str, vocab: int, **more: Any) -> nn.Module:
+    kind = name.partition("-")[0]
+    module = importlib.import_module(f"mlx_lm.models.{kind}")
+    sizes: dict[str, Any] = {**SIZES, **MORE[name], **more}
+    if name == "gemma3":
+        sizes = {"text_config": sizes}
+    return module.Model(
+        module.ModelArgs(**{"model_type": kind, "vocab_size": vocab, **sizes})
+    )
+
+
+def tiny(
+    name: str, seed: int = 0, vocab: int = VOCAB, wide: int = 0, **more: Any
+) -> nn.Module:
+    """A random model of one architecture; ``more`` overrides sizes.
 
     The weights are large enough for the FFNs to matter: with mlx's own initialisation,
     dropping half of the neurons would hardly show.
+
+    wide: Neurons of layer 1 of a llama, where others have FFN.
     """
-    model = BUILDERS[name](vocab, **more)
+    model = _untrained(name, vocab, **more)
+    if wide:
+        args = dataclasses.replace(model.args, intermediate_size=wide)
+        model.layers[1].mlp = type(model.layers[1].mlp)(args)
     offset = 0.0 if "gemma" in name else 1.0  # Gemma's norms multiply by 1 + weight
     key = mx.random.key(seed)
 
@@ -204,6 +169,21 @@ def distance(a: np.ndarray, b: np.ndarray) -> float:
     return float(np.abs(a - b).max() / np.abs(b).max())
 
 
+def assert_close(
+    got: tuple[np.ndarray, list], wanted: tuple[np.ndarray, list], most: float = 1e-4
+) -> None:
+    """Two results of prefill() agree in logits and caches; most 0: to the last bit."""
+    pairs = zip(cached_arrays(got[1]), cached_arrays(wanted[1]), strict=True)
+    for a, b in [(got[0], wanted[0]), *pairs]:
+        assert a.shape == b.shape and distance(a, b) <= most
+
+
+def idle(model: nn.Module) -> bool:
+    """Whether no call and no prompt of an attached model is under way."""
+    attached = model.__dict__["_fastforward"]
+    return attached.call is None and attached.prompt is None
+
+
 class OracleMLP(nn.Module):
     """A layer's FFN under the per-block oracle, in float64 and from the equations.
 
@@ -213,12 +193,11 @@ class OracleMLP(nn.Module):
     def __init__(self, mlp: nn.Module, gelu: bool, start: int, stop: int, keep: int):
         super().__init__()
         self.act = reference.gelu_tanh if gelu else reference.silu
+        names = ["gate_proj", "up_proj", "down_proj"]
         if "gate_up_proj" in mlp:
             names = ["gate_up_proj", "down_proj"]
-        else:
-            names = ["gate_proj", "up_proj", "down_proj"]
-        w = [_float64(mlp[n].weight) for n in names]
-        b = [_float64(mlp[n].bias) if "bias" in mlp[n] else None for n in names]
+        w = [float64(mlp[n].weight) for n in names]
+        b = [float64(mlp[n].bias) if "bias" in mlp[n] else None for n in names]
         if len(w) == 2:
             w, b = [*np.split(w[0], 2), w[1]], [None, None, b[1]]
         self.weights, self.biases = (tuple(w), tuple(b))
@@ -226,16 +205,17 @@ class OracleMLP(nn.Module):
         self.keep = keep
 
     def __call__(self, x: mx.array) -> mx.array:
-        rows = [self._row(row) for row in _float64(x)]
+        rows = [self._row(row) for row in float64(x)]
         return mx.array(np.stack(rows).astype(np.float32))
 
     def _row(self, x: np.ndarray) -> np.ndarray:
         gate, up, down = self.weights
-        gate_bias, up_bias, down_bias = self.biases
+        gate_bias, up_bias, _ = self.biases
 
         def run(x: np.ndarray, neurons: Optional[list[int]]) -> np.ndarray:
-            biases = (gate_bias, up_bias, down_bias)
-            return reference.gated_ffn(x, gate, up, down, neurons, self.act, *biases)
+            return reference.gated_ffn(
+                x, gate, up, down, neurons, self.act, *self.biases
+            )
 
         y = run(x, None)
         for i in self.sparse:
@@ -246,28 +226,31 @@ class OracleMLP(nn.Module):
         return y
 
 
-def by_hand(model: nn.Module, name: str, start: int, stop: int, keep: int) -> nn.Module:
+def by_hand(
+    model: nn.Module, name: str, start: int, stop: int, keep: int | Sequence[int]
+) -> nn.Module:
     """A copy of a plain model that prefills tokens start..stop sparsely, by itself.
 
-    The last layer stays dense.
+    The last layer stays dense; ``keep`` may be a number per layer.
     """
     model = copy.deepcopy(model)
-    for layer in model.layers[:-1]:
-        layer.mlp = OracleMLP(layer.mlp, "gemma" in name, start, stop, keep)
+    for i, layer in enumerate(model.layers[:-1]):
+        most = keep if isinstance(keep, int) else keep[i]
+        layer.mlp = OracleMLP(layer.mlp, "gemma" in name, start, stop, most)
     return model
 
 
-def _float64(w: mx.array) -> np.ndarray:
+def float64(w: mx.array) -> np.ndarray:
     return np.array(w.astype(mx.float32)).astype(np.float64)
 
 
 def float_weight(linear: nn.Module) -> np.ndarray:
     """The weight (out, in) of a projection, quantised or not, in float64."""
     if not isinstance(linear, nn.QuantizedLinear):
-        return _float64(linear.weight)
+        return float64(linear.weight)
     group, bits, mode = linear.group_size, linear.bits, linear.mode
     w = (linear.weight, linear.scales, linear.get("biases"))
-    return _float64(mx.dequantize(*w, group_size=group, bits=bits, mode=mode))
+    return float64(mx.dequantize(*w, group_size=group, bits=bits, mode=mode))
 
 
 def save_folder(
@@ -288,19 +271,19 @@ def save_folder(
 
 
 def random_parts(
-    model: nn.Module, rank: int, kinds: dict[str, Optional[str]]
+    base: BaseModel, rank: int, kinds: dict[str, Optional[str]]
 ) -> dict[str, mx.array]:
     """Untrained tensors of the parts that are of some kind."""
-    shapes: dict[Optional[str], dict[str, tuple[int, ...]]] = {
-        None: {},
-        "pooled": {"query": (HIDDEN,), "w1": (HIDDEN, rank), "w2": (rank, FFN)},
-        "token-wise": {"w1": (HIDDEN, rank), "w2": (2 * rank, FFN), "bias": (FFN,)},
-        "mlp": {"w1": (HIDDEN, rank), "w2": (rank, HIDDEN)},
-        "low-rank": {"center": (HIDDEN,), "v": (HIDDEN, rank), "u": (FFN, rank + 1)},
-    }
-    key = mx.random.key(11)
+    key, d = mx.random.key(11), base.hidden_size
     tensors = {}
-    for i in range(len(model.layers)):
+    for i, f in enumerate(base.widths):
+        shapes: dict[Optional[str], dict[str, tuple[int, ...]]] = {
+            None: {},
+            "pooled": {"query": (d,), "w1": (d, rank), "w2": (rank, f)},
+            "token-wise": {"w1": (d, rank), "w2": (2 * rank, f), "bias": (f,)},
+            "mlp": {"w1": (d, rank), "w2": (rank, d)},
+            "low-rank": {"center": (d,), "v": (d, rank), "u": (f, rank + 1)},
+        }
         for part, kind in kinds.items():
             for name, shape in shapes[kind].items():
                 key, now = mx.random.split(key)
@@ -316,18 +299,15 @@ def save_random_predictor(
     compensator: Optional[str] = None,
 ) -> Path:
     """Untrained predictors for a model, and maybe a compensator, as a side file."""
-    base = {
-        "name": "tiny",
-        "layers": len(model.layers),
-        "hidden_size": HIDDEN,
-        "ffn_size": FFN,
-        "fingerprint": fingerprint(layer_norm_weights(model, family_of(model))),
+    base = BaseModel.of(model, "tiny")
+    info: dict[str, Any] = {
+        "base_model": dataclasses.asdict(base),
+        "predictor": {"rank": rank},
     }
-    info: dict[str, Any] = {"base_model": base, "predictor": {"rank": rank}}
     if predictor:
         info["predictor"]["kind"] = predictor
     if compensator:
         info["compensator"] = {"kind": compensator, "rank": rank}
     kinds = {"predictor": predictor or "pooled", "compensator": compensator}
-    save_predictor(path, info, random_parts(model, rank, kinds))
+    save_predictor(path, info, random_parts(base, rank, kinds))
     return path

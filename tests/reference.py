@@ -5,12 +5,60 @@ are rows, ``gate`` and ``up`` are (f, d), ``down`` is (d, f), a mask's 0 hides a
 """
 
 import math
-from typing import Callable, Optional, Sequence
+from typing import Any, Callable, Optional, Sequence
 
+import mlx.core as mx
 import numpy as np
 
 Array = np.ndarray
 Activation = Callable[[Array], Array]
+
+
+def float64(x: mx.array) -> Array:
+    return np.array(x.astype(mx.float32)).astype(np.float64)
+
+
+def float32(x: Array) -> mx.array:
+    return mx.array(x.astype(np.float32))
+
+
+def distance(found: mx.array, wanted: Array) -> float:
+    """Of whole outputs, relative to the norm of what is wanted."""
+    assert found.shape == wanted.shape
+    return float(np.linalg.norm(float64(found) - wanted) / np.linalg.norm(wanted))
+
+
+def weight(linear: Any) -> Array:
+    """A projection's weight (out, in), quantisation and LoRA multiplied out."""
+    if hasattr(linear, "lora_a"):
+        delta = float64(linear.lora_a) @ float64(linear.lora_b)
+        return weight(linear.linear) + linear.scale * delta.T
+    return unpacked(linear) if hasattr(linear, "scales") else float64(linear.weight)
+
+
+def unpacked(linear: Any) -> Array:
+    """A quantised weight: codes lie bit after bit, and a group of them shares a scale."""
+    stored = np.array(linear.weight).view(np.uint8)
+    bits = np.unpackbits(stored, axis=1, bitorder="little")
+    codes = bits.reshape(len(stored), -1, linear.bits) @ 2 ** np.arange(linear.bits)
+    if linear.mode == "affine":
+        scales, zeros = float64(linear.scales), float64(linear.biases)
+    else:
+        codes, raw = minifloat(codes, linear.bits), np.array(linear.scales).astype(int)
+        scales = minifloat(raw, 8) if linear.mode == "nvfp4" else 2.0 ** (raw - 127)
+        zeros = 0 * scales
+    scale, zero = (np.repeat(a, linear.group_size, axis=1) for a in (scales, zeros))
+    return codes * scale + zero
+
+
+def minifloat(codes: Array, bits: int) -> Array:
+    """Numbers of 4 bits (e2m1) or 8 (e4m3): sign, exponent, mantissa."""
+    mantissa_bits, bias = (1, 1) if bits == 4 else (3, 7)
+    mantissa = codes % 2**mantissa_bits / 2**mantissa_bits
+    exponent = (codes >> mantissa_bits) % 2 ** (bits - 1 - mantissa_bits)
+    small = mantissa * 2.0 ** (1 - bias)
+    value = np.where(exponent, (1 + mantissa) * 2.0 ** (exponent - bias), small)
+    return np.where(codes >> (bits - 1), -value, value)
 
 
 def relu(x: Array) -> Array:
@@ -153,7 +201,6 @@ def probe(
     x: Array,
     z: Array,
     down: Array,
-    score: str,
     block_valid: Optional[Array] = None,
     dense_valid: Optional[Array] = None,
 ) -> Array:
@@ -164,8 +211,6 @@ def probe(
     block's energy is the sum of the estimates. Padding neither estimates nor counts.
     """
     x, z = real(x, dense_valid), real(z, dense_valid)
-    if score == "griffin":
-        z = np.stack([row / np.linalg.norm(row) for row in z])
     energy = np.zeros(z.shape[1])
     for t in range(1, len(block), 4):
         if block_valid is not None and not block_valid[t]:
@@ -175,5 +220,4 @@ def probe(
             for other in x
         ]
         energy += softmax(32 * np.array(cosines)) @ z**2
-    norms = np.sqrt(energy)
-    return norms * column_norms(down) if score == "weighted" else norms
+    return np.sqrt(energy) * column_norms(down)
