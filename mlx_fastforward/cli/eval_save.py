@@ -11,7 +11,7 @@ from .first_use import tuned
 from .models import public_name
 from .verified_table import show_verified
 
-SEQUENCES = 12  # for the curves
+SEQUENCES = 10  # for the curves
 
 
 def save_verified(

@@ -6,18 +6,24 @@ Many layers are sampled: all at the middle level, a few at every level, whose me
 others.
 """
 
+import copy
 from dataclasses import dataclass, replace
-from typing import Callable, Optional, Sequence
+from typing import Any, Callable, Optional, Sequence
 
 import mlx.core as mx
 import mlx.nn as nn
+from mlx_lm.models.cache import make_prompt_cache
 
+from ..attachment import reading, seated, watched
 from ..build import engine_for
 from ..config import PrefillConfig
-from ..continuation import continuation, divergence
+from ..continuation import divergence, follow
+from ..engine import Engine
 from ..model.families import prefilled
 from ..neurons.schedule import Curves
 from ..predictors.file import PredictorFile
+from ..prefill import read
+from ..tokens.plan import CHUNK
 
 LEVELS = (0.3, 0.5, 0.7, 0.9)
 MIDDLE = 1  # of them
@@ -71,16 +77,49 @@ class Meter:
         return self.engines[0].shortest + TOKENS
 
     def costs(self, ids: mx.array, tick: Callable[[], None] = lambda: None) -> Costs:
-        """KL of every trial on the last TOKENS of a sequence, in the order of ``trials``."""
-        found, prompt = [], ids.size - TOKENS
-        dense = continuation(self.model, ids, prompt, None)
+        """KL of every trial on the last TOKENS of a sequence, in the order of ``trials``.
+
+        What comes before the sparse layer is that of the dense model, and is not run again.
+        """
+        ids = ids[-(CHUNK + TOKENS) :]  # one chunk: masks are those of an empty cache
+        prompt, model = ids.size - TOKENS, self.model
+        outputs: list[Any] = []
+
+        def record(layer: int, own: Any, *args: Any, **kwargs: Any) -> Any:
+            outputs.append(own(*args, **kwargs))
+            return outputs[-1]
+
+        before = make_prompt_cache(model)
+        with watched(model.layers, record):
+            read(model, ids[: prompt - 1], before, prompt)
+        mx.eval(outputs)
+
+        def after(cache: Any) -> mx.array:
+            rest = ids[prompt - 1 : prompt]
+            return follow(model, rest, ids[prompt:], copy.deepcopy(cache))
+
+        dense, found = after(before), []
         for trial in self.trials:
-            engine = self.engines[trial.level]
-            keep = [k if i == trial.layer else None for i, k in enumerate(engine.keep)]
-            sparse = continuation(self.model, ids, prompt, replace(engine, keep=keep))
-            found.append(divergence(dense, sparse)[0])
+
+            def skip(layer: int, own: Any, *args: Any, **kwargs: Any) -> Any:
+                if layer < trial.layer:
+                    return outputs[layer]
+                return own(*args, **kwargs)
+
+            cache: Any = make_prompt_cache(model)
+            with seated(model, self.alone(trial)), watched(model.layers, skip):
+                with reading(model, prompt):
+                    model(ids[None, : prompt - 1], cache=cache)
+            cache = before[: trial.layer] + cache[trial.layer :]
+            found.append(divergence(dense, after(cache))[0])
             tick()
         return found
+
+    def alone(self, trial: Trial) -> Engine:
+        """An engine under which one layer runs sparsely."""
+        engine = self.engines[trial.level]
+        keep = [k if i == trial.layer else None for i, k in enumerate(engine.keep)]
+        return replace(engine, keep=keep)
 
     def curves(self, costs: Sequence[Costs]) -> Curves:
         """Means over sequences."""

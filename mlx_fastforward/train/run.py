@@ -46,7 +46,7 @@ from .store import Batches, Store
 
 WORK = ".training"
 IMPORTANCE_SAMPLES = 8
-CURVE_SEQUENCES = 12
+CURVE_SEQUENCES = 10
 LEVELS = (0.3, 0.4, 0.5, 0.6)  # sparsities that one compensator serves
 LEVEL = 0.5  # the one that is judged
 FIT_TOKENS = 100_000  # the closed forms need no more
