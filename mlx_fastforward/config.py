@@ -32,12 +32,13 @@ class DeviceSettings:
 
     def __post_init__(self) -> None:
         _check_choice("strategy", self.strategy, STRATEGIES)
-        for name in ("block_size", "shortest", "attention_block"):
-            _check_number(name, getattr(self, name), int)
-        if self.attention_block < 0:
-            raise ConfigError(
-                f"attention_block must be 0 or more queries, got {self.attention_block}."
-            )
+        for name, least in (("block_size", 8), ("shortest", 0), ("attention_block", 0)):
+            value = getattr(self, name)
+            _check_number(name, value, int)
+            if value < least:
+                raise ConfigError(f"{name} must be at least {least}, got {value}.")
+        if not isinstance(self.dense, bool):
+            raise ConfigError(f"dense must be True or False, got {self.dense!r}.")
 
 
 @dataclass(frozen=True)
@@ -48,7 +49,7 @@ class PrefillConfig:
         sparsity: Share of FFN neurons that a sparse block drops, 0 <= s < 1. 0 is stock mlx-lm.
         block_size: Tokens that share one set of neurons, about: blocks are of equal length. None:
             as tuned for the device, else 128.
-        selector: "auto" takes the predictor's trained predictor if there is one, else "probe".
+        selector: "auto" takes the trained predictor if there is one, else "probe".
         compensator: "auto" takes the predictor's if there is one.
         schedule: Neurons per layer: "measured" by what their loss costs, "layerwise" by attention
             (algorithm 1), "first-dense" or "uniform". "auto" is measured where that is known, else

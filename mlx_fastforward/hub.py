@@ -6,6 +6,8 @@ from typing import Iterator, Optional
 
 from .errors import FastForwardError, HubError, brief
 
+NOT_CACHED = " and it is not in the local cache; connect once, or pass a local folder"
+
 
 def looks_like_a_repository(name: str) -> bool:
     """Whether a name is no path: owner/name, and no such folder."""
@@ -80,6 +82,12 @@ def problems(
     )
 
     offline = (LocalEntryNotFoundError, OfflineModeIsEnabled, ConnectionError)
+
+    def refused(e: HfHubHTTPError) -> FastForwardError:
+        status = e.response.status_code if e.response is not None else None
+        hint = "; log in with: hf auth login" if status in (401, 403) else ""
+        return kind(f"{name}: the hub refused ({brief(e)}){hint}.")
+
     try:
         yield
     except FastForwardError:
@@ -99,20 +107,15 @@ def problems(
             "(or it is private: hf auth login)."
         ) from None
     except HfHubHTTPError as e:
-        status = e.response.status_code if e.response is not None else None
-        hint = "; log in with: hf auth login" if status in (401, 403) else ""
-        raise kind(f"{name}: the hub refused ({brief(e)}){hint}.") from None
+        raise refused(e) from None
     except Exception as e:
+        if isinstance(e.__cause__, HfHubHTTPError):  # told as if nothing were cached
+            raise refused(e.__cause__) from None
         if isinstance(e, offline) or _below_the_hub(e):
-            hint = (
-                ""
-                if done != "loaded"
-                else (
-                    " and it is not in the local cache; connect once, or pass a local folder"
-                )
-            )
+            hint = "" if done != "loaded" else NOT_CACHED
             raise kind(f"{name}: the hub cannot be reached{hint}.") from None
-        raise kind(f"{name} cannot be {done}: {brief(e)}") from e
+        reason = brief(e) if e.__cause__ is None else f"{brief(e)} {brief(e.__cause__)}"
+        raise kind(f"{name} cannot be {done}: {reason}") from e
 
 
 def _below_the_hub(e: Exception) -> bool:

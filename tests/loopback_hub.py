@@ -1,4 +1,4 @@
-"""A Hugging Face hub on the loopback interface, and real processes that ask it.
+"""A Hugging Face hub on the loopback interface, and commands that ask it.
 
 It speaks as much of the API as a snapshot download and an upload of huggingface_hub need.
 """
@@ -6,56 +6,67 @@ It speaks as much of the API as a snapshot download and an upload of huggingface
 import base64
 import hashlib
 import json
-import os
-import subprocess
 import sys
 import threading
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
-from typing import Any, Iterator, NamedTuple, Optional
+from typing import Any, NamedTuple
 
-import yaml
+import huggingface_hub
+import pytest
+from huggingface_hub import constants
+from predictor_files import own_cache
+from typer.testing import CliRunner
+
+from mlx_fastforward.cli import app
 
 TOKEN = "hf_loopback"
+PROMPT = "Keawe was poor, brave, and active; he could read and write. " * 6
+GENERATE = ["generate", PROMPT, "--json", "--block-size", "8", "--max-tokens", "4"]
+Answer = tuple[int, dict[str, str]]  # a status and headers
 
 
 class Hub(ThreadingHTTPServer):
-    """Repositories are folders: given ones, and ``uploads/NAME`` for those made here.
+    """Repositories are folders: given ones, and those made here.
 
-    ``gated`` may not be read, ``forbidden`` not written; others are not found.
+    ``refused`` are answered so, ``forbidden`` may be read but not written; others are not found.
     """
 
     daemon_threads = True
+    refused: dict[str, Answer] = {}
+    forbidden = ""
 
-    def __init__(
-        self,
-        repos: dict[str, Path],
-        uploads: Path,
-        gated: str = "",
-        forbidden: str = "",
-    ):
+    def __init__(self, repos: dict[str, Path], home: Path, patch: pytest.MonkeyPatch):
         super().__init__(("127.0.0.1", 0), Handler)
-        self.repos, self.uploads = dict(repos), uploads
-        self.gated, self.forbidden = gated, forbidden
+        self.repos, self.home, self.patch = dict(repos), home, patch
         self.asked: list[str] = []  # paths that were read
         self.sent: list[str] = []  # paths that were written to
         self.created: list[dict] = []
-        self.blobs: dict[str, bytes] = {}
         self.commits: list[list[str]] = []  # names of the files of each
-        self.full = False  # refuses blobs
-        self.thread = threading.Thread(target=self.serve_forever, daemon=True)
+        self.thread = threading.Thread(target=self.serve_forever, args=(0.01,))
         self.thread.start()
+        self.url = f"http://127.0.0.1:{self.server_address[1]}"
 
-    @property
-    def url(self) -> str:
-        return f"http://127.0.0.1:{self.server_address[1]}"
+    def connect(self, offline: bool = False, token: str = "") -> None:
+        """Let this process ask this hub, with a home of its own."""
+        own_cache(self.home / "hf" / "hub", self.patch)
+        template = self.url + "/{repo_id}/resolve/{revision}/{filename}"
+        values = {"ENDPOINT": self.url, "HUGGINGFACE_CO_URL_TEMPLATE": template}
+        values |= {"HF_HUB_OFFLINE": offline, "HF_TOKEN_PATH": str(self.home / "token")}
+        for name, value in {**values, "HF_HUB_DISABLE_XET": True}.items():
+            self.patch.setattr(constants, name, value)
+        variables = {"HF_TOKEN": token, "MLX_FASTFORWARD_HOME": str(self.home / "own")}
+        for name, value in {**variables, "NO_PROXY": "127.0.0.1"}.items():
+            self.patch.setenv(name, value)
+        bars = sys.modules["huggingface_hub.utils.tqdm"].progress_bar_states
+        self.patch.setitem(bars, "_global", False)
+        huggingface_hub.close_session()  # it knows other proxies
 
     def revision(self, repo: str) -> str:
         """A commit hash that changes with the files."""
-        digest = hashlib.sha1()
-        for file in sorted(self.repos[repo].iterdir()):
-            digest.update(file.name.encode() + file.read_bytes())
-        return digest.hexdigest()
+        files = sorted(self.repos[repo].iterdir())
+        content = b"".join(f.name.encode() + f.read_bytes() for f in files)
+        return hashlib.sha1(content).hexdigest()
 
     def stop(self) -> None:
         if self.thread.is_alive():
@@ -71,204 +82,83 @@ class Handler(BaseHTTPRequestHandler):
     def log_message(self, *args: Any) -> None:
         pass
 
-    @property
-    def asked_path(self) -> str:
-        return self.path.partition("?")[0].strip("/")
-
-    @staticmethod
-    def split(path: str) -> tuple[str, str]:
-        owner, name, *rest = path.split("/", 2)
-        return f"{owner}/{name}", rest[0] if rest else ""
-
-    # Reading
+    def parts(self) -> tuple[str, str, str]:
+        """The path, the repository in it, and what is asked of that."""
+        path = self.path.partition("?")[0].strip("/")
+        owner, name, *rest = [*path.removeprefix("api/models/").split("/", 2), ""]
+        return path, f"{owner}/{name}", rest[0]
 
     def do_GET(self) -> None:
-        path = self.asked_path
+        path, repo, rest = self.parts()
         self.server.asked.append(path)
-        if path.startswith("api/models/"):
-            repo, rest = self.split(path.removeprefix("api/models/"))
-            if self.refused(repo):
-                return
-            self.tree(repo) if rest.startswith("tree/") else self.info(repo)
-            return
-        repo, rest = self.split(path)
-        if not self.refused(repo):
-            self.file(repo, rest.split("/", 2)[2])
+        if repo not in self.server.repos:
+            unknown = 404, {"X-Error-Code": "RepoNotFound"}
+            self.answer(*self.server.refused.get(repo, unknown))
+        elif not path.startswith("api/models/"):
+            self.file(repo, self.server.repos[repo] / rest.split("/", 2)[2])
+        elif rest.startswith("tree/"):
+            files = sorted(self.server.repos[repo].iterdir())
+            listed = [{"path": f.name, "size": f.stat().st_size} for f in files]
+            more = {"type": "file", "oid": "0"}
+            self.say([{**f, **more} for f in listed])
+        else:
+            self.say({"id": repo, "sha": self.server.revision(repo)})
 
     do_HEAD = do_GET
 
-    def refused(self, repo: str) -> bool:
-        if repo in self.server.repos:
-            return False
-        if repo == self.server.gated:
-            self.answer(403, b"", {"X-Error-Code": "GatedRepo"})
-        else:
-            self.answer(404, b"", {"X-Error-Code": "RepoNotFound"})
-        return True
-
-    def info(self, repo: str) -> None:
-        self.answer_json(200, {"id": repo, "sha": self.server.revision(repo)})
-
-    def tree(self, repo: str) -> None:
-        listed = [
-            {
-                "type": "file",
-                "path": file.name,
-                "size": file.stat().st_size,
-                "oid": hashlib.sha1(file.read_bytes()).hexdigest(),
-            }
-            for file in sorted(self.server.repos[repo].iterdir())
-        ]
-        self.answer_json(200, listed)
-
-    def file(self, repo: str, name: str) -> None:
-        file = self.server.repos[repo] / name
+    def file(self, repo: str, file: Path) -> None:
         if not file.is_file():
-            self.answer(404, b"", {"X-Error-Code": "EntryNotFound"})
+            self.answer(404, {"X-Error-Code": "EntryNotFound"})
             return
-        content = file.read_bytes()
-        etag = hashlib.sha1(content).hexdigest()
-        commit = self.server.revision(repo)
-        self.answer(200, content, {"ETag": f'"{etag}"', "X-Repo-Commit": commit})
-
-    # Writing
+        content, commit = file.read_bytes(), self.server.revision(repo)
+        etag = f'"{hashlib.sha1(content).hexdigest()}"'
+        self.answer(200, {"ETag": etag, "X-Repo-Commit": commit}, content)
 
     def do_POST(self) -> None:
-        path, body = self.asked_path, self.body()
+        path, repo, rest = self.parts()
+        body = self.rfile.read(int(self.headers["Content-Length"] or 0))
         if path == "api/validate-yaml":  # asks, and changes nothing
-            self.validate(json.loads(body)["content"])
+            self.say({"warnings": [], "errors": []})
             return
         self.server.sent.append(path)
         if self.headers["Authorization"] != f"Bearer {TOKEN}":
-            self.refuse(401, "Invalid username or password.")
+            self.answer(401, {"X-Error-Message": "Invalid username or password."})
         elif path == "api/repos/create":
             self.create(json.loads(body))
-        elif path.endswith(".git/info/lfs/objects/batch"):
-            self.batch(json.loads(body))
-        elif path == "lfs/verify":
-            asked = json.loads(body)
-            same = len(self.server.blobs.get(asked["oid"], b"")) == asked["size"]
-            self.answer(200 if same else 404, b"")
-        else:
-            self.change(path, body)
-
-    def do_PUT(self) -> None:
-        """A blob, at an address that is secret enough to need no token."""
-        path, body = self.asked_path, self.body()
-        self.server.sent.append(path)
-        oid = path.removeprefix("lfs/")
-        if self.server.full or hashlib.sha256(body).hexdigest() != oid:
-            self.refuse(403, "storage quota exceeded")
-            return
-        self.server.blobs[oid] = body
-        self.answer(200, b"")
-
-    def validate(self, card: str) -> None:
-        """The hub parses the front matter of a card before it takes it."""
-        try:
-            yaml.safe_load(card.split("---")[1] if card.startswith("---") else "")
-            self.answer_json(200, {"warnings": [], "errors": []})
-        except yaml.YAMLError:
-            self.answer_json(400, {"errors": [{"message": "YAML cannot be parsed"}]})
-
-    def create(self, asked: dict) -> None:
-        repo = f"{asked['organization'] or 'user'}/{asked['name']}"
-        url = {"url": f"{self.server.url}/{repo}"}
-        if repo == self.server.forbidden:
-            self.refuse(403, "You don't have the rights to create a model here")
-        elif repo in self.server.repos:
-            self.answer_json(409, {"error": "You already created this repo", **url})
-        else:
-            self.server.created.append(asked)
-            folder = self.server.uploads / asked["name"]
-            folder.mkdir()
-            self.server.repos[repo] = folder
-            self.answer_json(200, url)
-
-    def change(self, path: str, body: bytes) -> None:
-        """preupload or commit, of a repository that is there and not another's."""
-        repo, rest = self.split(path.removeprefix("api/models/"))
-        if self.refused(repo):
-            return
-        if repo == self.server.forbidden:
-            self.refuse(403, "You don't have the rights to write here")
+        elif repo == self.server.forbidden:
+            self.answer(403, {"X-Error-Message": "You don't have the rights"})
         elif rest.startswith("preupload/"):
-            self.preupload(repo, json.loads(body))
+            paths = [f["path"] for f in json.loads(body)["files"]]
+            mode = {"uploadMode": "regular", "shouldIgnore": False}
+            self.say({"files": [{"path": p, **mode} for p in paths]})
         else:
             self.commit(repo, [json.loads(line) for line in body.splitlines()])
 
-    def preupload(self, repo: str, asked: dict) -> None:
-        """How each file should come, and what the repository has of it: a hash."""
-        listed = []
-        for path in (f["path"] for f in asked["files"]):
-            mode = "lfs" if path.endswith(".safetensors") else "regular"
-            present = self.server.repos[repo] / path
-            oid = None
-            if present.is_file():
-                content = present.read_bytes()
-                blob = b"blob %d\0" % len(content) + content
-                lfs = mode == "lfs"
-                oid = hashlib.sha256(content) if lfs else hashlib.sha1(blob)
-                oid = oid.hexdigest()
-            listed.append(
-                {"path": path, "uploadMode": mode, "shouldIgnore": False, "oid": oid}
-            )
-        self.answer_json(200, {"files": listed})
-
-    def batch(self, asked: dict) -> None:
-        """Where blobs go to; those that are there need not come again."""
-        listed = []
-        for blob in asked["objects"]:
-            if blob["oid"] not in self.server.blobs:
-                put, verify = f"lfs/{blob['oid']}", "lfs/verify"
-                blob["actions"] = {
-                    "upload": {"href": f"{self.server.url}/{put}"},
-                    "verify": {"href": f"{self.server.url}/{verify}"},
-                }
-            listed.append(blob)
-        self.answer_json(200, {"transfer": "basic", "objects": listed})
+    def create(self, asked: dict) -> None:
+        repo = f"{asked['organization'] or 'user'}/{asked['name']}"
+        there = repo in self.server.repos
+        if not there:
+            self.server.created.append(asked)
+            self.server.repos[repo] = self.server.home / asked["name"]
+            self.server.repos[repo].mkdir()
+        self.say({"url": f"{self.server.url}/{repo}"}, 409 if there else 200)
 
     def commit(self, repo: str, lines: list[dict]) -> None:
-        names = []
-        for line in lines:
-            value = line["value"]
-            if line["key"] == "file":
-                content = base64.b64decode(value["content"])
-            elif line["key"] == "lfsFile":
-                content = self.server.blobs[value["oid"]]
-            else:
-                continue
-            (self.server.repos[repo] / value["path"]).write_bytes(content)
-            names.append(value["path"])
-        self.server.commits.append(names)
-        commit = self.server.revision(repo)
-        url = f"{self.server.url}/{repo}/commit/{commit}"
-        self.answer_json(200, {"commitUrl": url, "commitOid": commit})
+        files = [line["value"] for line in lines if line["key"] == "file"]
+        for file in files:
+            content = base64.b64decode(file["content"])
+            (self.server.repos[repo] / file["path"]).write_bytes(content)
+        self.server.commits.append([f["path"] for f in files])
+        url = f"{self.server.url}/{repo}/commit/0"
+        self.say({"commitUrl": url, "commitOid": "0"})
 
-    def body(self) -> bytes:
-        if self.headers["Transfer-Encoding"] != "chunked":
-            return self.rfile.read(int(self.headers["Content-Length"] or 0))
-        return b"".join(self.chunks())
+    def say(self, value: dict | list, status: int = 200) -> None:
+        self.answer(status, {}, json.dumps(value).encode())
 
-    def chunks(self) -> Iterator[bytes]:
-        while size := int(self.rfile.readline(), 16):
-            yield self.rfile.read(size)
-            self.rfile.readline()
-        self.rfile.readline()
-
-    # Answers
-
-    def refuse(self, status: int, why: str) -> None:
-        self.answer(status, b"", {"X-Error-Message": why})
-
-    def answer_json(self, status: int, value: Any) -> None:
-        self.answer(status, json.dumps(value).encode())
-
-    def answer(self, status: int, body: bytes, headers: Optional[dict] = None) -> None:
+    def answer(self, status: int, headers: dict[str, str], body: bytes = b"") -> None:
         self.send_response(status)
-        for key, value in (headers or {}).items():
+        for key, value in {**headers, "Content-Length": str(len(body))}.items():
             self.send_header(key, value)
-        self.send_header("Content-Length", str(len(body)))
         self.end_headers()
         if self.command != "HEAD":
             self.wfile.write(body)
@@ -281,76 +171,21 @@ class Done(NamedTuple):
     stdout: str
     stderr: str
 
+    def said(self) -> dict[str, Any]:
+        """The JSON of a command that succeeded."""
+        assert self.code == 0, self.stderr
+        return json.loads(self.stdout)
 
-# Starting Python and importing mlx-lm is most of a command's time. The hub's log goes to the
-# standard error of the command in hand, as in a process of its own.
-SEVERAL = """
-import json, sys, types
-from huggingface_hub.utils import logging
-from typer.testing import CliRunner
-from mlx_fastforward.cli import app
-
-current = types.SimpleNamespace(
-    write=lambda text: sys.stderr.write(text), flush=lambda: sys.stderr.flush()
-)
-logging.get_logger()
-logging.logging.getLogger("huggingface_hub").handlers[0].setStream(current)
-for args in json.load(sys.stdin):
-    done = CliRunner().invoke(app, args)
-    crash = done.exception and not isinstance(done.exception, SystemExit)
-    error = f"Traceback: {done.exception!r}" if crash else ""
-    print(json.dumps([done.exit_code, done.stdout, done.stderr + error]))
-"""
+    def refusal(self, code: int = 1) -> str:
+        """The one line on stderr."""
+        assert (self.code, self.stdout) == (code, ""), self
+        (line,) = self.stderr.splitlines()
+        assert line.startswith("mlx_fastforward: "), self
+        return line.removeprefix("mlx_fastforward: ")
 
 
-def environment(hub: Hub, home: Path, **env: str) -> dict[str, str]:
-    """A Hugging Face home, predictors and a hub of its own; a proxy would not find the loopback."""
-    inherited = {
-        k: v
-        for k, v in os.environ.items()
-        if not k.startswith("HF_") and "PROXY" not in k.upper()
-    }
-    return {
-        **inherited,
-        "HF_HOME": str(home / "hf"),
-        "HF_ENDPOINT": hub.url,
-        "HF_HUB_DISABLE_XET": "1",  # uploads go to xet's own servers otherwise
-        "MLX_FASTFORWARD_HOME": str(home / "own"),
-        "NO_PROXY": "127.0.0.1",
-        **env,
-    }
-
-
-def process(hub: Hub, home: Path, *args: str, **env: str) -> Done:
-    """One command, as typed in a shell."""
-    return _run(["-m", "mlx_fastforward", *args], "", environment(hub, home, **env))
-
-
-def several(hub: Hub, home: Path, *commands: list[str], **env: str) -> list[Done]:
-    """Commands one after the other in one process: for those that leave nothing behind in it."""
-    env = environment(hub, home, **env)
-    done = _run(["-c", SEVERAL], json.dumps(commands), env)
-    assert done.code == 0, done.stderr
-    return [Done(*json.loads(line)) for line in done.stdout.splitlines()]
-
-
-def _run(args: list[str], stdin: str, env: dict[str, str]) -> Done:
-    done = subprocess.run(
-        [sys.executable, *args],
-        input=stdin,
-        capture_output=True,
-        env=env,
-        text=True,
-        timeout=120,
-    )
-    return Done(done.returncode, done.stdout, done.stderr)
-
-
-def refusal(done: Done, after_download: bool = False, code: int = 1) -> str:
-    """The one line on stderr; the hub's own progress bars may come before it."""
-    assert (done.code, done.stdout) == (code, ""), done
-    assert "Traceback" not in done.stderr, done.stderr
-    lines = done.stderr.splitlines()
-    assert len(lines) == 1 or after_download, done.stderr
-    assert lines[-1].startswith("mlx_fastforward: "), done.stderr
-    return lines[-1].removeprefix("mlx_fastforward: ")
+def run(*args: str) -> Done:
+    """One command in this process."""
+    done = CliRunner().invoke(app, list(args))
+    assert isinstance(done.exception, (SystemExit, type(None))), done.exception
+    return Done(done.exit_code, done.stdout, done.stderr)

@@ -7,7 +7,7 @@ import importlib
 import json
 import shutil
 from pathlib import Path
-from typing import Any, Optional, Sequence
+from typing import Any, Iterable, Optional, Sequence
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -17,6 +17,8 @@ from mlx.utils import tree_map_with_path
 from mlx_lm.models.cache import make_prompt_cache
 from mlx_lm.tokenizer_utils import TokenizerWrapper
 from mlx_lm.utils import load_tokenizer
+from reference import float64
+from reference import weight as float_weight  # noqa: F401
 
 from mlx_fastforward import PrefillConfig, save_predictor
 from mlx_fastforward.demo import MODEL as DEMO
@@ -32,30 +34,22 @@ SIZES: dict[str, Any] = dict(
     num_key_value_heads=2,
     rms_norm_eps=1e-5,
 )
+KINDS = ["sliding_attention", "full_attention"] * (LAYERS // 2)
+POSITIONS: dict[str, Any] = dict(max_position_embeddings=512, rope_theta=1e4)
 HEADS: dict[str, Any] = dict(head_dim=8, query_pre_attn_scalar=8)
 SLIDING: dict[str, Any] = dict(sliding_window=WINDOW, sliding_window_pattern=2)
 MORE: dict[str, dict[str, Any]] = {
     "llama": {},
-    "llama-bias-sliding": dict(
-        mlp_bias=True,
-        layer_types=["sliding_attention", "full_attention"] * (LAYERS // 2),
-        sliding_window=WINDOW,
-    ),
+    "llama-bias-sliding": dict(mlp_bias=True, layer_types=KINDS, sliding_window=WINDOW),
     "qwen2": {},
-    "qwen3": dict(
-        max_position_embeddings=512,
-        head_dim=8,
-        tie_word_embeddings=False,
-        rope_theta=1e4,
-    ),
+    "qwen3": dict(head_dim=8, tie_word_embeddings=False, **POSITIONS),
     "gemma2": HEADS,
     "gemma3": dict(model_type="gemma3_text", **HEADS, **SLIDING),
     "gemma3_text": dict(**HEADS, **SLIDING),
     "phi3": {},
 }
 NAMES = list(MORE)
-WITHOUT_EMBEDDINGS = ["gemma2", "phi3"]  # no input_embeddings in mlx-lm
-WITH_EMBEDDINGS = [n for n in NAMES if n not in WITHOUT_EMBEDDINGS]
+WITH_EMBEDDINGS = [n for n in NAMES if n not in ("gemma2", "phi3")]  # as inputs
 
 
 def _untrained(name: str, vocab: int, **more: Any) -> nn.Module:
@@ -139,10 +133,8 @@ def prefill(
 def decode(
     model: nn.Module, prompt: list[int], n: int, cache: Optional[list] = None
 ) -> tuple[list[int], np.ndarray]:
-    """n greedy tokens and their log-probabilities (n, vocabulary), read as by mlx-lm.
-
-    That is, all but its last token in one call, and then one token at a time.
-    """
+    """n greedy tokens and their log-probabilities (n, vocabulary), read as by mlx-lm:
+    all but the last token of the prompt in one call, and then one token at a time."""
     _, cache = prefill(model, prompt[:-1], cache)
     return continue_from(model, prompt[-1], n, cache)
 
@@ -157,6 +149,11 @@ def continue_from(
         logprobs.append(logits - np.logaddexp.reduce(logits))
         tokens.append(int(logits.argmax()))
     return tokens[1:], np.stack(logprobs)
+
+
+def logprobs(responses: Iterable[Any]) -> np.ndarray:
+    """What was streamed, (tokens, vocabulary)."""
+    return np.stack([np.array(r.logprobs.astype(mx.float32)) for r in responses])
 
 
 def cached_arrays(cache: list) -> list[np.ndarray]:
@@ -240,19 +237,6 @@ def by_hand(
     return model
 
 
-def float64(w: mx.array) -> np.ndarray:
-    return np.array(w.astype(mx.float32)).astype(np.float64)
-
-
-def float_weight(linear: nn.Module) -> np.ndarray:
-    """The weight (out, in) of a projection, quantised or not, in float64."""
-    if not isinstance(linear, nn.QuantizedLinear):
-        return float64(linear.weight)
-    group, bits, mode = linear.group_size, linear.bits, linear.mode
-    w = (linear.weight, linear.scales, linear.get("biases"))
-    return float64(mx.dequantize(*w, group_size=group, bits=bits, mode=mode))
-
-
 def save_folder(
     model: nn.Module, path: Path, chat_template: bool = True, **config: Any
 ) -> Path:
@@ -270,27 +254,6 @@ def save_folder(
     return path
 
 
-def random_parts(
-    base: BaseModel, rank: int, kinds: dict[str, Optional[str]]
-) -> dict[str, mx.array]:
-    """Untrained tensors of the parts that are of some kind."""
-    key, d = mx.random.key(11), base.hidden_size
-    tensors = {}
-    for i, f in enumerate(base.widths):
-        shapes: dict[Optional[str], dict[str, tuple[int, ...]]] = {
-            None: {},
-            "pooled": {"query": (d,), "w1": (d, rank), "w2": (rank, f)},
-            "token-wise": {"w1": (d, rank), "w2": (2 * rank, f), "bias": (f,)},
-            "mlp": {"w1": (d, rank), "w2": (rank, d)},
-            "low-rank": {"center": (d,), "v": (d, rank), "u": (f, rank + 1)},
-        }
-        for part, kind in kinds.items():
-            for name, shape in shapes[kind].items():
-                key, now = mx.random.split(key)
-                tensors[f"layers.{i}.{part}.{name}"] = mx.random.normal(shape, key=now)
-    return tensors
-
-
 def save_random_predictor(
     model: nn.Module,
     path: Path,
@@ -298,16 +261,23 @@ def save_random_predictor(
     predictor: Optional[str] = None,
     compensator: Optional[str] = None,
 ) -> Path:
-    """Untrained predictors for a model, and maybe a compensator, as a side file."""
-    base = BaseModel.of(model, "tiny")
-    info: dict[str, Any] = {
-        "base_model": dataclasses.asdict(base),
-        "predictor": {"rank": rank},
-    }
-    if predictor:
-        info["predictor"]["kind"] = predictor
-    if compensator:
-        info["compensator"] = {"kind": compensator, "rank": rank}
+    """Untrained predictors for a model, and maybe a compensator, as a predictor file."""
+    base, key, tensors = BaseModel.of(model, "tiny"), mx.random.key(11), {}
     kinds = {"predictor": predictor or "pooled", "compensator": compensator}
-    save_predictor(path, info, random_parts(base, rank, kinds))
+    for i, f in enumerate(base.widths):
+        d, k = base.hidden_size, rank
+        shapes: dict[Optional[str], dict[str, tuple[int, ...]]] = {
+            None: {},
+            "pooled": {"query": (d,), "w1": (d, k), "w2": (k, f)},
+            "token-wise": {"w1": (d, k), "w2": (2 * k, f), "bias": (f,)},
+            "mlp": {"w1": (d, k), "w2": (k, d)},
+            "low-rank": {"center": (d,), "v": (d, k), "u": (f, k + 1)},
+        }
+        for part, kind in kinds.items():
+            for name, shape in shapes[kind].items():
+                key, now = mx.random.split(key)
+                tensors[f"layers.{i}.{part}.{name}"] = mx.random.normal(shape, key=now)
+    info: dict[str, Any] = {"base_model": dataclasses.asdict(base)}
+    info |= {part: {"kind": k, "rank": rank} for part, k in kinds.items() if k}
+    save_predictor(path, info, tensors)
     return path

@@ -33,32 +33,11 @@ def weight(linear: Any) -> Array:
     if hasattr(linear, "lora_a"):
         delta = float64(linear.lora_a) @ float64(linear.lora_b)
         return weight(linear.linear) + linear.scale * delta.T
-    return unpacked(linear) if hasattr(linear, "scales") else float64(linear.weight)
-
-
-def unpacked(linear: Any) -> Array:
-    """A quantised weight: codes lie bit after bit, and a group of them shares a scale."""
-    stored = np.array(linear.weight).view(np.uint8)
-    bits = np.unpackbits(stored, axis=1, bitorder="little")
-    codes = bits.reshape(len(stored), -1, linear.bits) @ 2 ** np.arange(linear.bits)
-    if linear.mode == "affine":
-        scales, zeros = float64(linear.scales), float64(linear.biases)
-    else:
-        codes, raw = minifloat(codes, linear.bits), np.array(linear.scales).astype(int)
-        scales = minifloat(raw, 8) if linear.mode == "nvfp4" else 2.0 ** (raw - 127)
-        zeros = 0 * scales
-    scale, zero = (np.repeat(a, linear.group_size, axis=1) for a in (scales, zeros))
-    return codes * scale + zero
-
-
-def minifloat(codes: Array, bits: int) -> Array:
-    """Numbers of 4 bits (e2m1) or 8 (e4m3): sign, exponent, mantissa."""
-    mantissa_bits, bias = (1, 1) if bits == 4 else (3, 7)
-    mantissa = codes % 2**mantissa_bits / 2**mantissa_bits
-    exponent = (codes >> mantissa_bits) % 2 ** (bits - 1 - mantissa_bits)
-    small = mantissa * 2.0 ** (1 - bias)
-    value = np.where(exponent, (1 + mantissa) * 2.0 ** (exponent - bias), small)
-    return np.where(codes >> (bits - 1), -value, value)
+    if not hasattr(linear, "scales"):
+        return float64(linear.weight)
+    w = (linear.weight, linear.scales, linear.get("biases"))
+    group, bits, mode = linear.group_size, linear.bits, linear.mode
+    return float64(mx.dequantize(*w, group_size=group, bits=bits, mode=mode))
 
 
 def relu(x: Array) -> Array:
@@ -83,29 +62,18 @@ def softmax(x: Array) -> Array:
     return e / e.sum()
 
 
-def real(x: Array, valid: Optional[Array]) -> Array:
-    """The rows of x that are no padding."""
-    return x if valid is None else x[valid > 0]
-
-
-def predictor(
-    x: Array, query: Array, w1: Array, w2: Array, valid: Optional[Array] = None
-) -> Array:
+def predictor(x: Array, query: Array, w1: Array, w2: Array) -> Array:
     """Eq. 12-13 for one block: pooling by a query's attention, two layers. -> (f,)."""
-    x = real(x, valid)
-    weights = softmax(x @ query / math.sqrt(len(query)))
-    pooled = weights @ x
+    pooled = softmax(x @ query / math.sqrt(len(query))) @ x
     return relu(pooled @ w1) @ w2
 
 
-def token_wise(
-    x: Array, w1: Array, w2: Array, bias: Array, valid: Optional[Array] = None
-) -> Array:
+def token_wise(x: Array, w1: Array, w2: Array, bias: Array) -> Array:
     """Hidden units fire on single tokens; a block is scored by their mean and RMS. -> (f,).
 
     The 1e-6 under the root, with which predictors are fitted, shows where no token fires.
     """
-    hidden = relu(real(x, valid) @ w1)
+    hidden = relu(x @ w1)
     rms = np.sqrt((hidden**2).mean(axis=0) + 1e-6)
     return np.concatenate([hidden.mean(axis=0), rms]) @ w2 + bias
 
@@ -116,19 +84,12 @@ def top_k(scores: Array, k: int) -> list[int]:
 
 
 def activations(
-    x: Array,
-    gate: Array,
-    up: Array,
-    act: Activation = silu,
-    gate_bias: Optional[Array] = None,
-    up_bias: Optional[Array] = None,
+    x: Array, gate: Array, up: Array, act: Activation = silu, *biases: Optional[Array]
 ) -> Array:
-    """Z of every neuron (eq. 15-16)."""
+    """Z of every neuron (eq. 15-16). biases: the gate's and up's."""
     g, u = x @ gate.T, x @ up.T
-    if gate_bias is not None:
-        g = g + gate_bias
-    if up_bias is not None:
-        u = u + up_bias
+    for y, bias in zip((g, u), biases):
+        y += 0 if bias is None else bias
     return act(g) * u
 
 
@@ -139,18 +100,16 @@ def gated_ffn(
     down: Array,
     neurons: Optional[Sequence[int]] = None,
     act: Activation = silu,
-    gate_bias: Optional[Array] = None,
-    up_bias: Optional[Array] = None,
-    down_bias: Optional[Array] = None,
+    *biases: Optional[Array],
 ) -> Array:
     """Eq. 15-18: the FFN in which only the chosen neurons exist; None chooses all."""
-    z = activations(x, gate, up, act, gate_bias, up_bias)
+    z = activations(x, gate, up, act, *biases)
     if neurons is not None:
         chosen = np.zeros(z.shape[-1])
         chosen[list(neurons)] = 1
         z = z * chosen
     y = z @ down.T
-    return y if down_bias is None else y + down_bias
+    return y + biases[2] if biases and biases[2] is not None else y
 
 
 def compensator(x: Array, w1: Array, w2: Array, act: Activation) -> Array:
@@ -170,16 +129,15 @@ def with_guesses(z: Array, phi: Array, u: Array, neurons: Sequence[int]) -> Arra
     return filled
 
 
-def griffin(z: Array, valid: Optional[Array] = None) -> Array:
+def griffin(z: Array) -> Array:
     """Norm over tokens of activations normalised per token. (n, f) -> (f,)."""
-    z = real(z, valid)
     unit = np.stack([row / np.linalg.norm(row) for row in z])
     return np.linalg.norm(unit, axis=0)
 
 
-def weighted(z: Array, down: Array, valid: Optional[Array] = None) -> Array:
+def weighted(z: Array, down: Array) -> Array:
     """Activation norm over the tokens times the norm of the neuron's down column."""
-    return np.linalg.norm(real(z, valid), axis=0) * column_norms(down)
+    return np.linalg.norm(z, axis=0) * column_norms(down)
 
 
 def column_norms(down: Array) -> Array:
@@ -196,28 +154,15 @@ def layerwise(importances: Sequence[float], sparsity: float) -> list[float]:
     return budgets
 
 
-def probe(
-    block: Array,
-    x: Array,
-    z: Array,
-    down: Array,
-    block_valid: Optional[Array] = None,
-    dense_valid: Optional[Array] = None,
-) -> Array:
+def probe(block: Array, real: Array, x: Array, z: Array, down: Array) -> Array:
     """Neuron energies of one block, regressed on the row's dense tokens. -> (f,).
 
     Every fourth token of the block (n, d), from the second on, estimates each neuron's
     z^2 as an average over the dense tokens' z^2, with weights softmax(32 cos); the
-    block's energy is the sum of the estimates. Padding neither estimates nor counts.
+    block's energy is the sum of the estimates. Tokens that are not real do not count.
     """
-    x, z = real(x, dense_valid), real(z, dense_valid)
     energy = np.zeros(z.shape[1])
-    for t in range(1, len(block), 4):
-        if block_valid is not None and not block_valid[t]:
-            continue
-        cosines = [
-            block[t] @ other / np.linalg.norm(block[t]) / np.linalg.norm(other)
-            for other in x
-        ]
-        energy += softmax(32 * np.array(cosines)) @ z**2
+    for token in (block[t] for t in range(1, len(block), 4) if real[t]):
+        sizes = np.linalg.norm(token) * np.linalg.norm(x, axis=1)
+        energy += softmax(32 * (x @ token) / sizes) @ z**2
     return np.sqrt(energy) * column_norms(down)

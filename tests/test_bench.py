@@ -1,118 +1,162 @@
-"""The measuring code measures what it says, on tiny models."""
+"""The measuring code and the bench command on tiny models: figures, table, refusals."""
+
+import json
+from pathlib import Path
+from typing import Any
 
 import mlx.core as mx
 import numpy as np
 import pytest
-from models import demo_tokenizer, prefill, settings, tiny
+from commands import bad, report
+from models import (
+    demo_tokenizer,
+    save_folder,
+    save_random_predictor,
+    settings,
+    tiny,
+    token_ids,
+)
 
-from mlx_fastforward import detach
+from mlx_fastforward import tune
 from mlx_fastforward.attachment import attach, engine_of
-from mlx_fastforward.bench.eval import prose
 from mlx_fastforward.bench.speed import shapes, ttft
 from mlx_fastforward.bench.studies import recall
-from mlx_fastforward.continuation import continuation, divergence, follow
+from mlx_fastforward.build import engine_for
+from mlx_fastforward.cli import first_use
+from mlx_fastforward.config import DeviceSettings
+from mlx_fastforward.continuation import continuation, divergence
 from mlx_fastforward.neurons.selectors import Oracle
 
 PROMPT = 60
-
-
-def prompts(n: int) -> list[mx.array]:
-    rng = np.random.default_rng(0)
-    return [mx.array(rng.integers(16, 4096, PROMPT + 8)) for _ in range(n)]
+TEXT = mx.array(token_ids(PROMPT + 8, 0, 4096))
 
 
 def test_kl_and_agreement_are_those_of_the_distributions() -> None:
     model = tiny("llama", vocab=4096)
-    (text,) = prompts(1)
-    dense = continuation(model, text, PROMPT, None)
-    engine = attach(model, settings(sparsity=0.8))
-    sparse = continuation(model, text, PROMPT, engine)
+    engine = engine_for(model, settings(sparsity=0.8))
+    dense, sparse = (continuation(model, TEXT, PROMPT, e) for e in (None, engine))
+    assert engine_of(model) is None and dense.shape == (8, 4096)
     kl, top1 = divergence(dense, sparse)
     p, q = (np.array(x, dtype=np.float64) for x in (dense, sparse))
-    assert p.shape == (8, 4096)
     wanted = (np.exp(p) * (p - q)).sum(-1).mean()
     assert kl == pytest.approx(wanted, rel=1e-3) and wanted > 0
     assert top1 == pytest.approx((p.argmax(-1) == q.argmax(-1)).mean())
-    assert 0 < engine.tally.sparsity < 0.8
-
-
-def test_a_model_compared_with_itself() -> None:
-    model = tiny("llama", vocab=4096)
-    (text,) = prompts(1)
-    dense = [continuation(model, text, PROMPT, None) for _ in range(2)]
-    kl, top1 = divergence(*dense)
-    assert abs(kl) < 1e-6 and top1 == 1
-
-
-def test_what_follows_is_the_same_in_one_call_and_token_by_token() -> None:
-    model = tiny("llama", vocab=4096)
-    (text,) = prompts(1)
-    wanted, cache = prefill(model, text.tolist())
-    wanted = wanted[PROMPT - 1 : -1].astype(np.float64)
-    wanted -= np.logaddexp.reduce(wanted, axis=-1, keepdims=True)
-    for step in (False, True):
-        _, cache = prefill(model, text[: PROMPT - 3].tolist())
-        rest, after = text[PROMPT - 3 : PROMPT], text[PROMPT:]
-        got = follow(model, rest, after, cache, step)
-        np.testing.assert_allclose(np.array(got), wanted, atol=1e-3)
-
-
-def test_passages_are_of_one_length_and_from_the_whole_text() -> None:
-    text = "<|end of book|>".join("word %d " % i * 300 for i in range(4))
-    got = prose.passages(text, demo_tokenizer(), 6, 50)
-    assert [t.size for t in got] == [50] * 6
-    assert len({tuple(t.tolist()) for t in got}) > 3
+    assert divergence(dense, dense) == (0, 1)
 
 
 def test_ttft_leaves_the_model_stock_and_reports_the_ratio() -> None:
-    model = tiny("llama", vocab=4096)
-    engine = attach(model, settings())
-    detach(model)
-    ids, ticks = mx.arange(8, 72), []
-    (row,) = ttft.measure(
-        model, demo_tokenizer(), ids, [engine], 2, 0, lambda: ticks.append(1)
-    )
+    model, ids, ticks = tiny("llama", vocab=4096), mx.arange(8, 72), []
+    engine, tick = engine_for(model, settings()), lambda: ticks.append(1)
+    (row,) = ttft.measure(model, demo_tokenizer(), ids, [engine], 2, 0, tick)
     assert engine_of(model) is None and len(ticks) == 4
     assert row.speedup == pytest.approx(row.stock_ttft_s / row.ttft_s)
     assert row.ttft_spread_s[0] <= row.ttft_s <= row.ttft_spread_s[1]
     assert 0 < row.ffn_flops_skipped < 0.5 and row.ideal_speedup > 1
+    reachable = 1 / (1 - row.ffn_share * row.ffn_flops_skipped)
+    assert row.reachable_speedup == pytest.approx(reachable) and row.ffn_share > 0
     assert row.decode_tps > 0 < row.stock_decode_tps
     assert (row.context, row.selector, row.strategy) == (64, "probe", "chunk")
 
 
-@pytest.mark.parametrize("name", shapes.SHAPES)
-def test_random_models_have_the_real_shapes(
-    name: str, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("name, bits", [("llama-3.1-8b", 4), ("qwen3-4b", 0)])
+def test_random_models_and_predictors_have_the_real_shapes(
+    name: str, bits: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Scaled down by 32, so that they fit into a test."""
+    """Scaled down, so that they fit into a test."""
     module, shape = shapes.SHAPES[name]
-    small = shape | {k: shape[k] // 32 for k in ("hidden_size", "intermediate_size")}
-    small["head_dim"] = small["hidden_size"] // 8
+    small = shape | {"hidden_size": 128, "intermediate_size": 448, "head_dim": 16}
     monkeypatch.setitem(shapes.SHAPES, name, (module, small))
-    model = shapes.random_model(name, 2, mx.float32, 0)
+    model = shapes.random_model(name, 2, mx.float32, bits)
     assert len(model.layers) == 2
+    assert getattr(model.layers[0].mlp.down_proj, "bits", 0) == bits
     predictor = shapes.random_predictor(model)
     attach(model, settings(selector="trained"), predictor=predictor)
     assert mx.all(mx.isfinite(model(mx.arange(64)[None]))).item()
 
 
-def test_random_models_are_quantised_on_demand(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    module, shape = shapes.SHAPES["llama-3.2-1b"]
-    small = shape | {"hidden_size": 64, "intermediate_size": 128, "head_dim": 8}
-    monkeypatch.setitem(shapes.SHAPES, "llama-3.2-1b", (module, small))
-    model = shapes.random_model("llama-3.2-1b", 2, mx.float32, 4)
-    assert model.layers[0].mlp.down_proj.bits == 4
-
-
-def test_recall_of_an_adapter_is_the_share_of_the_oracles_neurons() -> None:
+def test_recall_is_the_share_of_the_oracles_neurons() -> None:
     scores = mx.array([[3.0, 2.0, 1.0, 0.0], [0.0, 1.0, 2.0, 3.0]])
     truth = mx.array([[3.0, 0.0, 2.0, 1.0], [0.0, 1.0, 2.0, 3.0]])
     assert recall.hits(scores, truth, 2).tolist() == [0.5, 1.0]
-
-
-def test_recall_of_the_truth_itself_is_one() -> None:
     model = tiny("llama", vocab=4096)
-    found = recall.per_layer(model, Oracle("weighted"), prompts(1), 8, 64)
-    assert found == pytest.approx([1.0] * 3)
+    assert recall.per_layer(model, Oracle(), [TEXT], 8, 64) == [1.0] * 3
+
+
+BENCH = ["bench", "-n", 1]
+KEYS = ["context", "sparsity", "selector", "block_size", "strategy", "attention_block"]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    net = tiny("llama", vocab=4096, max_position_embeddings=200)
+    return save_folder(net, tmp_path_factory.mktemp("bench") / "tiny")
+
+
+def arms(found: dict[str, Any]) -> list[tuple]:
+    return [tuple(row[k] for k in KEYS) for row in found["rows"]]
+
+
+def test_every_arm_has_a_row(
+    tmp_path: Path, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(ttft, "DECODED", 0)
+    args = ["--contexts", "64,96", "--block-sizes", "8,16", "--sparsities", "0.5,0.25"]
+    args += ["--selectors", "probe,first-block", "--strategies", "chunk,columns"]
+    args += ["--attention-blocks", "0,16"]
+    rows = arms(report(tmp_path, *BENCH, "--model", folder, *args)[1])
+    assert len(rows) == len(set(rows)) == 2**6
+
+
+def test_the_table_the_picture_and_the_environment(
+    tmp_path: Path, folder: Path
+) -> None:
+    """Without --contexts it is half of what this model allows."""
+    png = tmp_path / "bench.png"
+    args = ["--model", folder, "--block-sizes", 8, "--png", png]
+    done, found = report(tmp_path, *BENCH, *args)
+    assert {"100", "probe", "50%,", "8,", "chunk"} <= set(done.stdout.split())
+    assert png.read_bytes().startswith(b"\x89PNG")
+    assert arms(found) == [(100, 0.5, "probe", 8, "chunk", 0)]
+    assert found["rows"][0]["ffn_flops_skipped"] > 0.1
+    assert {"device", "blas", "mlx", "mlx_lm", "dtype"} <= set(found["environment"])
+    assert found["environment"]["model"] == "tiny, 4 layers"
+    assert str(folder.parent) not in json.dumps(found)
+
+
+def test_the_predictor_beside_the_model_and_what_tuning_found(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    net = tiny("llama", vocab=4096)
+    folder = save_folder(net, tmp_path / "tiny")
+    save_random_predictor(net, folder)
+    args = [*BENCH, "--model", folder, "--contexts", 96]
+    device = DeviceSettings(16, "columns", attention_block=32)
+    monkeypatch.setattr(first_use, "SMALLEST", 0)
+    monkeypatch.setattr(tune, "remembered", lambda key: device)
+    found = report(tmp_path, *args)[1]
+    assert arms(found) == [(96, 0.5, "trained", 16, "columns", 32)]
+    found = report(tmp_path, *args, "--predictor", "none", "--no-tune")[1]
+    assert arms(found) == [(96, 0.5, "probe", 128, "chunk", 0)]
+    device = DeviceSettings(dense=True)
+    done, found = report(tmp_path, *args)
+    assert found["rows"][0]["sparsity"] == 0 and "tuned: dense" in done.stdout
+
+
+@pytest.mark.parametrize(
+    "args, code, said",
+    [
+        (["--random", "gpt-5"], 2, "--random must be one of llama-3.2-1b, "),
+        (["--random", "qwen3-4b", "--q-bits", 7], 2, "--q-bits must be 2, 3, "),
+        (["--random", "qwen3-4b", "--model", "a"], 2, "give --model or --random, not"),
+        (["--layers", 3], 2, "--layers and --q-bits go with --random."),
+        (["--png", "a.jpg"], 2, "--png must be a file ending in .png"),
+        (["--dtype", "int8"], 2, "--dtype must be one of float32, float16, bfloat16"),
+        (["--contexts", "many"], 2, "--contexts must be numbers with commas"),
+        (["--contexts", "0"], 2, "--contexts must be at least 1"),
+        (["--selectors", "magic"], 2, "selector must be one of "),
+        (["--strategies", "fast"], 2, "strategy must be one of chunk, columns"),
+        (["--json", "no/such/a.json"], 1, "no/such/a.json cannot be written: no such"),
+    ],
+)
+def test_refusals(args: list[Any], code: int, said: str) -> None:
+    assert bad(code, "bench", *args).startswith(said)

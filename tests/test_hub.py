@@ -1,6 +1,6 @@
-"""Models, predictors and checkpoints from a hub: a loopback server, real processes that ask it."""
+"""Models, predictors and checkpoints from a hub, and in one line what it or the network refused."""
 
-import json
+from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any, Iterator
 
@@ -9,49 +9,50 @@ import models
 import numpy as np
 import pytest
 import torch
-from loopback_hub import Done, Hub, process, refusal, several
+from huggingface_hub import HfApi, snapshot_download
+from loopback_hub import GENERATE, Answer, Hub, run
+from predictor_files import held, one_line
 
-PROMPT = "Keawe was poor, brave, and active; he could read and write. " * 6
-GENERATE = ["generate", PROMPT, "--json", "--block-size", "8", "--max-tokens", "4"]
-WEIGHTS = "fastforward.safetensors"
+from mlx_fastforward.errors import HubError, LoadProblem, PredictorError
+from mlx_fastforward.hub import problems
+from mlx_fastforward.predictors.file import TENSORS_NAME as WEIGHTS
+from mlx_fastforward.predictors.file import load_predictor
+
+WRONG = "Invalid credentials in Authorization header"
+REFUSED: dict[str, Answer] = {
+    "user/gated": (403, {"X-Error-Code": "GatedRepo"}),
+    "user/login": (401, {"X-Error-Message": WRONG}),
+    "user/rights": (403, {"X-Error-Message": "No rights"}),
+    "user/broken": (500, {"X-Error-Message": "Out of order"}),
+}
 
 
 @pytest.fixture(scope="module")
 def repos(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    """A model, its predictor, both in one, what they were trained as, and what is none of these."""
+    """A model, one with its predictor, what that was trained as, and what is none of these."""
     home = tmp_path_factory.mktemp("repos")
     model = models.tiny("llama", vocab=4096)
-    repos = {
-        "user/tiny": models.save_folder(model, home / "tiny"),
-        "user/side": models.save_random_predictor(model, home / "side"),
-        "user/both": models.save_folder(model, home / "both"),
-        "user/checkpoint": home / "checkpoint",
-        "user/torch": home / "torch",
-        "user/empty": home / "empty",
-    }
-    models.save_random_predictor(model, repos["user/both"])
-    tensors = mx.load(str(repos["user/side"] / WEIGHTS))
+    tiny, both = (models.save_folder(model, home / name) for name in ("tiny", "both"))
+    models.save_random_predictor(model, both)
+    tensors = mx.load(str(both / WEIGHTS))
     as_torch = {k: torch.from_numpy(np.array(v)) for k, v in tensors.items()}
     for name in ("checkpoint", "torch", "empty"):
         (home / name).mkdir()
-        torch.save(as_torch, home / name / "trained.pt")
-    (home / "empty" / "trained.pt").unlink()
+        if name != "empty":
+            torch.save(as_torch, home / name / "trained.pt")
     mx.save_safetensors(str(home / "checkpoint" / "trained.safetensors"), tensors)
-    for folder in repos.values():  # mlx-lm leaves it on the hub
+    for folder in home.iterdir():  # mlx-lm leaves it on the hub
         (folder / "README.md").write_text("Nothing to download.")
-    return repos
+    return {f"user/{folder.name}": folder for folder in home.iterdir()}
 
 
 @pytest.fixture
-def hub(repos: dict[str, Path], tmp_path: Path) -> Iterator[Hub]:
-    server = Hub(repos, tmp_path, gated="user/gated")
-    yield server
-    server.stop()
-
-
-def said(done: Done) -> dict[str, Any]:
-    assert done.code == 0, done.stderr
-    return json.loads(done.stdout)
+def hub(repos: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Hub]:
+    hub = Hub(repos, tmp_path, monkeypatch)
+    hub.refused = REFUSED
+    hub.connect()
+    yield hub
+    hub.stop()
 
 
 def downloaded(hub: Hub, suffix: str) -> bool:
@@ -59,151 +60,105 @@ def downloaded(hub: Hub, suffix: str) -> bool:
     return any("/resolve/" in p and p.endswith(suffix) for p in hub.asked)
 
 
-def test_a_model_is_downloaded_once_and_then_works_while_the_hub_is_down(
-    hub: Hub, tmp_path: Path, repos: dict[str, Path]
-) -> None:
-    command = [*GENERATE, "--model", "user/tiny"]
-    first = said(process(hub, tmp_path, *command))
-    assert downloaded(hub, "/model.safetensors")
-    assert first["settings"]["model"] == "user/tiny"
-    assert first["settings"]["predictor"] is None
-    del hub.asked[:]
-    again = said(process(hub, tmp_path, *command))
-    assert hub.asked and not downloaded(hub, ".safetensors")
-    hub.stop()
-    local = [*GENERATE, "--model", str(repos["user/tiny"])]
-    wanted, offline = several(hub, tmp_path, local, command, HF_HUB_OFFLINE="1")
-    other = [*GENERATE, "--model", "user/both"]
-    down, missing = several(hub, tmp_path, command, other)
-    assert said(wanted)["ffn_sparsity"] == first["ffn_sparsity"] > 0.1
-    assert again["text"] == first["text"]
-    texts = [said(wanted)["text"], said(offline)["text"], said(down)["text"]]
-    assert texts == [first["text"]] * 3
-    wanted_line = "user/both is not in the local cache and the hub cannot be"
-    assert refusal(missing).startswith(wanted_line)
+NOT_FOUND = " was not found: not a local folder, and no such repository "
+NOT_FOUND += "(or it is private: hf auth login)."
+REFUSALS = [
+    ("user/unknown", NOT_FOUND),
+    ("user/gated", " is gated: accept its terms on its page, then run hf auth login."),
+    ("user/login", ": the hub refused (*401*); log in with: hf auth login."),
+    ("user/rights", ": the hub refused (403*No rights*); log in with: hf auth login."),
+    ("user/broken", ": the hub refused (*500*Out of order)."),
+    ("a/b/c", " is neither a local folder nor a repository name like *."),
+]
 
 
-def test_what_is_not_cached_is_refused_offline(hub: Hub, tmp_path: Path) -> None:
-    local = str(hub.repos["user/tiny"])
-    model, predictor, checkpoint = several(
-        hub,
-        tmp_path,
-        [*GENERATE, "--model", "user/tiny"],
-        [*GENERATE, "--model", local, "--predictor", "user/side"],
-        ["convert", "user/checkpoint", "--model", local],
-        HF_HUB_OFFLINE="1",
-    )
-    wanted = "user/tiny is not in the local cache and the hub cannot be"
-    assert refusal(model).startswith(wanted)
-    wanted = "predictor 'user/side' is not a local folder and could not be downloaded"
-    assert refusal(predictor).startswith(wanted)
-    wanted = "checkpoint 'user/checkpoint' is not a local folder and could not be"
-    assert refusal(checkpoint).startswith(wanted)
-    assert hub.asked == []
+@pytest.mark.parametrize("name, wanted", REFUSALS)
+def test_what_the_hub_refuses(hub: Hub, name: str, wanted: str) -> None:
+    for ask in (HfApi().model_info, snapshot_download):
+        with pytest.raises(LoadProblem) as e, problems(name, LoadProblem):
+            ask(name)
+        assert fnmatchcase(one_line(e.value), name + wanted)
 
 
-def test_repositories_that_are_unknown_gated_or_hold_something_else(
-    hub: Hub, tmp_path: Path
-) -> None:
+@pytest.mark.parametrize("offline", [False, True])
+def test_a_hub_that_cannot_be_reached(hub: Hub, offline: bool) -> None:
+    """Asked for itself, for files, or to take some."""
+    hub.connect(offline=offline)
+    if not offline:
+        hub.stop()
+    wanted = "user/tiny: the hub cannot be reached"
+    local = " and it is not in the local cache; connect once, or pass a local folder."
+    for ask in (HfApi().model_info, snapshot_download):
+        with pytest.raises(LoadProblem) as e, problems("user/tiny", LoadProblem):
+            ask("user/tiny")
+        assert str(e.value) == wanted + local
+    with pytest.raises(HubError) as h, problems("user/tiny", HubError, "uploaded"):
+        HfApi(token="hf_none").create_repo("user/tiny")
+    assert str(h.value) == f"{wanted}."
+    assert hub.asked == hub.sent == []
+
+
+def test_other_problems() -> None:
+    """Ours are left alone, Ctrl-C is no problem, and others are told in one line."""
+    for error in (PredictorError("ours"), KeyboardInterrupt()):
+        with pytest.raises(type(error)) as e, problems("user/a", LoadProblem):
+            raise error
+        assert e.value is error
+    blob = RuntimeError("Error while uploading")
+    blob.__cause__ = OSError("quota exceeded")
+    told = {"disk full": OSError("disk\nfull"), "KeyError": KeyError()}
+    for words, other in {**told, "Error while uploading*quota exceeded": blob}.items():
+        with pytest.raises(LoadProblem) as p, problems("user/a", LoadProblem):
+            raise other
+        assert fnmatchcase(one_line(p.value), f"user/a cannot be loaded: {words}")
+
+
+def test_commands_tell_problems_in_one_line(hub: Hub) -> None:
     model = ["--model", str(hub.repos["user/tiny"])]
-    cases = [
-        (
-            [*GENERATE, "--model", "user/unknown"],
-            "user/unknown was not found: not a local folder, and no such",
-        ),
-        (
-            [*GENERATE, "--model", "user/gated"],
-            "user/gated is gated: accept its terms",
-        ),
-        ([*GENERATE, "--model", "user/empty"], "user/empty cannot be loaded: "),
-        (
-            [*GENERATE, *model, "--predictor", "user/unknown"],
-            "predictor 'user/unknown' is not a local folder and could not be downloaded",
-        ),
-        ([*GENERATE, *model, "--predictor", "user/empty"], "no predictor in "),
-        (
-            ["convert", "user/unknown", *model],
-            "checkpoint 'user/unknown' is not a local folder and could not be",
-        ),
-    ]
-    done = several(hub, tmp_path, *(command for command, _ in cases))
-    for (command, wanted), one in zip(cases, done):
-        line = refusal(one, after_download="user/empty" in command)
-        assert line.startswith(wanted), command
-    assert "config.json" in refusal(done[2], True)
-    end = "the files fastforward.json and fastforward.safetensors."
-    assert refusal(done[4], True).endswith(end)
+    for args, name in (
+        ([*GENERATE, "--model", "user/unknown"], "user/unknown"),
+        (["predictors", "--model", "user/unknown"], "user/unknown"),
+        ([*GENERATE, *model, "--predictor", "user/unknown"], "predictor user/unknown"),
+        (["convert", "user/unknown", *model], "checkpoint user/unknown"),
+    ):
+        assert run(*args).refusal() == name + NOT_FOUND
+    line = run(*GENERATE, "--model", "user/empty").refusal()
+    assert line.startswith("user/empty cannot be loaded: ") and "config.json" in line
+    line = run(*GENERATE, *model, "--predictor", "user/empty").refusal()
+    assert line.startswith("no predictor file in ")
 
 
-def test_an_adapter_is_downloaded_once_and_then_works_offline(
-    hub: Hub, tmp_path: Path, repos: dict[str, Path]
-) -> None:
-    base = [*GENERATE, "--model", str(repos["user/tiny"]), "--selector", "trained"]
-    command = [*base, "--predictor", "user/side"]
-    got = said(process(hub, tmp_path, *command))
-    assert downloaded(hub, "/" + WEIGHTS)
-    assert got["settings"]["predictor"] == "user/side"
-    del hub.asked[:]
-    local = [*base, "--predictor", str(repos["user/side"])]
-    wanted, offline = several(hub, tmp_path, local, command, HF_HUB_OFFLINE="1")
-    assert said(wanted)["text"] == said(offline)["text"] == got["text"]
-    assert said(wanted)["ffn_sparsity"] == got["ffn_sparsity"] > 0.1
-    assert hub.asked == []
-
-
-def test_an_adapter_in_the_models_own_repository_is_found_and_its_weights_fetched(
-    hub: Hub, tmp_path: Path, repos: dict[str, Path]
-) -> None:
+def test_a_model_with_its_predictor(hub: Hub) -> None:
     """mlx-lm downloads the JSON with a model, and no weights but the model's."""
     command = [*GENERATE, "--model", "user/both"]
-    got = said(process(hub, tmp_path, *command))
-    assert downloaded(hub, "/" + WEIGHTS)
+    got = run(*command).said()
+    assert downloaded(hub, "/model.safetensors") and downloaded(hub, "/" + WEIGHTS)
+    assert not downloaded(hub, "README.md") and got["settings"]["model"] == "user/both"
     assert hub.revision("user/both") in got["settings"]["predictor"]
     del hub.asked[:]
-    local = [*GENERATE, "--model", str(repos["user/both"])]
-    wanted, offline, without = several(
-        hub,
-        tmp_path,
-        local,
-        command,
-        [*command, "--predictor", "none"],
-        HF_HUB_OFFLINE="1",
-    )
-    assert said(wanted)["text"] == said(offline)["text"] == got["text"]
-    assert said(offline)["settings"]["predictor"] == got["settings"]["predictor"]
-    assert said(without)["settings"]["predictor"] is None
-    assert hub.asked == []
+    found = [run(*command).said()]
+    assert hub.asked and not downloaded(hub, ".safetensors")
+    found.append(run(*GENERATE, "--model", str(hub.repos["user/both"])).said())
+    hub.stop()
+    found.append(run(*command).said())
+    hub.connect(offline=True)
+    found.append(run(*command).said())
+    assert {f["text"] for f in found} == {got["text"]}
+    assert found[-1]["settings"]["predictor"] == got["settings"]["predictor"]
+    assert run(*command, "--predictor", "none").said()["settings"]["predictor"] is None
 
 
-def test_checkpoints_of_a_repository_are_converted_and_of_two_kinds_one_is_fetched(
-    hub: Hub, tmp_path: Path, repos: dict[str, Path]
-) -> None:
-    model = ["--model", str(repos["user/tiny"]), "--out"]
-    listed, tensors = several(
-        hub,
-        tmp_path,
-        ["convert", "user/checkpoint", "--list"],
-        ["convert", "user/checkpoint", *model, str(tmp_path / "tensors")],
-    )
+def test_checkpoints(hub: Hub) -> None:
+    """They are converted, and of two kinds one is fetched."""
+    listed = run("convert", "user/checkpoint", "--list")
     assert listed.code == 0 and "layers.3.predictor.w2" in listed.stdout
-    assert_converted(tensors, tmp_path / "tensors", repos["user/side"])
-    assert downloaded(hub, "/trained.safetensors") and not downloaded(hub, ".pt")
-    source = json.loads((tmp_path / "tensors" / "fastforward.json").read_text())
-    assert source["source"] == {"name": "user/checkpoint", "kind": "safetensors"}
-
-
-def test_a_repository_with_nothing_but_a_pt_file_is_converted(
-    hub: Hub, tmp_path: Path, repos: dict[str, Path]
-) -> None:
-    flags = ["--model", str(repos["user/tiny"]), "--out", str(tmp_path / "made")]
-    done = process(hub, tmp_path, "convert", "user/torch", *flags)
-    assert_converted(done, tmp_path / "made", repos["user/side"])
-
-
-def assert_converted(done: Done, out: Path, trained: Path) -> None:
-    """The weights are the ones that were trained, bit by bit."""
-    assert done.code == 0, done.stderr
-    made, wanted = (mx.load(str(f / WEIGHTS)) for f in (out, trained))
-    assert made.keys() == wanted.keys() and len(made) == 12
-    for name, w in wanted.items():
-        assert mx.array_equal(made[name], w), name
+    wanted = mx.load(str(hub.repos["user/both"] / WEIGHTS))
+    for kind, name in (("safetensors", "user/checkpoint"), ("pt", "user/torch")):
+        assert not downloaded(hub, ".pt")
+        model, out = str(hub.repos["user/tiny"]), hub.home / kind
+        done = run("convert", name, "--model", model, "--out", str(out))
+        assert done.code == 0 and downloaded(hub, f"/trained.{kind}"), done.stderr
+        made = load_predictor(out)
+        assert made.details["source"]["name"] == name
+        assert held(made).keys() == wanted.keys()
+        assert all(mx.array_equal(w, wanted[k]) for k, w in held(made).items())

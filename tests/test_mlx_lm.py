@@ -2,7 +2,7 @@
 
 import copy
 from pathlib import Path
-from typing import Any, Callable, Iterable, Optional
+from typing import Any, Iterable, Optional
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -11,59 +11,49 @@ import models
 import numpy as np
 import pytest
 from mlx_lm.generate import batch_generate
-from mlx_lm.models.cache import (
-    BatchKVCache,
-    BatchRotatingKVCache,
-    QuantizedKVCache,
-    RotatingKVCache,
-    load_prompt_cache,
-    make_prompt_cache,
-    save_prompt_cache,
-    trim_prompt_cache,
-)
-from models import BLOCK, FFN, LAYERS, NAMES
+from mlx_lm.models import cache as kv
+from models import BLOCK, FFN, LAYERS, prefill, settings, tiny, token_ids
 
 import mlx_fastforward as ff
 from mlx_fastforward import attach, detach
+from mlx_fastforward.attachment import reading
 from mlx_fastforward.engine import Call, Engine
-from mlx_fastforward.neurons.selectors import Trained
 from mlx_fastforward.tokens.plan import Plan
 
 TOKENS = 9 * BLOCK + 1  # the last one goes alone, after eight blocks and a tail
+PROMPT, OTHER = token_ids(TOKENS), token_ids(TOKENS, seed=1)
+WHOLE = (TOKENS - 1, Plan(BLOCK, 7, BLOCK, BLOCK))
 SELECTORS = ["probe", "oracle", "first-block"]
 Said = tuple[list[int], np.ndarray]
-SelectorInputs = list[tuple[int, Optional[Call]]]
-Planned = list[tuple[int, Optional[Plan]]]
+Seen = list[tuple[int, Optional[Call]]]
+Row = tuple[list[int], list[float]]
 
 
-@pytest.fixture
-def tokenizer() -> Any:
-    return models.demo_tokenizer()
-
-
-def watch(engine: Engine) -> SelectorInputs:
+def watch(engine: Engine) -> Seen:
     """A list that grows by (new tokens, call) with every call of the model."""
-    seen: SelectorInputs = []
-    begin = engine.begin
+    seen, begin = [], engine.begin
 
-    def spy(batch: int, new: int, cache: Any, training: bool) -> Optional[Call]:
-        call = begin(batch, new, cache, training)
-        seen.append((new, call))
-        return call
+    def spy(prompt: Any, batch: int, new: int, cache: Any) -> Optional[Call]:
+        seen.append((new, begin(prompt, batch, new, cache)))
+        return seen[-1][1]
 
     engine.begin = spy  # type: ignore[method-assign]
     return seen
 
 
-def plans(seen: SelectorInputs) -> Planned:
+def plans(seen: Seen) -> list[tuple[int, Optional[Plan]]]:
     """What was planned for the calls of more than one token."""
-    return [(new, call.plan if call else None) for new, call in seen if new > 1]
+    return [(new, call.split.plan if call else None) for new, call in seen if new > 1]
+
+
+def stream(model: Any, prompt: Any, n: int, by: Any = mlx_lm, **more: Any) -> Any:
+    return by.stream_generate(model, models.demo_tokenizer(), prompt, n, **more)
 
 
 def said(responses: Iterable[Any]) -> Said:
     """Tokens and log-probabilities of a stream."""
     listed = list(responses)
-    return [r.token for r in listed], np.stack([np.array(r.logprobs) for r in listed])
+    return [r.token for r in listed], models.logprobs(listed)
 
 
 def assert_same(got: Said, wanted: Said) -> None:
@@ -76,218 +66,115 @@ def assert_other(got: Said, wanted: Said) -> None:
     assert models.distance(got[1][0], wanted[1][0]) > 3e-3
 
 
-@pytest.mark.parametrize("name", NAMES)
-def test_stream_generate(name: str, tokenizer: Any) -> None:
-    """The output is that of a hand-written sparse prefill and a dense continuation."""
-    model, prompt = models.tiny(name), models.token_ids(TOKENS)
-    dense = models.decode(model, prompt, 8)
+def by_hand(model: nn.Module, name: str, prompt: list[int], n: int) -> Said:
+    """What a plain model says after a prompt that it read sparsely by itself."""
     hand = models.by_hand(model, name, BLOCK, 8 * BLOCK, FFN // 2)
-    _, cache = models.prefill(hand, prompt[:-1])
-    wanted = models.continue_from(model, prompt[-1], 8, cache)
-    seen = watch(attach(model, models.settings(selector="oracle")))
-    got = said(mlx_lm.stream_generate(model, tokenizer, prompt, 8))
-    assert plans(seen) == [(TOKENS - 1, Plan(BLOCK, 7, BLOCK, BLOCK))]
+    _, cache = prefill(hand, prompt[:-1])
+    return models.continue_from(model, prompt[-1], n, cache)
+
+
+@pytest.mark.parametrize("name", ["llama", "gemma3"])
+def test_stream_generate(name: str) -> None:
+    """The output is that of a hand-written sparse prefill and a dense continuation."""
+    model = tiny(name)
+    dense, wanted = models.decode(model, PROMPT, 8), by_hand(model, name, PROMPT, 8)
+    seen = watch(attach(model, settings(selector="oracle")))
+    got = said(stream(model, PROMPT, 8))
+    assert plans(seen) == [WHOLE]
     assert_same(got, wanted)
     assert_other(got, dense)
 
 
-def test_generate_returns_the_text_of_the_same_tokens(tokenizer: Any) -> None:
-    model, prompt = models.tiny("llama"), models.token_ids(TOKENS)
-    attach(model, models.settings())
-    text = mlx_lm.generate(model, tokenizer, prompt, max_tokens=12)
-    assert text == tokenizer.decode(models.decode(model, prompt, 12)[0])
-    detach(model)
-    assert text != mlx_lm.generate(model, tokenizer, prompt, max_tokens=12)
-
-
-def test_a_text_prompt(tokenizer: Any) -> None:
-    model = models.tiny("llama", vocab=4096)
-    seen = watch(attach(model, models.settings()))
-    text = "Keawe sailed for some time in the island steamers. " * 4
-    mlx_lm.generate(model, tokenizer, text, max_tokens=2)
-    n = len(tokenizer.encode(text))
-    assert n > 4 * BLOCK and plans(seen)[0][0] == n - 1
-    assert plans(seen)[0][1] is not None
-
-
-def test_saved_and_loaded_prompt_cache(tokenizer: Any, tmp_path: Path) -> None:
-    model, prompt = models.tiny("llama"), models.token_ids(TOKENS)
-    attach(model, models.settings())
-    _, cache = models.prefill(model, prompt[:-1])
-    save_prompt_cache(str(tmp_path / "c.safetensors"), cache, {"model": "tiny"})
-    loaded = load_prompt_cache(str(tmp_path / "c.safetensors"))
-    for a, b in zip(models.cached_arrays(loaded), models.cached_arrays(cache)):
-        np.testing.assert_array_equal(a, b)
-    got = said(
-        mlx_lm.stream_generate(model, tokenizer, prompt[-1:], 8, prompt_cache=loaded)
-    )
-    assert_same(got, models.decode(model, prompt, 8))
-
-
 @pytest.mark.parametrize("selector", SELECTORS)
-def test_a_loaded_cache_can_be_extended_sparsely(selector: str, tmp_path: Path) -> None:
-    """The selectors' memory of a prompt is not in the file: they must do without."""
-    model = models.tiny("llama")
-    attach(model, models.settings(selector=selector))
-    _, cache = models.prefill(model, models.token_ids(TOKENS))
-    save_prompt_cache(str(tmp_path / "c.safetensors"), cache)
-    loaded = load_prompt_cache(str(tmp_path / "c.safetensors"))
-    more = models.token_ids(TOKENS, seed=1)
-    logits, _ = models.prefill(model, more, loaded)
+def test_saved_and_loaded_prompt_cache(selector: str, tmp_path: Path) -> None:
+    """It can be extended sparsely, too: without what the selector remembered."""
+    model = tiny("llama")
+    attach(model, settings(selector=selector))
+    _, cache = prefill(model, PROMPT[:-1])
+    path = str(tmp_path / "c.safetensors")
+    kv.save_prompt_cache(path, cache, {"model": "tiny"})
+    loaded, again = kv.load_prompt_cache(path), kv.load_prompt_cache(path)
+    got = said(stream(model, PROMPT[-1:], 8, prompt_cache=loaded))
+    assert_same(got, models.decode(model, PROMPT, 8))
+    logits, _ = prefill(model, OTHER, again)
     detach(model)
-    dense, _ = models.prefill(model, more, copy.deepcopy(cache))
-    assert np.isfinite(logits).all()
-    assert models.distance(logits, dense) > 0.02
+    dense, _ = prefill(model, OTHER, copy.deepcopy(cache))
+    assert np.isfinite(logits).all() and models.distance(logits, dense) > 0.02
 
 
 def test_trimmed_prompt_cache() -> None:
-    """Trimming and reading the same tokens again gives the same logits."""
-    model = models.tiny("llama")
-    attach(model, models.settings(selector="oracle"))
-    first, second = models.token_ids(4 * BLOCK), models.token_ids(TOKENS, seed=1)
-    _, cache = models.prefill(model, first)
-    wanted, _ = models.prefill(model, second, cache)
-    assert trim_prompt_cache(cache, TOKENS) == TOKENS
-    assert cache[0].offset == 4 * BLOCK
-    again, _ = models.prefill(model, second, cache)
-    np.testing.assert_array_equal(again, wanted)
-    assert trim_prompt_cache(cache, TOKENS + 4 * BLOCK) == TOKENS + 4 * BLOCK
-    logits, _ = models.prefill(model, first, cache)
-    fresh, _ = models.prefill(model, first)
-    np.testing.assert_array_equal(logits, fresh)
+    """A second call has no dense head, and trimmed off it can be read again."""
+    model, plain, first = tiny("llama"), tiny("llama"), token_ids(2 * BLOCK)
+    attach(model, settings(selector="oracle"))
+    fresh, cache = prefill(model, first)
+    wanted, _ = prefill(model, OTHER, cache)
+    hand = models.by_hand(plain, "llama", 0, 8 * BLOCK, FFN // 2)
+    by_itself, _ = prefill(hand, OTHER, prefill(plain, first)[1])
+    assert models.distance(wanted, by_itself) < 1e-4
+    for size, ids, logits in ((0, OTHER, wanted), (2 * BLOCK, first, fresh)):
+        assert kv.trim_prompt_cache(cache, TOKENS + size) == TOKENS + size
+        np.testing.assert_array_equal(prefill(model, ids, cache)[0], logits)
 
 
 @pytest.mark.parametrize("selector", SELECTORS)
-@pytest.mark.parametrize("step", [2048, 3 * BLOCK])
-def test_quantised_kv_cache(tokenizer: Any, selector: str, step: int) -> None:
-    """At 8 bits the first token's logits stay close to those over a float cache."""
-    model = models.tiny("llama", hidden_size=128)  # groups of 32 need heads of 32
-    attach(model, models.settings(selector=selector))
-    prompt = models.token_ids(TOKENS)
-    logprobs = []
+def test_quantised_kv_cache(selector: str) -> None:
+    """At 8 bits the first token's logits stay close to those over a float cache.
+
+    mlx-lm replaces the cache objects between two chunks: the memory goes along.
+    """
+    model = tiny("llama", hidden_size=128)  # groups of 32 need heads of 32
+    seen = watch(attach(model, settings(selector=selector)))
     bits: dict[str, Any] = dict(kv_bits=8, kv_group_size=32, quantized_kv_start=0)
+    logprobs = []
     for more in ({}, bits):
-        cache = make_prompt_cache(model)
-        responses = mlx_lm.stream_generate(
-            model,
-            tokenizer,
-            prompt,
-            prompt_cache=cache,
-            prefill_step_size=step,
-            **more,
-        )
-        logprobs.append(np.array(next(responses).logprobs))
-        assert isinstance(cache[0], QuantizedKVCache) == bool(more)
+        seen.clear()
+        cache = kv.make_prompt_cache(model)
+        more = {"prompt_cache": cache, "prefill_step_size": 4 * BLOCK, **more}
+        logprobs.append(said(stream(model, PROMPT, 1, **more))[1])
+        assert isinstance(cache[0], kv.QuantizedKVCache) == ("kv_bits" in more)
+        first, second = [call.memory for _, call in seen if call]
+        for a, b in zip(first[:-1], second[:-1]):
+            assert list(a) == list(b) == ["scores"] * (selector == "first-block")
+            assert all(a[k] is b[k] for k in a)
     assert 0 < models.distance(logprobs[1], logprobs[0]) < 0.05
 
 
-def test_first_block_is_remembered_when_the_kv_cache_is_quantised(
-    tokenizer: Any,
-) -> None:
-    """mlx-lm replaces the cache objects between two chunks of the same prompt."""
-    model = models.tiny("llama", hidden_size=128)
-    seen = watch(attach(model, models.settings(selector="first-block")))
-    responses = mlx_lm.stream_generate(
-        model,
-        tokenizer,
-        models.token_ids(2 * TOKENS),
-        max_tokens=1,
-        prefill_step_size=TOKENS,
-        kv_bits=8,
-        kv_group_size=32,
-        quantized_kv_start=0,
-    )
-    list(responses)
-    first, second = [call for new, call in seen if new > 1]
-    assert first is not None and second is not None
-    for a, b in zip(first.memory[:-1], second.memory[:-1]):
-        np.testing.assert_array_equal(np.array(b["scores"]), np.array(a["scores"]))
-
-
-def test_max_kv_size(tokenizer: Any) -> None:
-    """A rotating cache smaller than the prompt; the FFN blocks do not care."""
-    model, prompt = models.tiny("qwen2"), models.token_ids(TOKENS)
-    seen = watch(attach(model, models.settings()))
-    cache = make_prompt_cache(model, 32)
-    assert isinstance(cache[0], RotatingKVCache)
-    got = said(mlx_lm.stream_generate(model, tokenizer, prompt, 8, max_kv_size=32))
-    assert plans(seen)[0] == (TOKENS - 1, Plan(BLOCK, 7, BLOCK, BLOCK))
-    assert_same(got, models.decode(model, prompt, 8, cache))
-    assert_other(got, models.decode(model, prompt, 8))  # the window is felt
-    detach(model)
-    assert_other(got, models.decode(model, prompt, 8, make_prompt_cache(model, 32)))
+# Batches
 
 
 @pytest.mark.parametrize("selector", SELECTORS)
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", ["llama", "gemma3_text"])
 def test_each_row_of_a_batch_equals_its_own_run(name: str, selector: str) -> None:
     """Two calls over plain caches, the second without a dense head."""
-    model = models.tiny(name)
-    attach(model, models.settings(selector=selector))
-    rows = [models.token_ids(TOKENS, seed=s) for s in range(3)]
-    more = [models.token_ids(TOKENS, seed=s) for s in range(5, 8)]
-    cache = make_prompt_cache(model)
-    first = np.array(model(mx.array(rows), cache=cache))
-    second = np.array(model(mx.array(more), cache=cache))
-    for i in range(3):
-        wanted, own = models.prefill(model, rows[i])
-        assert models.distance(first[i], wanted) < 1e-4
-        wanted, _ = models.prefill(model, more[i], own)
-        assert models.distance(second[i], wanted) < 1e-4
-    detach(model)
-    dense, _ = models.prefill(model, rows[1])
-    assert models.distance(first[1], dense) > 0.02
+    model, plain = tiny(name), tiny(name)
+    attach(model, settings(selector=selector))
+    cache, own = kv.make_prompt_cache(model), [
+        kv.make_prompt_cache(model) for _ in range(3)
+    ]
+    for call in range(2):
+        rows = [token_ids(TOKENS, seed=3 * call + i) for i in range(3)]
+        got = np.array(model(mx.array(rows), cache=cache))
+        for row, logits, mine in zip(rows, got, own):
+            assert models.distance(logits, prefill(model, row, mine)[0]) < 1e-4
+            assert call or models.distance(logits, prefill(plain, row)[0]) > 0.02
 
 
-def batched(
-    model: nn.Module, prompts: list[list[int]], n: int | list[int], **more: Any
-) -> list[tuple[list[int], list[float]]]:
+def batched(model: nn.Module, prompts: Any, n: Any, **more: Any) -> list[Row]:
     """Tokens of each row of mlx-lm's batch_generate and their log-probabilities."""
-    response = batch_generate(
-        model,
-        models.demo_tokenizer(),
-        prompts,
-        max_tokens=n,
-        return_token_ids=True,
-        return_logprobs=True,
-        **more,
-    )
-    assert response.token_ids is not None and response.logprobs is not None
+    more |= {"max_tokens": n, "return_token_ids": True, "return_logprobs": True}
+    response: Any = batch_generate(model, models.demo_tokenizer(), prompts, **more)
     return list(zip(response.token_ids, response.logprobs))
 
 
-def assert_row(got: tuple[list[int], list[float]], wanted: Said) -> None:
+def assert_row(got: Row, wanted: Said) -> None:
     tokens, logprobs = wanted
     assert got[0] == tokens
     best = logprobs[np.arange(len(tokens)), tokens]
     np.testing.assert_allclose(got[1], best, rtol=1e-3, atol=1e-4)
 
 
-@pytest.mark.parametrize("selector", SELECTORS)
-@pytest.mark.parametrize("name", ["llama", "qwen2", "llama-bias-sliding", "phi3"])
-def test_batch_generate_with_equal_lengths(name: str, selector: str) -> None:
-    model = models.tiny(name)
-    seen = watch(attach(model, models.settings(selector=selector)))
-    prompts = [models.token_ids(TOKENS, seed=s) for s in range(3)]
-    got = batched(model, prompts, 5)
-    assert plans(seen) == [(TOKENS - 1, Plan(BLOCK, 7, BLOCK, BLOCK))]
-    for row, prompt in zip(got, prompts):
-        assert_row(row, models.decode(model, prompt, 5))
-
-
-RAGGED = [TOKENS, TOKENS - 13, 4 * BLOCK + 1]
-
-
-@pytest.mark.parametrize("name", ["llama", "gemma3_text"])
-def test_batch_generate_hides_right_padding(name: str) -> None:
-    """mlx-lm pads the shorter prompts of a batch; the selectors are told where."""
-    model = models.tiny(name)
-    seen = watch(attach(model, models.settings()))
-    batched(model, [models.token_ids(n, seed=n) for n in RAGGED], 1)
-    (call,) = [call for new, call in seen if new > 1]
-    assert call is not None and call.valid is not None
-    wanted = [[1.0] * (n - 1) + [0.0] * (TOKENS - n) for n in RAGGED]
-    assert np.array(call.valid).tolist() == wanted
+LENGTHS = [TOKENS, TOKENS - 13, 4 * BLOCK + 1]
+RAGGED = [token_ids(n, seed=n) for n in LENGTHS]
 
 
 @pytest.mark.parametrize("name", ["llama", "gemma3_text"])
@@ -296,316 +183,179 @@ def test_batch_generate_with_ragged_lengths(name: str) -> None:
 
     All rows share one plan: shorter rows' ends are not dense as in runs of their own.
     """
-    model = models.tiny(name)
-    hand = models.by_hand(model, name, BLOCK, 8 * BLOCK, FFN // 2)
-    prompts = [models.token_ids(n, seed=n) for n in RAGGED]
-    wanted = []
-    for prompt in prompts:
-        _, cache = models.prefill(hand, prompt[:-1])
-        wanted.append(models.continue_from(model, prompt[-1], 5, cache))
-    attach(model, models.settings(selector="oracle"))
-    for row, by_hand in zip(batched(model, prompts, 5), wanted):
-        assert_row(row, by_hand)
+    model = tiny(name)
+    wanted = [by_hand(model, name, prompt, 5) for prompt in RAGGED]
+    seen = watch(attach(model, settings(selector="oracle")))
+    for row, hand in zip(batched(model, RAGGED, 5), wanted):
+        assert_row(row, hand)
+    (call,) = [call for new, call in seen if new > 1]
+    assert call is not None and call.valid is not None
+    real = [[1.0] * (n - 1) + [0.0] * (TOKENS - n) for n in LENGTHS]
+    assert np.array(call.valid).tolist() == real
 
 
-def batch_caches(model: nn.Module, rows: int) -> list[Any]:
-    """Empty caches for a batch, as mlx-lm's server makes them."""
-    return [
-        (
-            BatchRotatingKVCache(c.max_size, [0] * rows)
-            if isinstance(c, RotatingKVCache)
-            else BatchKVCache([0] * rows)
-        )
-        for c in make_prompt_cache(model)
-    ]
-
-
-@pytest.mark.parametrize("selector", SELECTORS)
-@pytest.mark.parametrize("name", ["llama", "gemma3_text"])
-def test_what_the_padding_holds_changes_nothing(name: str, selector: str) -> None:
-    model = models.tiny(name)
-    attach(model, models.settings(selector=selector))
-    assert_padding_hidden(model)
-
-
-@pytest.mark.parametrize("kind", ["pooled", "token-wise"])
-def test_predictors_do_not_see_what_the_padding_holds(
-    kind: str, tmp_path: Path
+@pytest.mark.parametrize(
+    "name, selector",
+    [*(("llama", s) for s in SELECTORS), ("gemma3_text", "probe")]
+    + [("llama", "pooled"), ("llama", "token-wise")],
+)
+def test_what_the_padding_holds_changes_nothing(
+    name: str, selector: str, tmp_path: Path
 ) -> None:
-    model = models.tiny("llama")
-    side = models.save_random_predictor(
-        model, tmp_path, predictor=kind, compensator="low-rank"
-    )
-    attach(model, models.settings(), predictor=ff.load_predictor(side))
-    assert_padding_hidden(model)
-
-
-class Watched(Trained):
-    """Notes which blocks have no real token, by the engine's masks, and the scores."""
-
-    def __init__(self, other: Any):
-        super().__init__(other.layers)
-        self.real: list[mx.array] = []
-        self.scores: list[mx.array] = []
-
-    def __call__(self, layer: int, ffn: Any, seen: Any) -> mx.array:
-        scores = super().__call__(layer, ffn, seen)
-        if seen.valid is not None:
-            self.real.append(mx.max(seen.valid[0], axis=-1))
-            self.scores.append(scores)
-        return scores
-
-
-@pytest.mark.parametrize("kind", ["pooled", "token-wise"])
-def test_scores_of_padded_blocks_are_numbers(kind: str, tmp_path: Path) -> None:
-    """RAGGED leaves the last row blocks of nothing but padding: they count as real."""
-    model = models.tiny("llama")
-    side = models.save_random_predictor(model, tmp_path, predictor=kind)
-    engine = attach(model, models.settings(), predictor=ff.load_predictor(side))
-    engine.selector = watched = Watched(engine.selector)
-    batched(model, [models.token_ids(n, seed=n) for n in RAGGED], 1)
-    assert len(watched.scores) == LAYERS - 1
-    assert all(mx.all(mx.isfinite(scores)).item() for scores in watched.scores)
-    assert all(mx.all(real == 1).item() for real in watched.real)
-
-
-def assert_padding_hidden(model: nn.Module) -> None:
-    """Rows of a batch give the same, whatever fills the shorter ones."""
-    lengths = [n - 1 for n in RAGGED]
-    padding = [lengths[0] - n for n in lengths]
-    rows = [models.token_ids(n, seed=n) for n in lengths]
+    """Over empty batch caches, as mlx-lm's server makes them."""
+    model = tiny(name)
+    if selector in SELECTORS:
+        attach(model, settings(selector=selector))
+    else:
+        kinds = {"predictor": selector, "compensator": "low-rank"}
+        side = models.save_random_predictor(model, tmp_path, **kinds)
+        attach(model, settings(), predictor=ff.load_predictor(side))
+    rows = [prompt[:-1] for prompt in RAGGED]
+    padding = [len(rows[0]) - len(row) for row in rows]
     outs = []
     for fill in (0, 50):
-        cache = batch_caches(model, len(rows))
+        one = kv.make_prompt_cache(model)
+        cache = [c.merge([c] * len(rows)) for c in one]
         for c in cache:
-            c.prepare(lengths=lengths, right_padding=padding)
-        ids = [row + [fill] * n for row, n in zip(rows, padding)]
-        outs.append(np.array(model(mx.array(ids), cache=cache)))
-    for i, n in enumerate(lengths):
-        assert models.distance(outs[0][i, :n], outs[1][i, :n]) < 1e-5
+            c.prepare(lengths=[len(r) for r in rows], right_padding=padding)
+        ids = mx.array([row + [fill] * n for row, n in zip(rows, padding)])
+        outs.append(np.array(model(ids, cache=cache)))
+    for a, b, row in zip(*outs, rows):
+        assert models.distance(a[: len(row)], b[: len(row)]) < 1e-5
+    assert np.isfinite(outs).all()
     assert models.distance(outs[0][2], outs[1][2]) > 0.02  # the padding itself differs
-    single, _ = models.prefill(model, rows[0])
-    assert models.distance(outs[0][0], single) < 1e-4
-
-
-def test_batch_generate_with_short_prompts_is_dense() -> None:
-    model, plain = models.tiny("llama"), models.tiny("llama")
-    seen = watch(attach(model, models.settings()))
-    prompts = [models.token_ids(n, seed=n) for n in (5, 20, 24)]
-    assert batched(model, prompts, 6) == batched(plain, prompts, 6)
-    assert plans(seen) == [(23, None)]
-
-
-def test_prompts_that_join_a_running_batch_get_a_dense_head() -> None:
-    """Over mlx-lm's batch caches: a slot that another prompt left is empty again."""
-    model = models.tiny("llama")
-    seen = watch(attach(model, models.settings()))
-    prompts = [models.token_ids(TOKENS, seed=s) for s in range(4)]
-    lengths = [2, 7, 5, 3]
-    got = batched(
-        model, prompts, lengths, prefill_batch_size=2, completion_batch_size=2
-    )
-    whole = (TOKENS - 1, Plan(BLOCK, 7, BLOCK, BLOCK))
-    assert plans(seen) == [whole] * len(plans(seen)) and len(plans(seen)) > 1
-    for row, prompt, n in zip(got, prompts, lengths):
-        assert_row(row, models.decode(model, prompt, n))
+    assert models.distance(outs[0][0], prefill(model, rows[0])[0]) < 1e-4
 
 
 @pytest.mark.parametrize("selector", ["probe", "oracle"])
 def test_batch_generate_over_histories_of_different_lengths(selector: str) -> None:
     """As in the server with prompt caches: shorter histories are padded on the left."""
-    model = models.tiny("llama")
-    engine = attach(model, models.settings(selector=selector))
-    prompts = [models.token_ids(TOKENS, seed=s) for s in range(2)]
-    caches = [
-        models.prefill(model, models.token_ids(n, seed=n))[1] for n in (21, 4 * BLOCK)
-    ]
+    model = tiny("llama")
+    engine = attach(model, settings(selector=selector))
+    caches = [prefill(model, token_ids(n, seed=n))[1] for n in (21, 4 * BLOCK)]
     seen = watch(engine)
-    got = batched(model, prompts, 5, prompt_caches=copy.deepcopy(caches))
+    got = batched(model, [PROMPT, OTHER], 5, prompt_caches=copy.deepcopy(caches))
     assert plans(seen) == [(TOKENS - 1, Plan(0, 8, BLOCK, BLOCK))]
-    for row, prompt, cache in zip(got, prompts, caches):
+    for row, prompt, cache in zip(got, (PROMPT, OTHER), caches):
         assert_row(row, models.decode(model, prompt, 5, cache))
 
 
-@pytest.mark.parametrize("selector", ["first-block", "oracle"])
-def test_sparse_decode_in_batches_that_grow_and_shrink(selector: str) -> None:
-    """Rows come and go while others decode: each must keep its own neurons.
+@pytest.mark.parametrize("selector", ["probe", "first-block", "oracle"])
+def test_batches_that_grow_and_shrink(selector: str) -> None:
+    """A slot that another prompt left is empty again, and its next prompt gets a dense head.
 
-    What first-block remembers of a prompt cannot follow the rows: there decoding stays dense.
+    In sparse decoding each row keeps its own neurons. What first-block remembers of a prompt
+    cannot follow the rows: there decoding stays dense.
     """
-    model, reference = models.tiny("llama"), models.tiny("llama")
-    kind: dict[str, Any] = dict(selector=selector, dense_head=False)
-    attach(model, models.settings(sparse_decode=True, **kind))
-    sparse = selector == "oracle"
-    attach(reference, models.settings(sparse_decode=sparse, **kind))
-    prompts = [models.token_ids(TOKENS, seed=s) for s in range(4)]
-    lengths = [2, 9, 6, 8]
-    got = batched(
-        model, prompts, lengths, prefill_batch_size=2, completion_batch_size=2
-    )
+    model, alone = tiny("llama"), tiny("llama")
+    sparse = {"sparse_decode": selector != "probe"}
+    seen = watch(attach(model, settings(selector=selector, **sparse)))
+    sparse = {"sparse_decode": selector == "oracle"}
+    attach(alone, settings(selector=selector, **sparse))
+    prompts, lengths = [token_ids(TOKENS, seed=s) for s in range(4)], [2, 9, 6, 8]
+    slots = {"prefill_batch_size": 2, "completion_batch_size": 2}
+    got = batched(model, prompts, lengths, **slots)
+    assert plans(seen) == [WHOLE] * len(plans(seen)) and len(plans(seen)) > 1
     for row, prompt, n in zip(got, prompts, lengths):
-        assert_row(row, models.decode(reference, prompt, n))
+        assert_row(row, models.decode(alone, prompt, n))
 
 
-@pytest.mark.parametrize("drafts", [1, 4])
-@pytest.mark.parametrize("same", [True, False])
-def test_speculative_decoding(tokenizer: Any, drafts: int, same: bool) -> None:
-    """Greedy output is the target's own, whatever the draft proposes."""
-    model, prompt = models.tiny("llama"), models.token_ids(TOKENS)
-    draft = models.tiny("llama", seed=0 if same else 7)
-    engine = attach(model, models.settings())
-    wanted = models.decode(model, prompt, 12)
+# Drafts, chunks, turns, and requests in turns
+
+
+@pytest.mark.parametrize("by", [mlx_lm, ff])
+@pytest.mark.parametrize("drafts, same", [(1, True), (4, True), (4, False)])
+def test_speculative_decoding(drafts: int, same: bool, by: Any) -> None:
+    """Greedy output is the target's own, whatever the draft proposes.
+
+    The last prompt token and the first drafts are more than the prompt has left.
+    """
+    model, draft = tiny("llama"), tiny("llama", seed=0 if same else 7)
+    engine = attach(model, settings())
+    wanted = list(stream(model, PROMPT, 12, by))
     seen = watch(engine)
-    responses = list(
-        mlx_lm.stream_generate(
-            model, tokenizer, prompt, 12, draft_model=draft, num_draft_tokens=drafts
-        )
-    )
-    assert_same(said(responses), wanted)
-    assert any(r.from_draft for r in responses) or not same
-    assert plans(seen)[0] == (TOKENS - 1, Plan(BLOCK, 7, BLOCK, BLOCK))
-    assert max(new for new, _ in seen[1:]) == drafts + 1
+    more = {"draft_model": draft, "num_draft_tokens": drafts}
+    got = list(stream(model, PROMPT, 12, by, **more))
+    assert_same(said(got), said(wanted))
+    assert any(r.from_draft for r in got) or not same
+    assert plans(seen)[0] == WHOLE and seen[1] == (drafts + 1, None)
     assert all(call is None for _, call in seen[1:])
+    assert models.idle(model)
+    if by is ff:
+        share = got[0].ffn_sparsity
+        assert share == pytest.approx(wanted[0].ffn_sparsity, abs=0.02) and share > 0.2
 
 
-def test_speculative_decoding_through_our_stream_generate(tokenizer: Any) -> None:
-    """The last prompt token and the first drafts are more than the prompt has left."""
-    model, prompt = models.tiny("llama"), models.token_ids(TOKENS)
-    engine = attach(model, models.settings())
-    alone = list(ff.stream_generate(model, tokenizer, prompt, 12))
-    seen = watch(engine)
-    responses = list(
-        ff.stream_generate(
-            model,
-            tokenizer,
-            prompt,
-            12,
-            draft_model=models.tiny("llama", seed=7),
-            num_draft_tokens=4,
-        )
-    )
-    assert engine.remaining is None
-    assert plans(seen)[0] == (TOKENS - 1, Plan(BLOCK, 7, BLOCK, BLOCK))
-    assert seen[1] == (5, None) and all(call is None for _, call in seen[1:])
-    assert_same(said(responses), said(alone))
-    assert responses[0].ffn_sparsity == pytest.approx(alone[0].ffn_sparsity, abs=0.02)
-    assert responses[0].ffn_sparsity > 0.2
+@pytest.mark.parametrize(
+    "by, wanted",
+    [  # nobody tells the model that more follows: each chunk has its own tail
+        (mlx_lm, [Plan(8, 3, 8, 8), Plan(0, 4, 8, 8), None]),
+        # only the true end is dense: eight tokens, of which the last goes alone
+        (ff, [Plan(8, 4, 8, 0), Plan(0, 5, 8, 0), Plan(0, 2, 8, 7)]),
+    ],
+)
+def test_chunked_prefill(by: Any, wanted: list[Optional[Plan]]) -> None:
+    model = tiny("llama")
+    seen = watch(attach(model, settings()))
+    list(stream(model, token_ids(104), 1, by, prefill_step_size=40))
+    assert plans(seen) == list(zip((40, 40, 23), wanted))
 
 
-CHUNKS: list[tuple[Callable[..., Any], Planned]] = [
-    (  # nobody tells the model that more follows: each chunk has its own tail
-        mlx_lm.stream_generate,
-        [
-            (40, Plan(8, 3, 8, 8)),
-            (40, Plan(0, 4, 8, 8)),
-            (24, Plan(0, 2, 8, 8)),
-        ],
-    ),
-    (  # only the true end is dense: eight tokens, of which the last goes alone
-        ff.stream_generate,
-        [
-            (40, Plan(8, 4, 8, 0)),
-            (40, Plan(0, 5, 8, 0)),
-            (24, Plan(0, 2, 8, 8)),
-        ],
-    ),
-]
+def test_requests_in_turns() -> None:
+    """One prompt is read in chunks while another request decodes, and a third is read."""
+    model, long = tiny("llama"), token_ids(2 * TOKENS, seed=3)
+    attach(model, settings(selector="first-block"))
+    alone = said(stream(model, PROMPT, 6, ff))
+    other = iter(stream(model, PROMPT, 6, ff))
+    got, found = [next(other)], []
+    for interrupted in (False, True):
+        with reading(model, len(long)) as prompt:
+            _, cache = prefill(model, long[:TOKENS])
+            if interrupted:
+                with reading(model, 0):  # what is no part of the prompt
+                    got += [next(other), next(other)]
+                with reading(model, TOKENS) as third:
+                    prefill(model, OTHER)
+            found.append((prefill(model, long[TOKENS:], cache), prompt))
+    models.assert_close(found[1][0], found[0][0], 0)
+    assert found[1][1] == found[0][1] and prompt.left == third.left == 0
+    assert 0 < third.flops.sparsity < prompt.flops.sparsity
+    assert_same(said([*got, *other]), alone)
+    assert models.idle(model)
 
 
-@pytest.mark.parametrize("generate, wanted", CHUNKS, ids=["mlx_lm", "ours"])
-def test_chunked_prefill(tokenizer: Any, generate: Any, wanted: Planned) -> None:
-    model, prompt = models.tiny("llama"), models.token_ids(40 + 40 + 24 + 1)
-    seen = watch(attach(model, models.settings()))
-    next(generate(model, tokenizer, prompt, prefill_step_size=40))
-    assert plans(seen) == wanted
-
-
-@pytest.mark.parametrize("tail", range(1, 2 * BLOCK + 2))
-def test_chunked_prefill_keeps_the_end_of_every_prompt_dense(
-    tokenizer: Any, tail: int
-) -> None:
-    """Wherever the chunks' borders fall, sparse tokens stop a block before the end."""
-    total = 80 + tail
-    model = models.tiny("llama", num_hidden_layers=2)
-    seen = watch(attach(model, models.settings()))
-    prompt = models.token_ids(total)
-    next(ff.stream_generate(model, tokenizer, prompt, prefill_step_size=40))
-    sparse: list[int] = []
-    start = 0
-    for new, call in seen:
-        if call is not None:
-            sparse += range(start + call.plan.start, start + call.plan.stop)
-        start += new
-    assert start == total + 1  # and one step of decoding
-    assert sparse[0] == BLOCK
-    assert total - 3 * BLOCK <= sparse[-1] < total - BLOCK
-    assert len(sparse) >= total - 4 * BLOCK
-
-
-def test_two_turns_over_one_cache(tokenizer: Any) -> None:
-    """The second prompt is read over the first and its answer, without a head."""
-    model = models.tiny("llama")
-    seen = watch(attach(model, models.settings(selector="oracle")))
-    first, second = models.token_ids(TOKENS), models.token_ids(TOKENS, seed=1)
-    cache = make_prompt_cache(model)
-    answer, _ = said(
-        mlx_lm.stream_generate(model, tokenizer, first, 5, prompt_cache=cache)
-    )
-    assert cache[0].offset == TOKENS + 5
-    got = said(mlx_lm.stream_generate(model, tokenizer, second, 6, prompt_cache=cache))
-    assert plans(seen) == [
-        (TOKENS - 1, Plan(BLOCK, 7, BLOCK, BLOCK)),
-        (TOKENS - 1, Plan(0, 8, BLOCK, BLOCK)),
-    ]
-    detach(model)
-    hand = models.by_hand(model, "llama", BLOCK, 8 * BLOCK, FFN // 2)
-    _, cache = models.prefill(hand, first[:-1])
-    for token in [first[-1], *answer]:
-        models.prefill(model, [token], cache)
-    hand = models.by_hand(model, "llama", 0, 8 * BLOCK, FFN // 2)
-    models.prefill(hand, second[:-1], cache)
-    assert_same(got, models.continue_from(model, second[-1], 6, cache))
+# What first-block remembers
 
 
 def test_first_block_serves_later_calls_of_the_same_cache() -> None:
-    """GRIFFIN's neurons are those of the prompt's first block, in every later chunk."""
-    model = models.tiny("llama")
-    seen = watch(attach(model, models.settings(selector="first-block")))
-    cache = make_prompt_cache(model)
-    models.prefill(model, models.token_ids(TOKENS), cache)
-    models.prefill(model, models.token_ids(TOKENS, seed=1), cache)
-    models.prefill(model, models.token_ids(TOKENS, seed=2))
-    first, second, other = [call for _, call in seen]
-    assert first is not None and second is not None and other is not None
-    assert second.memory is first.memory
-    assert other.memory is not first.memory
+    """GRIFFIN's neurons are those of the prompt's first block, in every later chunk.
+
+    The memory lives on the cache, and goes with a copy of it, and that into mlx-lm's
+    quantised cache.
+    """
+    model = tiny("llama", hidden_size=128)  # groups of 32 need heads of 32
+    seen = watch(attach(model, settings(selector="first-block")))
+    _, cache = prefill(model, PROMPT)
+    twin = copy.deepcopy(cache)
+    packed = [c.to_quantized(group_size=32, bits=8) for c in twin]
+    logits = [prefill(model, OTHER, c)[0] for c in (cache, twin, packed)]
+    prefill(model, token_ids(TOKENS, seed=2))
+    first, second, copied, quantised, other = [c.memory for _, c in seen if c]
+    assert second is first is cache[0]._fastforward
+    assert quantised is copied is twin[0]._fastforward is not first is not other
     for layer in range(LAYERS - 1):
-        a, b = (np.array(c.memory[layer]["scores"]) for c in (first, other))
-        assert models.distance(a, b) > 0.02
+        a, b, c = (np.array(m[layer]["scores"]) for m in (first, copied, other))
+        np.testing.assert_array_equal(a, b)
+        assert models.distance(a, c) > 0.02
+    np.testing.assert_array_equal(logits[0], logits[1])
+    assert 0 < models.distance(logits[2], logits[0]) < 0.05
 
 
 def test_a_cache_trimmed_to_nothing_remembers_nothing() -> None:
     """Another prompt in the same cache objects gets its own first block's neurons."""
-    model = models.tiny("llama")
-    attach(model, models.settings(selector="first-block", dense_head=False))
-    first, second = models.token_ids(TOKENS), models.token_ids(TOKENS, seed=1)
-    _, cache = models.prefill(model, first)
-    trim_prompt_cache(cache, TOKENS)
-    again, _ = models.prefill(model, second, cache)
-    fresh, _ = models.prefill(model, second)
-    np.testing.assert_array_equal(again, fresh)
-
-
-def test_memory_is_kept_on_its_cache_and_copied_with_it() -> None:
-    """Nothing else may hold it but the engine, for the cache that quantisation puts in place."""
-    model = models.tiny("llama")
-    engine = attach(model, models.settings(selector="first-block"))
-    _, one = models.prefill(model, models.token_ids(TOKENS))
-    _, two = models.prefill(model, models.token_ids(TOKENS, seed=1))
-    memory = two[0]._fastforward
-    assert memory is engine.memory.last is not one[0]._fastforward
-    twin = copy.deepcopy(two)[0]._fastforward
-    assert twin is not memory
-    np.testing.assert_array_equal(
-        np.array(twin[0]["scores"]), np.array(memory[0]["scores"])
-    )
+    model = tiny("llama")
+    attach(model, settings(selector="first-block", dense_head=False))
+    _, cache = prefill(model, PROMPT)
+    kv.trim_prompt_cache(cache, TOKENS)
+    again, _ = prefill(model, OTHER, cache)
+    np.testing.assert_array_equal(again, prefill(model, OTHER)[0])

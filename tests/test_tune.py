@@ -2,308 +2,291 @@
 
 import io
 import json
+from dataclasses import astuple
 from pathlib import Path
-from typing import Any, Iterator
+from types import SimpleNamespace
+from typing import Any, Callable
 
 import mlx.core as mx
+import mlx.nn as nn
 import models
 import pytest
 from rich.console import Console
+from typer.testing import CliRunner, Result
 
-from mlx_fastforward import PrefillConfig, attach, detach, tune
-from mlx_fastforward.cli import first_use
+from mlx_fastforward import timing, tune
+from mlx_fastforward.build import engine_for
+from mlx_fastforward.cli import app, first_use
+from mlx_fastforward.config import DeviceSettings
 from mlx_fastforward.engine import Engine
+from mlx_fastforward.model.families import Heads
 from mlx_fastforward.model.ffn import GatedFFN
-from mlx_fastforward.tokens.flops import Shape
-from mlx_fastforward.tune import Choice
 
-SHAPE = Shape.of(models.tiny("llama"))
+HEADS, CHUNK = Heads(queries=4, keys=2, size=8), 256
 
 
 @pytest.fixture(autouse=True)
 def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    monkeypatch.setenv("MLX_FASTFORWARD_HOME", str(tmp_path))
-    monkeypatch.setattr(tune, "ATTENTION_BLOCKS", ())  # 2,048 queries take a while
-    return tmp_path
+    monkeypatch.setenv("MLX_FASTFORWARD_HOME", str(tmp_path / "home"))
+    return tmp_path / "home"
 
 
 @pytest.fixture
-def engine() -> Engine:
-    return attach(models.tiny("llama"), PrefillConfig(selector="probe"))
+def small(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Sizes at which nothing takes long."""
+    monkeypatch.setattr(tune, "ATTENTION_BLOCKS", ())
+    monkeypatch.setattr(tune, "CHUNK", CHUNK)
+    monkeypatch.setattr(tune, "BLOCKS", (16, 32, 64, 128))
+    monkeypatch.setattr(tune, "LENGTHS", (64, 128))
 
 
 @pytest.fixture
-def clock(monkeypatch: pytest.MonkeyPatch) -> dict[Any, float]:
-    """Seconds that a run takes by (block size, strategy), and "dense"."""
-    costs: dict[Any, float] = {"dense": 1.0}
-    now = [0.0]
-    dense, sparse = GatedFFN.activations_and_output, Engine.forward
+def costs(small: None, monkeypatch: pytest.MonkeyPatch) -> dict[Any, Any]:
+    """Seconds of a whole chunk by (block size, strategy) or block size; dense takes 1."""
+    found: dict[Any, Any] = {}
 
-    def run_dense(self: GatedFFN, x: mx.array) -> Any:
-        now[0] += costs["dense"] * x.shape[1] / tune.CHUNK
-        return dense(self, x)
+    def sparse(self: Engine, call: Any, layer: int, x: mx.array) -> float:
+        size, strategy = self.block_size, self.device.strategy
+        cost = found.get((size, strategy), found.get(size, 2.0))
+        return (cost(x.shape[1]) if callable(cost) else cost) * x.shape[1] / CHUNK
 
-    def run_sparse(self: Engine, layer: int, x: mx.array) -> mx.array:
-        before = now[0]
-        y = sparse(self, layer, x)
-        size, strategy = self.config.block_size, self.config.strategy
-        cost = costs.get((size, strategy), costs.get(size, 2.0))
-        now[0] = before + cost * x.shape[1] / tune.CHUNK
-        return y
+    def dense(self: GatedFFN, x: mx.array) -> Any:
+        return None, x.shape[1] / CHUNK
 
-    monkeypatch.setattr(GatedFFN, "activations_and_output", run_dense)
-    monkeypatch.setattr(Engine, "forward", run_sparse)
-    monkeypatch.setattr(tune.time, "perf_counter", lambda: now[0])
-    return costs
+    def interleaved(ways: dict, rounds: int) -> dict:
+        return {name: way() for name, way in ways.items()}
+
+    monkeypatch.setattr(GatedFFN, "activations_and_output", dense)
+    monkeypatch.setattr(Engine, "forward", sparse)
+    monkeypatch.setattr(tune, "interleaved", interleaved)
+    monkeypatch.setattr(tune, "attention_block", lambda *_: found.get("queries", 0))
+    return found
 
 
-def test_the_fastest_is_chosen(engine: Engine, clock: dict[Any, float]) -> None:
-    clock |= {128: 0.9, 256: 0.6, 512: 0.8}
-    clock |= {(1024, "columns"): 0.7, (1024, "chunk"): 0.8}
-    choice = tune.tune(engine, SHAPE)
-    assert (choice.block_size, choice.strategy) == (256, "columns")
-    assert choice.dense_seconds == pytest.approx(1.0)
-
-
-def test_dense_is_chosen_where_nothing_is_faster(
-    engine: Engine, clock: dict[Any, float]
-) -> None:
-    clock |= {128: 0.99, 256: 1.0, 512: 1.5}
-    assert tune.tune(engine, SHAPE).block_size == 0
-
-
-def test_a_wrong_candidate_is_not_used(
-    engine: Engine, clock: dict[Any, float], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    clock |= {128: 0.8, 256: 0.7, 512: 0.8}
-    clock |= {(1024, "columns"): 0.1, (1024, "chunk"): 0.9}
-    right = GatedFFN.sparse
-
-    def sparse(self: GatedFFN, x: mx.array, *rest: Any) -> mx.array:
-        y = right(self, x, *rest)
-        return y * 1.1 if self.strategy == "columns" else y
-
-    monkeypatch.setattr(GatedFFN, "sparse", sparse)
-    choice = tune.tune(engine, SHAPE)
-    assert (choice.block_size, choice.strategy) == (256, "chunk")
-    assert "columns: wrong by 1.0e-01, not used" in tune.summary(choice)
-
-
-def test_larger_blocks_are_tried_only_if_asked_for(
-    engine: Engine, clock: dict[Any, float]
-) -> None:
-    clock |= {128: 0.9, 256: 0.8, 512: 0.7, 1024: 0.6, 2048: 0.5}
-    assert tune.tune(engine, SHAPE).block_size == 1024
-    assert tune.tune(engine, SHAPE, largest=2048).block_size == 2048
-
-
-@pytest.mark.parametrize("slow, wanted", [(0, 512), (512, 1024), (1024, 2048)])
-def test_short_prompts_stay_dense_where_that_is_faster(
-    slow: int,
-    wanted: int,
-    engine: Engine,
-    clock: dict[Any, float],
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    clock |= {128: 0.5, 256: 0.6, 512: 0.6}
-    real = Engine.forward
-
-    def forward(self: Engine, layer: int, x: mx.array) -> mx.array:
-        clock[128] = 3.0 if x.shape[1] <= slow else 0.5
-        return real(self, layer, x)
-
-    monkeypatch.setattr(Engine, "forward", forward)
-    assert tune.tune(engine, SHAPE).shortest == wanted
+def made(bits: int = 0, mode: str = "affine", **settings: Any) -> Engine:
+    model = models.tiny("llama")
+    if bits:
+        nn.quantize(model, 32, bits, mode=mode)
+    return engine_for(model, models.settings(**{"block_size": None, **settings}))
 
 
 @pytest.mark.parametrize(
-    "cost, wanted", [({8: 0.7, 16: 0.6}, 16), ({8: 0.99, 16: 2.0}, 0), ({}, 0)]
+    "seconds, wanted",
+    [
+        ({16: 0.9, 32: 0.6, (64, "columns"): 0.7, (64, "chunk"): 0.8}, (32, "columns")),
+        ({16: 0.9, 32: 0.8, (64, "columns"): 0.7, (64, "chunk"): 0.6}, (64, "chunk")),
+        ({16: 0.9, 32: 0.8, 64: 0.7, 128: 0.6}, (64, "chunk")),  # 128: if asked for
+        ({16: 0.97, 32: 1.0, "queries": 8}, (16, "chunk", 64, 8, False)),
+        ({16: 0.99, 32: 1.0, 64: 1.5}, (128, "chunk", 0, 0, True)),  # within the noise
+        # short prompts stay dense where that is faster
+        ({16: lambda n: 3 if n < 65 else 0.5}, (16, "chunk", 128)),
+        ({16: lambda n: 3 if n < 129 else 0.5}, (16, "chunk", CHUNK)),
+    ],
+)
+def test_the_fastest_is_chosen(seconds: dict, wanted: tuple, costs: dict) -> None:
+    """Dense where nothing is faster; block sizes are tried with the better strategy."""
+    costs |= seconds
+    engine, shares = made(block_size=200), []  # type: ignore[var-annotated]
+    before = (engine.config, engine.device, list(engine.keep), list(engine.ffns))
+    found = tune.tune(engine, HEADS, 64, shares.append).device
+    assert astuple(found)[: len(wanted)] == wanted
+    assert (engine.config, engine.device, engine.keep, engine.ffns) == before
+    assert shares == sorted(shares) and 0 < shares[0] and shares[-1] <= 1
+    if 128 in seconds:
+        assert tune.tune(engine, HEADS, 128).device.block_size == 128
+
+
+def test_a_wrong_candidate_is_not_used(
+    costs: dict, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    costs |= {16: 0.8, 32: 0.7, (64, "columns"): 0.1, (64, "chunk"): 0.9}
+    right, off = GatedFFN.sparse, {"columns": 1.1, "chunk": 1.0}
+
+    def sparse(self: GatedFFN, *args: Any) -> mx.array:
+        return right(self, *args) * off[self.strategy]
+
+    monkeypatch.setattr(GatedFFN, "sparse", sparse)
+    choice = tune.tune(made(), HEADS, 64)
+    assert astuple(choice.device)[:2] == (32, "chunk")
+    assert "columns: wrong by 1.0e-01, not used" in tune.summary(choice)
+    off["chunk"] = 0.9
+    choice = tune.tune(made(), HEADS, 64)
+    assert choice.device.dense and tune.summary(choice).count("not used") == 4
+
+
+@pytest.mark.parametrize("bits, mode", [(0, ""), (4, "affine"), (4, "mxfp4")])
+def test_every_candidate_is_correct(bits: int, mode: str, small: None) -> None:
+    """By the real clock; mxfp4 computes in bfloat16."""
+    choice = tune.tune(made(bits, mode), HEADS, 64)
+    tried = [(c.block_size, c.strategy) for c in choice.candidates]
+    assert tried[:2] == [(64, "chunk"), (64, "columns")]
+    assert [size for size, _ in tried[2:]] == [16, 32]
+    limit = 3e-2 if mode == "mxfp4" else 1e-3
+    assert all(c.correct and c.error < limit for c in choice.candidates)
+    assert all(c.seconds > 0 and c.dense_seconds > 0 for c in choice.candidates)
+
+
+@pytest.mark.parametrize(
+    "seconds, error, wanted",
+    [
+        ({8: 0.7, 16: 0.6}, 1e-4, 16),
+        ({8: 0.99, 16: 2.0}, 1e-4, 0),  # within the noise
+        ({}, 1e-4, 0),
+        ({8: 0.5}, 1e-2, 0),  # wrong
+    ],
 )
 def test_attention_in_blocks_where_that_is_faster(
-    cost: dict[int, float], wanted: int, monkeypatch: pytest.MonkeyPatch
+    seconds: dict, error: float, wanted: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    now, real = [0.0], tune.by_queries
+    def interleaved(ways: dict, rounds: int) -> dict:
+        return {rows: {0: 1.0, **seconds}[rows] for rows in ways}
 
-    def by_queries(whole: Any, rows: int) -> Any:
-        def timed(*args: Any, **kwargs: Any) -> mx.array:
-            y = real(whole, rows)(*args, **kwargs)
-            now[0] += cost[rows] - 1.0 * CHUNK / rows
-            return y
+    def off(whole: Any, rows: int) -> Callable[..., mx.array]:
+        return lambda *args, **kwargs: (1 + error) * right(whole, rows)(*args, **kwargs)
 
-        return timed
-
-    def whole(*args: Any, **kwargs: Any) -> mx.array:
-        now[0] += 1.0
-        return fused(*args, **kwargs)
-
-    fused = mx.fast.scaled_dot_product_attention
-    monkeypatch.setattr(tune, "CHUNK", CHUNK := 64)
-    monkeypatch.setattr(tune, "ATTENTION_BLOCKS", tuple(cost))
-    monkeypatch.setattr(tune, "by_queries", by_queries)
-    monkeypatch.setattr(tune.mx.fast, "scaled_dot_product_attention", whole)
-    monkeypatch.setattr(tune.time, "perf_counter", lambda: now[0])
-    assert tune.attention_block(SHAPE, mx.float32) == wanted
-
-
-def test_wrong_attention_is_not_used(monkeypatch: pytest.MonkeyPatch) -> None:
-    def by_queries(whole: Any, rows: int) -> Any:
-        return lambda *args, **kwargs: whole(*args, **kwargs) * 1.01
-
+    right = tune.by_queries
     monkeypatch.setattr(tune, "CHUNK", 64)
-    monkeypatch.setattr(tune, "ATTENTION_BLOCKS", (16,))
-    monkeypatch.setattr(tune, "by_queries", by_queries)
-    clock = iter(float(2**-i) for i in range(99))  # later is faster
-    monkeypatch.setattr(tune.time, "perf_counter", lambda: next(clock))
-    assert tune.attention_block(SHAPE, mx.float32) == 0
+    monkeypatch.setattr(tune, "ATTENTION_BLOCKS", tuple(seconds))
+    monkeypatch.setattr(tune, "by_queries", off)
+    monkeypatch.setattr(tune, "interleaved", interleaved)
+    assert tune.attention_block(HEADS, mx.float32) == wanted
 
 
-def test_the_engine_is_left_alone(engine: Engine) -> None:
-    config, ffns, keep = engine.config, list(engine.ffns), list(engine.keep)
-    tune.tune(engine, SHAPE)
-    assert (engine.config, engine.ffns, engine.keep) == (config, ffns, keep)
-    assert engine.call is None
+def test_alternatives_take_turns(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The first run of each does not count; of the others the median does."""
+    now, order = 0.0, ""
+    seconds = {"a": iter([99.0, 3.0, 1.0, 2.0]), "b": iter([99.0, 7.0, 9.0, 8.0])}
+    clock = SimpleNamespace(perf_counter=lambda: now)
+    monkeypatch.setattr(timing, "time", clock)
+
+    def run(name: str) -> mx.array:
+        nonlocal now, order
+        order, now = order + name, now + next(seconds[name])
+        return mx.zeros(1)
+
+    def tick() -> None:
+        nonlocal order
+        order += "."
+
+    ways = {name: lambda name=name: run(name) for name in "ab"}
+    assert timing.interleaved(ways, 3, tick) == {"a": 2.0, "b": 8.0}
+    assert order == "ab.ab.ab.ab."
 
 
-@pytest.mark.parametrize("name", models.NAMES)
-@pytest.mark.parametrize("bits", [0, 4])
-def test_every_candidate_is_correct(name: str, bits: int) -> None:
-    model = models.tiny(name)
-    if bits:
-        tune.mx.eval(model.parameters())
-        models.nn.quantize(model, 32, bits)
-    choice = tune.tune(attach(model, PrefillConfig(selector="probe")), Shape.of(model))
-    assert len(choice.candidates) == 5
-    assert all(c["correct"] and c["error"] < 1e-3 for c in choice.candidates)
+# What is remembered
 
 
-@pytest.mark.parametrize("mode", ["mxfp4", "mxfp8"])
-def test_quantisations_whose_scales_are_no_floats(mode: str) -> None:
-    model = models.tiny("llama")
-    models.nn.quantize(model, mode=mode)
-    choice = tune.tune(attach(model, PrefillConfig(selector="probe")), Shape.of(model))
-    assert all(c["correct"] for c in choice.candidates)
-
-
-def test_a_choice_is_applied() -> None:
-    model = models.tiny("llama")
-    engine = attach(model, PrefillConfig(selector="probe"))
-    tune.apply(engine, Choice(256, "columns", 1024, 1.0, []))
-    assert engine.config.block_size == 256 and engine.shortest == 1024
-    assert {ffn.strategy for ffn in engine.ffns} == {"columns"}
-
-
-def test_a_dense_choice_is_stock() -> None:
-    model = models.tiny("llama")
-    ids = models.token_ids(600)
-    engine = attach(model, PrefillConfig(selector="probe"))
-    sparse, _ = models.prefill(model, ids)
-    tune.apply(engine, Choice(0, "chunk", 0, 1.0, []))
-    found, _ = models.prefill(model, ids)
-    detach(model)
-    stock, _ = models.prefill(model, ids)
-    assert (found == stock).all() and not (sparse == stock).all()
-
-
-def test_shorter_prompts_than_that_are_stock() -> None:
-    """Told their length or not."""
-    model = models.tiny("llama")
-    engine = attach(model, PrefillConfig(selector="probe"))
-    tune.apply(engine, Choice(128, "chunk", 600, 1.0, []))
-    for tokens, sparse in ((599, False), (600, True)):
-        ids = mx.array([models.token_ids(tokens)])
-        detach(model)
-        stock = model(ids)
-        models_engine = attach(model, engine.config)
-        assert bool(mx.any(model(ids) != stock)) == sparse
-        with models_engine.prompt(tokens):
-            assert bool(mx.any(model(ids) != stock)) == sparse
-
-
-def test_memory(home: Path, engine: Engine) -> None:
-    key, choice = tune.key(engine, SHAPE), Choice(256, "chunk", 512, 1.0, [{"a": 1}])
-    assert tune.remembered(key) is None
-    tune.remember(key, choice)
-    tune.remember("another", choice)
-    assert tune.remembered(key) == choice
-    assert set(json.loads((home / "tuned.json").read_text())) == {key, "another"}
+def test_memory(home: Path) -> None:
+    devices = [DeviceSettings(256, "columns", 512, 64), DeviceSettings(dense=True)]
+    for key, device in zip("ab", devices):
+        assert tune.remembered(key) is None
+        tune.remember(key, device)
+    assert [tune.remembered(key) for key in "ab"] == devices
     assert [p.name for p in home.iterdir()] == ["tuned.json"]
 
 
-@pytest.mark.parametrize("text", ["", "{", "[]", '{"KEY": 3}', '{"KEY": {"a": 1}}'])
-def test_damaged_memory_is_no_memory(text: str, home: Path, engine: Engine) -> None:
-    key = tune.key(engine, SHAPE)
-    (home / "tuned.json").write_text(text.replace("KEY", key))
-    assert tune.remembered(key) is None
-    tune.remember(key, Choice(128, "chunk", 0, 1.0, []))
-    assert tune.remembered(key) is not None
+@pytest.mark.parametrize(
+    "text",
+    [
+        "",
+        "{",
+        "[]",
+        '{"key": 3}',
+        '{"key": {"a": 1}}',
+        '{"key": {"block_size": 1.5}}',
+        '{"key": {"block_size": 0}}',
+        '{"key": {"dense": "no"}}',
+    ],
+)
+def test_damaged_memory_is_no_memory(text: str, home: Path) -> None:
+    home.mkdir()
+    (home / "tuned.json").write_text(text)
+    assert tune.remembered("key") is None
+    tune.remember("key", DeviceSettings())
+    assert tune.remembered("key") == DeviceSettings()
 
 
-def test_a_folder_that_cannot_be_written(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    (tmp_path / "file").write_text("")
-    monkeypatch.setenv("MLX_FASTFORWARD_HOME", str(tmp_path / "file" / "home"))
-    tune.remember("key", Choice(128, "chunk", 0, 1.0, []))
+def test_a_folder_that_cannot_be_written(home: Path) -> None:
+    home.write_text("")
+    tune.remember("key", DeviceSettings())
     assert tune.remembered("key") is None
 
 
 def test_keys_tell_what_matters_apart() -> None:
-    def key(bits: int = 0, **more: Any) -> str:
-        model = models.tiny("llama")
-        if bits:
-            models.nn.quantize(model, 32, bits)
-        more.setdefault("selector", "probe")
-        return tune.key(attach(model, PrefillConfig(**more)), Shape.of(model))
-
-    keys = [key(), key(4), key(8), key(sparsity=0.4), key(selector="first-block")]
-    assert len(set(keys)) == len(keys) and key() == keys[0]
-    assert key(block_size=64) == keys[0]
+    engines = [made(), made(4), made(8), made(4, "mxfp4")]
+    engines += [made(sparsity=0.4), made(selector="first-block")]
+    keys = [tune.key(engine, HEADS) for engine in engines]
+    keys.append(tune.key(engines[0], Heads(4, 4, 8)))
+    assert len(set(keys)) == len(keys)
+    assert tune.key(made(block_size=64), HEADS) == keys[0] and "probe" in keys[0]
 
 
 # On the way into a chat
 
 
+def test_what_is_not_worth_tuning(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Small models, and what runs densely anyway."""
+    model, console = models.tiny("llama"), Console(file=io.StringIO())
+    assert first_use.tuned(model, made(), console) == DeviceSettings()
+    monkeypatch.setattr(first_use, "SMALLEST", 0)
+    assert first_use.tuned(model, made(sparsity=0.0), console) == DeviceSettings()
+    assert not home.exists()
+
+
 @pytest.fixture
-def large(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> Iterator[Engine]:
-    """One that is worth tuning."""
-    monkeypatch.setattr(tuning, "SMALLEST", 0)
-    yield engine
+def tiny(tmp_path: Path) -> Path:
+    return models.save_folder(models.tiny("llama", vocab=4096), tmp_path / "tiny")
 
 
-def told(engine: Engine) -> str:
-    text = io.StringIO()
-    tuning.tune_once(models.tiny("llama"), engine, Console(file=text, width=200))
-    return text.getvalue()
+def run(*args: Any) -> Result:
+    return CliRunner().invoke(app, list(map(str, args)), terminal_width=200)
 
 
-def test_first_use_says_so_and_the_second_does_not(
-    large: Engine, clock: dict[Any, float]
+def test_generate_tunes_once_and_says_what_it_runs_with(
+    tiny: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    clock |= {128: 0.5}
-    assert "Tuned: blocks of 128 tokens" in told(large)
-    assert large.config.block_size == 128
-    assert told(large) == ""
+    """Users who know better are believed."""
+    monkeypatch.setattr(first_use, "SMALLEST", 0)
+    candidates = [tune.Candidate(256, "columns", 0.5, 1.0, 0.0, True)]
+    choice = tune.Choice(DeviceSettings(256, "columns", 700), candidates)
+    monkeypatch.setattr(tune, "tune", lambda *_, **__: choice)
+    args = ["generate", "--model", tiny, "hello", "-m", 1, "--json"]
+    for more, size, strategy, told in (
+        ([], 256, "columns", True),
+        ([], 256, "columns", False),
+        (["--block-size", 64], 64, "chunk", False),
+        (["--no-tune"], 128, "chunk", False),
+    ):
+        done = run(*args, *more)
+        assert done.exit_code == 0, done.output
+        found = json.loads(done.stdout)["settings"]
+        assert (found["block_size"], found["strategy"]) == (size, strategy)
+        words = "Tuned: blocks of 256 tokens, columns"
+        assert (words in " ".join(done.stderr.split())) == told
 
 
-def test_small_models_are_not_worth_it(engine: Engine, home: Path) -> None:
-    assert told(engine) == "" and list(home.iterdir()) == []
+def test_the_command(home: Path, tiny: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every candidate is shown; by the real clock."""
+    monkeypatch.setattr(tune, "CHUNK", 1024)
+    done = run("tune", "--model", tiny, "--largest", 256)
+    assert done.exit_code == 0, done.output
+    (choice,) = json.loads((home / "tuned.json").read_text()).values()
+    assert DeviceSettings(**choice).block_size in (128, 256)
+    rows = [line for line in done.stdout.splitlines() if line.startswith("│")]
+    wanted = ("256", "chunk"), ("256", "columns"), ("128",)
+    for row, words in zip(rows, wanted, strict=True):
+        assert all(word in row for word in words) and "wrong" not in row
+    assert done.stdout.splitlines()[-1].startswith(f"Kept in {home / 'tuned.json'} for")
 
 
-def test_sparsity_0_is_not_tuned(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(tuning, "SMALLEST", 0)
-    assert told(attach(models.tiny("llama"), PrefillConfig(sparsity=0.0))) == ""
-
-
-@pytest.mark.parametrize("block, no_tune", [(64, False), (None, True)])
-def test_users_who_know_better(
-    block: Any, no_tune: bool, large: Engine, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    def tune_once(*_: Any) -> None:
-        raise AssertionError("was tuned")
-
-    monkeypatch.setattr(tuning, "tune_once", tune_once)
-    model = models.tiny("llama")
-    attach(model, PrefillConfig(selector="probe"))
-    tuning.tune_first(model, block, no_tune)
-    with pytest.raises(AssertionError, match="was tuned"):
-        tuning.tune_first(model, None, False)
+@pytest.mark.parametrize(
+    "args, said",
+    [
+        (["--largest", 64], "--largest must be 128 to 2048, got 64."),
+        (["--sparsity", 0], "nothing to tune: every layer stays dense."),
+    ],
+)
+def test_refusals(args: list[Any], said: str, tiny: Path) -> None:
+    done = run("tune", "--model", tiny, *args)
+    assert (done.exit_code, done.stdout) == (2, "")
+    assert done.stderr == f"mlx_fastforward: {said}\n"

@@ -56,11 +56,7 @@ class Compensator(nn.Module):
 class Layer(nn.Module):
     """The trained parts of one FFN."""
 
-    def __init__(
-        self,
-        predictor: Optional[Predictor] = None,
-        compensator: Optional[Compensator] = None,
-    ):
+    def __init__(self, predictor: Predictor, compensator: Compensator):
         super().__init__()
         self.predictor = predictor
         self.compensator = compensator
@@ -78,3 +74,12 @@ class Network(nn.Module):
         self.layers = nn.ModuleList(layers)
         values = None if importance is None else torch.tensor(importance)
         self.register_buffer("importance", values)
+
+
+def trained(
+    layers: int, d: int, f: int, r: int, h: int, seed: int = 0
+) -> dict[str, Tensor]:
+    """The state dict of random weights, with importances 1, 2, 3, ..."""
+    torch.manual_seed(seed)
+    parts = [Layer(Predictor(d, r, f), Compensator(d, h)) for _ in range(layers)]
+    return Network(parts, [i + 1.0 for i in range(layers)]).state_dict()

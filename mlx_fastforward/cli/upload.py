@@ -1,8 +1,10 @@
 """mlx_fastforward upload: a predictor file goes to the Hugging Face hub."""
 
+import sys
 from pathlib import Path
 from typing import Annotated
 
+from ..errors import HubError
 from ..files import expanded
 from . import options as o
 from .errors import interruptible, one_line_errors
@@ -26,4 +28,9 @@ def upload(
     with one_line_errors(), interruptible():
         from ..predictors.upload import upload
 
-        print(upload(expanded(path), upload_repo, private))
+        try:
+            print(upload(expanded(path), upload_repo, private))
+        except HubError as e:
+            if isinstance(e.__cause__, RuntimeError):
+                print(file=sys.stderr)  # the transfer's bar was left open
+            raise

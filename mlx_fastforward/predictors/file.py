@@ -136,8 +136,11 @@ def _base(path: Path, info: dict[str, Any]) -> BaseModel:
     layers, d = (
         _whole(path, info, "base_model", key) for key in ("layers", "hidden_size")
     )
-    widths = _per_layer(path, info, "base_model", "ffn_size", layers)
-    f = widths[0] if len(set(widths)) == 1 else widths
+    f: int | list[int]
+    if isinstance(base.get("ffn_size"), list):
+        f = _per_layer(path, info, "base_model", "ffn_size", layers)
+    else:  # no list is made as long as the file says before the tensors were counted
+        f = _whole(path, info, "base_model", "ffn_size")
     if not isinstance(mark := base.get("fingerprint"), str):
         raise PredictorError(f"{path / JSON_NAME} lacks base_model.fingerprint.")
     name, kind = base.get("name"), base.get("model_type")

@@ -4,7 +4,7 @@ from pathlib import Path
 from typing import Any
 
 from .. import hub
-from ..errors import HubError, PredictorError
+from ..errors import ConfigError, HubError, PredictorError
 from ..version import __version__
 from .file import JSON_NAME, TENSORS_NAME, PredictorFile, load_predictor
 
@@ -73,10 +73,18 @@ def upload(folder: Path, repo: str, private: bool = False) -> str:
     """Push a predictor to a repository, made if it is not there; returns its address.
 
     A README.md in the folder goes along; without one a card is generated, unless the repository
-    has one already. Raises PredictorError and HubError.
+    has one already. Raises ConfigError, PredictorError and HubError.
     """
     from huggingface_hub import CommitOperationAdd, HfApi
+    from huggingface_hub.errors import HFValidationError
+    from huggingface_hub.utils import validate_repo_id
 
+    try:
+        validate_repo_id(repo)
+    except HFValidationError:
+        raise ConfigError(
+            f"{repo!r} is no repository name; expected one like user/name."
+        ) from None
     predictor = load_predictor(folder)
     own = folder / CARD
     card = _text(own) if own.is_file() else None

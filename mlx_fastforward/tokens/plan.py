@@ -50,7 +50,7 @@ def plan_call(
     dense_tail: bool = True,
     unit: int = 1,
 ) -> Optional[Plan]:
-    """TokenSplit a call of ``new`` tokens, or return None where the whole call stays dense.
+    """Split a call of ``new`` tokens, or return None where the whole call stays dense.
 
     What head and tail leave is cut into equal blocks, as many as come closest to ``block_size``:
     large blocks leave no remainder that would run dense.
