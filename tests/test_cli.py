@@ -180,7 +180,6 @@ def test_demo(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     "flags, message",
     [
         (["--sparsity", "1"], "sparsity must be at least 0 and below 1, got 1.0"),
-        (["--sparsity", "nan"], "sparsity must be at least 0 and below 1, got nan"),
         (["--block-size", "4"], "--block-size must be at least 8 tokens, got 4"),
         (
             ["--selector", "oracle"],
@@ -189,14 +188,8 @@ def test_demo(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
         (["--selector", "trained"], "selector trained needs a predictor"),
         (["--max-tokens", "0"], "--max-tokens must be above 0"),
         (["--prefill-step-size", "64"], "--prefill-step-size (64) must hold the dense"),
-        (
-            ["--chat-template-config", "{"],
-            "--chat-template-config must be a JSON objec",
-        ),
-        (
-            ["--chat-template-config", "[1]"],
-            "--chat-template-config must be a JSON obj",
-        ),
+        (["--chat-template-config", "{"], "--chat-template-config must be a JSON "),
+        (["--chat-template-config", "[1]"], "--chat-template-config must be a JSON"),
         (["--model", ""], "--model must be a folder or repository name, got nothing."),
     ],
 )

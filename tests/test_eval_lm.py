@@ -145,6 +145,7 @@ def test_stop_strings(lm: SparseLM, monkeypatch: pytest.MonkeyPatch) -> None:
         (["one. T", "he", " End of it", "x"], {"until": ["The End", "z"]}, "one. ", 3),
         (["one two", "three"], {"until": ["three", "two"]}, "one ", 1),
         (["one two", "three"], {"until": "two"}, "one ", 1),
+        (["one. two!"], {"until": ["!", "."]}, "one", 1),
         (["\n", "\n a", "\nb"], newline, " a", 3),
         (["\n\n", "\n"], newline, "", 2),
         ([" a\n", "b "], {}, " a\nb ", 2),

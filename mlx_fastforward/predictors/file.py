@@ -138,7 +138,8 @@ def _base(path: Path, info: dict[str, Any]) -> BaseModel:
     )
     f: int | list[int]
     if isinstance(base.get("ffn_size"), list):
-        f = _per_layer(path, info, "base_model", "ffn_size", layers)
+        widths = _per_layer(path, info, "base_model", "ffn_size", layers)
+        f = widths[0] if len(set(widths)) == 1 else widths
     else:  # no list is made as long as the file says before the tensors were counted
         f = _whole(path, info, "base_model", "ffn_size")
     if not isinstance(mark := base.get("fingerprint"), str):
