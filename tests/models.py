@@ -18,7 +18,6 @@ from mlx_lm.models.cache import make_prompt_cache
 from mlx_lm.tokenizer_utils import TokenizerWrapper
 from mlx_lm.utils import load_tokenizer
 from reference import float64
-from reference import weight as float_weight  # noqa: F401
 
 from mlx_fastforward import PrefillConfig, save_predictor
 from mlx_fastforward.demo import MODEL as DEMO

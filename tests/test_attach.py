@@ -77,7 +77,7 @@ def assert_whole(model: nn.Module, engine: Engine, plain: nn.Module) -> None:
 def test_what_stays_bit_identical(name: str) -> None:
     """Sparsity 0, short calls, training, and each token after a sparse prefill."""
     model, plain = pair(name)
-    attach(model, settings(sparsity=0.0))
+    attach(model, settings(sparsity=0.0), importances=[1.0, 8.0, 1.0, 5.0])
     assert_dense(model, plain)
     attach(model, settings())
     assert_sparse(model, plain)
@@ -183,8 +183,9 @@ def test_an_engine_can_be_seated_for_a_while_and_on_another_device() -> None:
         assert engine_of(model) is tuned
         assert tuned.settings()["strategy"] == tuned.ffns[0].strategy == "columns"
         assert_sparse(model, plain)
-    with seated(model, engine.on(DeviceSettings(BLOCK, dense=True))):
-        assert_dense(model, plain)
+    for dense in ({"dense": True}, {"shortest": TOKENS + 1}):
+        with seated(model, engine.on(DeviceSettings(BLOCK, **dense))):
+            assert_dense(model, plain)
     with pytest.raises(RuntimeError), seated(model, engine):
         raise RuntimeError
     with seated(model, None):

@@ -344,8 +344,6 @@ def test_importances_that_cannot_be_measured(here: Path, undrawn: None) -> None:
 @pytest.mark.parametrize(
     "args, code, line",
     [
-        (["--png", "a.jpg"], 2, "--png must be a file ending in .png, got a.jpg."),
-        (["--png", "no/a.png"], 1, "no/a.png cannot be written: no such folder"),
         (["--layers", "0,3"], 2, "--layers: expected 0 to 2, got 3; the last layer"),
         (["--layers", "first"], 2, "--layers must be numbers with commas"),
         (["--sparsity", "0"], 2, "--sparsity 0 drops nothing"),

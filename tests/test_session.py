@@ -56,9 +56,13 @@ def test_turns_equal_reading_the_whole_conversation(name: str) -> None:
     for text in (LONG, "Who?", OTHER, "What?"):
         assert_right(session, text)
     got = ask(session, "Why?")
+    session.tokenizer = load_tokenizer(DEMO)
+    session.tokenizer.eos_token_ids = range(4096)
+    ask(session, "And?")  # to which nothing is an answer, too
     roles, said = zip(*(m.values() for m in session.messages))
-    assert roles == ("system", *("user", "assistant") * 5)
-    assert (said[0], said[5]) == ("Be brief.", OTHER) and said[-1] == text_of(got) != ""
+    assert roles == ("system", *("user", "assistant") * 6)
+    assert (said[0], said[5], said[-3]) == ("Be brief.", OTHER, text_of(got) or None)
+    assert said[-1] == ""
 
 
 @pytest.mark.parametrize("sparsity", [0.0, 0.5])

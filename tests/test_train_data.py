@@ -5,7 +5,6 @@ import json
 import random
 import re
 import string
-import tracemalloc
 from pathlib import Path
 from typing import Any, Iterator
 
@@ -95,20 +94,6 @@ def test_files_and_folders_are_cut_into_places(tmp_path: Path, bundled: Corpus) 
     assert named.passages == [Place(z, 0), Place(photo, 0)]
     assert named.lines == corpus.lines
     assert {p.file for p in bundled.passages} == {BUNDLED}
-
-
-def test_a_large_corpus_takes_little_memory(tmp_path: Path) -> None:
-    write(tmp_path / "a.txt", b"a b c d " * 4_000_000)
-    write_lines(tmp_path / "b.jsonl", *[{"text": "x" * 1_000_000}] * 16)
-    tracemalloc.start()
-    try:
-        corpus = Corpus([tmp_path])
-        corpus.passage(corpus.passages[99], 10_000)
-        peak = tracemalloc.get_traced_memory()[1]
-    finally:
-        tracemalloc.stop()
-    assert len(corpus.passages) == -(-32_000_000 // PIECE) and len(corpus.lines) == 16
-    assert peak < 8_000_000
 
 
 def test_a_passage_begins_with_a_paragraph_or_else_a_word(tmp_path: Path) -> None:

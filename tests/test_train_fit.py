@@ -217,7 +217,7 @@ def ffn() -> GatedFFN:
 
 def matrices(ffn: GatedFFN) -> list[np.ndarray]:
     names = ("gate_proj", "up_proj", "down_proj")
-    return [models.float_weight(ffn.mlp[n]) for n in names]
+    return [reference.weight(ffn.mlp[n]) for n in names]
 
 
 def masked_blocks(n: int) -> Pairs:

@@ -302,16 +302,18 @@ def test_a_run_that_is_stopped_goes_on(
     assert "capture dense" not in ticked or phase.startswith("capture")
 
 
-@pytest.mark.parametrize("what", ["x", "norms", "state"])
+@pytest.mark.parametrize(
+    "what, count", [("x", 3), ("norms", 3), ("state", 3), ("predictors-dense", 1)]
+)
 def test_a_crash_while_something_is_written(
-    what: str, tmp_path: Path, whole: Whole, monkeypatch: Patch
+    what: str, count: int, tmp_path: Path, whole: Whole, monkeypatch: Patch
 ) -> None:
-    """The third of its kind is half written; what is half written does not count."""
+    """Such a file is half written for the ``count``-th time; it does not count."""
     real, files = Path.replace, []
 
     def replaced(half: Path, path: Path) -> Any:
         files.append(path.name.split(".")[-2])
-        if files.count(what) == 3:
+        if files.count(what) == count:
             half.write_bytes(half.read_bytes()[:100])
             raise Stop
         return real(half, path)
