@@ -69,7 +69,7 @@ def _schedule(
     curves = None if predictor is None else predictor.curves
     if config.schedule == "measured" and curves is None:
         raise ConfigError(
-            "schedule measured needs a predictor file with curves, as train and eval --save "
+            "schedule measured needs a predictor file with curves, as eval --save "
             "measure them; use schedule auto, first-dense or uniform."
         )
     if config.schedule == "layerwise" and importances is None:
@@ -79,7 +79,9 @@ def _schedule(
         )
     if config.schedule != "auto":
         return config.schedule
-    return "first-dense" if curves is None else "measured"
+    if curves is not None:
+        return "measured"
+    return "uniform" if importances is None else "layerwise"
 
 
 def _budgets(

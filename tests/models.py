@@ -99,8 +99,7 @@ def tiny(
 
 def settings(**more: Any) -> PrefillConfig:
     """Half of the neurons, blocks of eight tokens."""
-    usual = {"sparsity": 0.5, "block_size": BLOCK, "schedule": "uniform"}
-    return PrefillConfig(**{**usual, **more})
+    return PrefillConfig(**{"sparsity": 0.5, "block_size": BLOCK, **more})
 
 
 def token_ids(n: int, seed: int = 0, vocab: int = VOCAB) -> list[int]:

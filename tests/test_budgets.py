@@ -159,7 +159,7 @@ def test_curves_of_a_file_make_the_budgets(folder: Path) -> None:
     model = tiny("llama")
     auto = PrefillConfig(0.5, 8)
     before = engine_for(model, auto, load_predictor(folder))
-    assert before.schedule == "first-dense" and before.keep[0] is None
+    assert before.schedule == "uniform" and before.keep[0] == FFN // 2
     update_predictor(folder, curves=asdict(CURVES))
     predictor = load_predictor(folder)
     assert predictor.curves == CURVES

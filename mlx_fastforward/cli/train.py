@@ -144,12 +144,11 @@ def train(
             start = time.perf_counter()
             try:
                 report = run()
-                verified = _verified(run, net, tokenizer, tick)
             except KeyboardInterrupt:
                 fail(f"stopped; the same command goes on from {out / WORK}.", 130)
             except OSError as e:
                 fail(f"{out} cannot be written: {e.strerror or e}.")
-        _conclude(report, verified, out, time.perf_counter() - start)
+        _conclude(report, out, time.perf_counter() - start)
 
 
 def _announce(run: Any, console: Console, new: bool) -> None:
@@ -212,27 +211,7 @@ def _progress(console: Console) -> Any:
     return shown()
 
 
-def _verified(run: Any, net: Any, tokenizer: Any, tick: Any) -> dict[str, Any]:
-    """The table of sparsities, measured with the weights as they were written, and kept with them."""
-    from ..bench.eval.verify import verify
-    from ..predictors.file import load_predictor, update_predictor
-
-    def progress(done: int, total: int) -> None:
-        tick("verify", done, total, "answers at 30 to 70 % sparsity")
-
-    documents = 4 if run.settings.minutes else 8
-    found = verify(net, tokenizer, load_predictor(run.out), documents, tick=progress)
-    update_predictor(run.out, verified=found)
-    return found
-
-
-def _conclude(
-    report: dict[str, Any], verified: dict[str, Any], out: Path, seconds: float
-) -> None:
-    from ..predictors.file import load_predictor
-    from ..predictors.verified import chosen
-    from .verified_table import show_verified
-
+def _conclude(report: dict[str, Any], out: Path, seconds: float) -> None:
     found = report["calibration"]
     recall = sum(found["recall"]) / len(found["recall"])
     print(f"{found['tokens']:,} tokens, {seconds / 60:.1f} minutes. On held-out text:")
@@ -242,7 +221,4 @@ def _conclude(
         print(f"error removed by the compensator, mean of the layers: {share:.0%}")
     for arm, row in (found["from_dense"] or {}).items():
         print(f"at 50 %, {arm}: KL {row['kl']:.4f}, top-1 agreement {row['top1']:.1%}")
-    show_verified(verified)
-    sparsity, why = chosen(load_predictor(out))
-    print(f"chat takes sparsity {sparsity:g} ({why})")
-    print(f"predictor file: {out} (with report.json and report.png)")
+    print(f"predictor: {out} (with report.json and report.png)")

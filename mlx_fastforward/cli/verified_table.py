@@ -1,4 +1,4 @@
-"""The table of verified sparsities, as train and eval --save print it."""
+"""The table of verified sparsities, as eval --save prints it."""
 
 from typing import Any, Optional
 

@@ -9,7 +9,7 @@ AUTO = "auto"
 USUAL = 0.5  # where nothing was verified
 # What may be lost: KL in nats per token of prose that goes on, and share of planted facts.
 MOST_KL, MOST_FACTS = 0.01, 0.03
-UNVERIFIED = "not verified for this model: mlx_fastforward train or eval --save"
+UNVERIFIED = "not verified for this model: mlx_fastforward eval --save"
 
 
 def rows(predictor: Optional[PredictorFile]) -> list[dict[str, Any]]:

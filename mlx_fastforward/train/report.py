@@ -5,8 +5,6 @@ from pathlib import Path
 from typing import Any
 
 from ..files import replace, write_text
-from ..model.families import prefilled
-from ..neurons.schedule import Curves, measured
 
 
 def write_report(folder: Path, report: dict[str, Any]) -> None:
@@ -16,15 +14,15 @@ def write_report(folder: Path, report: dict[str, Any]) -> None:
 
 
 def picture(path: Path, report: dict[str, Any]) -> None:
-    """Recall and loss over the steps; by layer recall, error removed, importance and cost."""
+    """Recall and loss over the steps; per layer recall, error removed and importance."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
     found = report["calibration"]
-    figure = Figure(figsize=(14, 6.5), layout="constrained")
+    figure = Figure(figsize=(10, 6), layout="constrained")
     FigureCanvasAgg(figure)
-    axes = figure.subplots(2, 3)
-    _descent(axes[0, 0], report["descent"])
+    axes = figure.subplots(2, 2)
+    _curves(axes[0, 0], report["curves"])
     bars = (
         (axes[0, 1], "recall of the best half of the neurons", found["recall"]),
         (axes[1, 0], "error removed by the compensator", found["error_removed"]),
@@ -32,12 +30,8 @@ def picture(path: Path, report: dict[str, Any]) -> None:
     )
     for axis, title, values in bars:
         axis.bar(range(len(values)), values, color="tab:blue")
-        axis.set(title=title, xlabel="layer", ylabel="share")
+        axis.set(title=title, xlabel="layer")
     axes[0, 1].set_ylim(0.5, 1)
-    if "curves" in report:
-        curves = Curves(**report["curves"])
-        _costs(axes[0, 2], curves)
-        _budgets(axes[1, 2], curves, report["base_model"])
     figure.suptitle(
         f"{report['base_model']['name']}: {found['tokens']:,} tokens; measured on held-out text",
         parse_math=False,
@@ -45,37 +39,7 @@ def picture(path: Path, report: dict[str, Any]) -> None:
     figure.savefig(path, dpi=120, format="png")
 
 
-def _costs(axis: Any, curves: Curves) -> None:
-    """What each layer's sparsity alone costs at the end of the model."""
-    from matplotlib import colormaps
-
-    colors = colormaps["viridis"].resampled(len(curves.kl))
-    for layer, row in enumerate(curves.kl):
-        costs = [max(kl, 1e-7) for kl in row]
-        axis.plot(curves.levels, costs, "o-", color=colors(layer), label=f"{layer}")
-    axis.set(
-        title="cost of one layer's sparsity, all others dense",
-        xlabel="share of its neurons dropped",
-        ylabel="KL, nats per token",
-        yscale="log",
-    )
-    if len(curves.kl) <= 16:
-        axis.legend(title="layer", fontsize=7, ncols=2)
-
-
-def _budgets(axis: Any, curves: Curves, base: dict[str, Any]) -> None:
-    """What the schedule makes of it."""
-    layers, size = len(curves.kl), base["ffn_size"]
-    widths = prefilled(size) if isinstance(size, list) else [size] * layers
-    for sparsity, marker in ((0.3, "s"), (0.5, "o"), (0.7, "^")):
-        kept = measured(curves, widths, sparsity)
-        axis.plot(range(layers), kept, f"{marker}-", label=f"{sparsity:.0%} dropped")
-    axis.set(title="neurons kept by layer", xlabel="layer", ylabel="share")
-    axis.set_ylim(0, 1.05)
-    axis.legend(fontsize=7)
-
-
-def _descent(axis: Any, curves: dict[str, list[Any]]) -> None:
+def _curves(axis: Any, curves: dict[str, list[Any]]) -> None:
     """Recall, and the loss as a mean of ten neighbours: batches differ in their block size."""
     start, other = 0, axis.twinx()
     for curve in curves.values():

@@ -26,11 +26,9 @@ from ..neurons.compensators import (
     MLPCompensator,
     MLPWeights,
 )
-from ..neurons.schedule import Curves
 from ..predictors.base import BaseModel
 from ..predictors.file import MLP, PredictorFile, save_predictor
 from .capture import capture, ffns_of
-from .curves import Meter
 from .data import Sequences
 from .descent import Curve, Descent
 from .importance import importances
@@ -46,12 +44,11 @@ from .store import Batches, Store
 
 WORK = ".training"
 IMPORTANCE_SAMPLES = 8
-CURVE_SEQUENCES = 10
 LEVELS = (0.3, 0.4, 0.5, 0.6)  # sparsities that one compensator serves
 LEVEL = 0.5  # the one that is judged
 FIT_TOKENS = 100_000  # the closed forms need no more
 # Parts of --minutes; what is left is for importances and judgement.
-HELD, CAPTURE, PREDICTORS, COMPENSATORS, CURVES = 0.05, 0.25, 0.3, 0.15, 0.1
+HELD, CAPTURE, PREDICTORS, COMPENSATORS = 0.05, 0.25, 0.3, 0.15
 
 Tick = Callable[[str, float, float, str], None]
 
@@ -85,7 +82,6 @@ class Run:
         self.settings = settings.with_ranks(self.base.hidden_size)
         self.stages = ("dense", "sparse") if settings.sequential else ("dense",)
         self.work = out / WORK
-        self.found_curves: Optional[Curves] = None
         mx.random.seed(settings.seed)
         self.net = self._network()
 
@@ -98,9 +94,8 @@ class Run:
             curves[stage] = self.predictors(stage)
             self.compensators(stage)
         self.importances()
-        self.curves()
         info = self.information(self.judge())
-        extra = {"descent": curves, "importance": self.state.importance}
+        extra = {"curves": curves, "importance": self.state.importance}
         write_report(self.out, info | extra)
         self.write(info)
         forget(self.work)
@@ -332,32 +327,6 @@ class Run:
             self.state.save("importances")
             self.tick("importances", 1, 1, "")
 
-    def curves(self) -> None:
-        """What each layer's sparsity costs on held-out sequences; goes on after the last of them."""
-        state, model = self.state, self.model
-        meter = Meter(
-            model, self.fitted_file(self.stages[-1]), self.settings.block_size
-        )
-        passes, done = len(meter.trials), state.measured * len(meter.trials)
-        budget, speed = self.seconds(CURVES), "KL of each layer's sparsity"
-
-        def tick() -> None:
-            nonlocal done
-            done += 1
-            self.tick("curves", done, passes * CURVE_SEQUENCES, speed)
-
-        while state.measured < CURVE_SEQUENCES:
-            late = state.seconds.get("curves", 0.0) > budget
-            if late and len(state.costs) > 1:
-                break
-            ids = self.held[state.measured]
-            if ids.size >= meter.shortest:
-                state.costs.append(meter.costs(ids, tick))
-            state.measured += 1
-            state.save("curves")
-        if state.costs:
-            self.found_curves = meter.curves(state.costs)
-
     def judge(self) -> dict[str, Any]:
         """Recall and error removed per layer, and the distance from the dense model, held out."""
         captured = [store.load(i) for store, i in self.held_out()]
@@ -391,10 +360,8 @@ class Run:
         layers = [*range(len(self.ffns)), len(self.ffns) - 1][: self.base.layers]
         predictors = [weights_of(self.net, i) for i in layers]
         compensator = self._compensator(stage, *layers)
-        importance, curves = self.state.importance, self.found_curves
-        return PredictorFile(
-            self.base, predictors, compensator, importance, {}, "", curves
-        )
+        importance = self.state.importance
+        return PredictorFile(self.base, predictors, compensator, importance, {}, "")  # type: ignore
 
     def write(self, info: dict[str, Any]) -> None:
         """The predictor file, in the base model's dtype."""
@@ -422,8 +389,6 @@ class Run:
                 found["activation"] = ACTIVATION
             info["compensator"] = found
         info["block_size"] = settings.block_size
-        if self.found_curves is not None:
-            info["curves"] = asdict(self.found_curves)
         fitted = {k: v for k, v in state.tokens.items() if k != "held-out"}
         info["calibration"] = {
             "tokens": sum(fitted.values()),

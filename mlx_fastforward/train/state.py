@@ -73,8 +73,6 @@ class State:
     enough: list[str] = field(default_factory=list)
     error_left: dict[str, list[float]] = field(default_factory=dict)
     importance: Optional[list[float]] = None
-    costs: list[list[float]] = field(default_factory=list)
-    measured: int = 0
     seconds: dict[str, float] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
