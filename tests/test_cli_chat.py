@@ -174,21 +174,21 @@ def test_ctrl_c_ends_a_script(monkeypatch: pytest.MonkeyPatch, tiny: list[Any]) 
 def test_ctrl_c_stops_the_answer_not_the_chat(
     monkeypatch: pytest.MonkeyPatch, tiny: list[Any], capsys: pytest.CaptureFixture
 ) -> None:
-    """And what was not said is not part of the conversation."""
+    """And what was not said is not part of the conversation: the document still waits."""
     module = importlib.import_module("mlx_fastforward.cli.chat")
     calls: list[int] = []
-    lines = iter([STORY, "Hello", None])
+    lines = iter([STORY, "Hello", "Again", None])
     reader = types.SimpleNamespace(read=lambda: next(lines))
     monkeypatch.setattr(module, "Lines", lambda interactive: reader)
     monkeypatch.setattr(session, "stream_generate", stopped(calls, 1))
     model, tokenizer = load(str(tiny[1]))
     attach(model)
-    loop = module.Chat(session.Session(model, tokenizer), None, max_tokens=8)
+    loop = module.Chat(session.Session(model, tokenizer), FACTS, max_tokens=8)
     loop.interactive = True
     loop.banner(None, None)
     loop.run()
     shown = capsys.readouterr().out
     assert "50% of FFN neurons dropped per 128 tokens, selector probe" in shown
     assert "(stopped)" in shown and "of the prompt's FFN skipped" in shown
-    question, answer = loop.session.messages
-    assert len(calls) == 2 and question["content"] == "Hello"
+    asked = [m["content"] for m in loop.session.messages if m["role"] == "user"]
+    assert len(calls) == 3 and asked == [f"{FACTS}\n\nHello", "Again"]

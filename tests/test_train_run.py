@@ -241,9 +241,19 @@ def test_training_helps(tmp_path: Path) -> None:
     assert np.mean(found["recall"]) > 0.6 and np.mean(found["error_removed"]) > 0.1
 
 
-def test_a_sparse_stage_is_captured_below_sparse_layers(tmp_path: Path) -> None:
+def test_a_sparse_stage_is_captured_below_sparse_layers(
+    tmp_path: Path, monkeypatch: Patch
+) -> None:
     """The sequences after the dense ones, as many; only the first layer's inputs are dense."""
+    fitted, real = [], run_module.Batches
+
+    def batches(sequences: Any, *args: Any, **more: Any) -> Any:
+        fitted.append({store.folder.name for store, _ in sequences})
+        return real(sequences, *args, **more)
+
+    monkeypatch.setattr(run_module, "Batches", batches)
     stop(tmp_path, SEQUENTIAL, "importances")
+    assert fitted[0] == {"dense"} and fitted[2] == {"dense", "sparse"}
     run = prepared(tmp_path, SEQUENTIAL)
     first = run.state.captured["dense"]
     number = run.store("sparse").numbers(2)[0]
