@@ -5,7 +5,10 @@ from typing import Any, Callable, Optional
 
 import mlx.nn as nn
 
+from ...build import engine_for
 from ...config import DeviceSettings, PrefillConfig
+from ...engine import Engine
+from ...errors import FastForwardError
 from ...model.families import context_length
 from ...predictors.file import PredictorFile
 from ..environment import describe
@@ -38,6 +41,17 @@ class Row:
     speedup: float
 
 
+def prompt_length(model: nn.Module, engine: Engine) -> int:
+    """Tokens of the prompts; FastForwardError where the model's context holds no sparse one."""
+    length = default_lengths(context_length(model))[-1]
+    if length < engine.shortest:
+        raise FastForwardError(
+            f"nothing to verify: prompts of fewer than {engine.shortest:,} tokens are read densely, "
+            f"and this model's context leaves room for {length:,}."
+        )
+    return length
+
+
 def verify(
     model: nn.Module,
     tokenizer: Any,
@@ -46,8 +60,8 @@ def verify(
     device: DeviceSettings = DeviceSettings(),
     tick: Callable[[int, int], None] = lambda done, total: None,
 ) -> dict[str, Any]:
-    """The table of a detached model, and what it was measured on."""
-    length = default_lengths(context_length(model))[-1]
+    """The table of a detached model, and what it was measured on; see prompt_length()."""
+    length = prompt_length(model, engine_for(model, None, predictor, device=device))
     asked = build(tokenizer, [PROSE, FACTS], [length], documents)
     arms = [Arm(f"{s:.0%}", PrefillConfig(s), device) for s in SPARSITIES]
     total, done = sum(d.length for d in asked) * (len(arms) + 1), 0

@@ -23,14 +23,14 @@ def save_verified(
     no_tune: bool,
 ) -> None:
     """Measure, show and keep. What has no file of its own gets one without weights."""
-    from dataclasses import asdict
+    from dataclasses import asdict, replace
 
-    from ..bench.eval.verify import verify
+    from ..bench.eval.verify import prompt_length, verify
     from ..build import engine_for
     from ..predictors.base import BaseModel
     from ..predictors.file import (
         JSON_NAME,
-        load_predictor,
+        PredictorFile,
         save_predictor,
         update_predictor,
     )
@@ -43,6 +43,9 @@ def save_verified(
         raise PredictorError(
             f"{predictor.source} is no folder of this machine; copy it to one and name that."
         )
+    engine = engine_for(net, None, predictor)
+    device = engine.device if no_tune else tuned(net, engine, console)
+    prompt_length(net, engine.on(device))  # refused before the measuring
     with Progress(console=console, disable=not console.is_terminal) as bar:
         tasks: dict[str, Any] = {}
 
@@ -52,18 +55,17 @@ def save_verified(
             bar.update(tasks[phase], completed=done, total=total)
 
         curves = _curves(net, tokenizer, predictor, tick)
-        if predictor is None:
-            save_predictor(folder, {"base_model": asdict(base)}, {})
-        if curves is not None:
-            update_predictor(folder, curves=asdict(curves))
-        made = load_predictor(folder)
-        device = engine_for(net, None, made).device
-        if not no_tune:
-            device = tuned(net, engine_for(net, None, made), console)
+        made = replace(predictor or PredictorFile(base), curves=curves)
         found = verify(
             net, tokenizer, made, documents, device, lambda *n: tick("verify", *n)
         )
-    update_predictor(folder, verified=found)
+    sections: dict[str, Any] = {"verified": found}
+    if curves is not None:
+        sections["curves"] = asdict(curves)
+    if predictor is None:
+        save_predictor(folder, {"base_model": asdict(base), **sections}, {})
+    else:
+        update_predictor(folder, **sections)
     show_verified(found)
     print(f"kept in {folder}")
 
