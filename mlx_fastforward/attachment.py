@@ -132,6 +132,8 @@ def switch(model: nn.Module, sparse: bool) -> None:
 def reading(model: nn.Module, tokens: int) -> Iterator[Prompt]:
     """The calls in here read one prompt of ``tokens`` tokens, and its FLOPs are counted.
 
+    A call in between that is no part of it, another request's decode step, belongs in a
+    ``reading(model, 0)`` of its own.
     The prompt of a model that is not attached counts nothing.
     """
     attached = model.__dict__.get("_fastforward")

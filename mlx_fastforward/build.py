@@ -10,7 +10,7 @@ from .errors import ConfigError
 from .model.families import family_of, layer_mlps, prefilled
 from .model.ffn import GatedFFN
 from .neurons.compensators import Compensator
-from .neurons.schedule import layerwise, neurons_kept, uniform
+from .neurons.schedule import first_dense, layerwise, measured, neurons_kept, uniform
 from .neurons.selectors import FirstBlock, Oracle, Probe, Selector, Trained
 from .predictors.base import BaseModel
 from .predictors.file import PredictorFile
@@ -40,44 +40,74 @@ def engine_for(
     ffns = [GatedFFN(mlp, family, device.strategy) for mlp in mlps]
     if predictor is not None:
         predictor.check(BaseModel.of(model))
+    given = importances is not None
+    if importances is None and predictor is not None:
+        importances = predictor.importances
+    schedule = _schedule(config, predictor, importances)
+    if given and config.schedule == "auto":
+        schedule = "layerwise"
     engine = Engine(
         config,
         ffns,
-        _budgets(config, ffns, predictor, importances),
+        _budgets(config, schedule, ffns, predictor, importances),
         _selector(config, predictor),
         _compensator(config, predictor),
         predictor=predictor.source if predictor is not None else None,
         device=device,
+        schedule=schedule,
     )
     engine.drop_unsupported()
     return engine
 
 
+def _schedule(
+    config: PrefillConfig,
+    predictor: Optional[PredictorFile],
+    importances: Optional[Sequence[float]],
+) -> str:
+    """What "auto" means here; raises ConfigError where a schedule lacks what it needs."""
+    curves = None if predictor is None else predictor.curves
+    if config.schedule == "measured" and curves is None:
+        raise ConfigError(
+            "schedule measured needs a predictor file with curves, as eval --save "
+            "measure them; use schedule auto, first-dense or uniform."
+        )
+    if config.schedule == "layerwise" and importances is None:
+        raise ConfigError(
+            "schedule layerwise needs importances, from a predictor file or from "
+            "attach(importances=); use schedule auto, first-dense or uniform."
+        )
+    if config.schedule != "auto":
+        return config.schedule
+    if curves is not None:
+        return "measured"
+    return "uniform" if importances is None else "layerwise"
+
+
 def _budgets(
     config: PrefillConfig,
+    schedule: str,
     ffns: list[GatedFFN],
     predictor: Optional[PredictorFile],
     importances: Optional[Sequence[float]],
 ) -> list[Optional[int]]:
     """Neurons kept per layer, None for a dense layer. The last layer is always dense."""
     widths = [ffn.shape[1] for ffn in prefilled(ffns)]
-    if importances is None and predictor is not None:
-        importances = predictor.importances
-    if config.schedule == "layerwise" and importances is None:
-        raise ConfigError(
-            "schedule layerwise needs importances, from a predictor file or from "
-            "attach(importances=); use schedule uniform or auto."
-        )
-    if config.sparsity == 0:
-        return [None] * len(ffns)
-    if importances is None or config.schedule == "uniform":
-        budgets = uniform(len(widths), config.sparsity)
-    elif len(importances) != len(ffns):
+    if importances is not None and len(importances) != len(ffns):
         raise ConfigError(
             f"expected one importance per layer ({len(ffns)}), got {len(importances)}."
         )
-    else:
+    if config.sparsity == 0:
+        return [None] * len(ffns)
+    if schedule == "measured":
+        assert predictor is not None and predictor.curves is not None
+        budgets = measured(predictor.curves, widths, config.sparsity)
+    elif schedule == "layerwise":
+        assert importances is not None
         budgets = layerwise(prefilled(importances), config.sparsity)
+    else:
+        shares = {"uniform": uniform, "first-dense": first_dense}[schedule]
+        budgets = shares(len(widths), config.sparsity)
     return [*map(neurons_kept, budgets, widths), None]
 
 

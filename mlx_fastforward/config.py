@@ -7,7 +7,7 @@ from .errors import ConfigError
 
 SELECTORS = ("auto", "trained", "probe", "first-block", "oracle")
 COMPENSATORS = ("auto", "none", "mlp", "low-rank")
-SCHEDULES = ("auto", "uniform", "layerwise")
+SCHEDULES = ("auto", "uniform", "first-dense", "layerwise", "measured")
 BLOCK_SIZE = 128
 STRATEGIES = ("chunk", "columns", "stored")
 
@@ -51,7 +51,9 @@ class PrefillConfig:
             as tuned for the device, else 128.
         selector: "auto" takes the trained predictor if there is one, else "probe".
         compensator: "auto" takes the predictor's if there is one.
-        schedule: "auto" is layerwise (algorithm 1) where importances are known, else uniform.
+        schedule: Neurons per layer: "measured" by what their loss costs, "layerwise" by attention
+            (algorithm 1), "first-dense" or "uniform". "auto" is the first of measured, layerwise and
+            uniform for which what it needs is known.
         dense_head: Keep the first block (128 tokens at most) of an empty cache dense: attention sinks.
         dense_tail: Keep the end of the prompt dense: 256 tokens, one block where blocks are smaller
             than 128.

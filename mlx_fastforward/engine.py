@@ -57,7 +57,8 @@ class Engine:
     """Settings, FFNs and budgets of an attached model.
 
     ``keep[i]`` neurons of layer i survive in a sparse block; None keeps the layer dense.
-    ``predictor`` says where the trained weights came from.
+    ``predictor`` says where the trained weights came from, ``chosen`` why this sparsity was taken
+    where that was left to the predictor file.
     """
 
     config: PrefillConfig
@@ -67,6 +68,8 @@ class Engine:
     compensator: Optional[Compensator] = None
     predictor: Optional[str] = None
     device: DeviceSettings = DeviceSettings()
+    schedule: str = "uniform"
+    chosen: Optional[str] = None
 
     @property
     def sparse(self) -> bool:
@@ -107,7 +110,7 @@ class Engine:
             "block_size": self.block_size,
             "selector": self.selector.name,
             "compensator": "none" if compensator is None else compensator.name,
-            "schedule": self.config.schedule,
+            "schedule": self.schedule,
             "predictor": self.predictor,
             "strategy": self.device.strategy,
             "shortest": self.shortest,

@@ -12,11 +12,12 @@ from .config import PrefillConfig
 from .predictors.base import BaseModel
 from .predictors.file import PredictorFile
 from .predictors.search import named_predictor, predictor_for
+from .predictors.verified import resolved
 
 
 def load(
     path_or_hf_repo: str,
-    sparsity: float = 0.5,
+    sparsity: float | str = 0.5,
     *,
     predictor: Optional[str | Path | PredictorFile] = None,
     tokenizer_config: Optional[dict[str, Any]] = None,
@@ -32,7 +33,8 @@ def load(
 
     Args:
         path_or_hf_repo: Local folder or Hugging Face repository.
-        sparsity: Share of FFN neurons dropped in sparse blocks; 0 is stock mlx-lm.
+        sparsity: Share of FFN neurons dropped in sparse blocks; 0 is stock mlx-lm, "auto" the most
+            that the predictor file has verified, 0.5 without such a table.
         predictor: Trained predictors: a folder or repository, or one loaded already; "none" for
             none. Default: the one beside the model, else the user's newest one for it.
         adapter_path: LoRA weights, as in mlx_lm.
@@ -44,7 +46,8 @@ def load(
     Raises:
         ConfigError, PredictorError, UnsupportedModel, and what mlx_lm.load raises.
     """
-    config = PrefillConfig.from_kwargs(sparsity=sparsity, **settings)
+    # wrong settings are refused before anything is loaded
+    PrefillConfig.from_kwargs(sparsity=resolved(sparsity, None)[0], **settings)
     searching = predictor is None
     if isinstance(predictor, (str, Path)):
         predictor = named_predictor(predictor)
@@ -61,7 +64,9 @@ def load(
     assert isinstance(model, nn.Module)
     if searching:
         predictor = predictor_for(path_or_hf_repo, BaseModel.of(model), revision)
-    attach(model, config, predictor=predictor)
+    value, chosen = resolved(sparsity, predictor)
+    config = PrefillConfig.from_kwargs(sparsity=value, **settings)
+    attach(model, config, predictor=predictor).chosen = chosen
     if not lazy:
         mx.eval(model.parameters(), predictor.arrays() if predictor else [])
     return (model, *rest)

@@ -81,7 +81,7 @@ def test_generate_with_the_demo_model() -> None:
         "block_size": 16,
         "selector": "trained",
         "compensator": "low-rank",
-        "schedule": "auto",
+        "schedule": "measured",
         "predictor": str(data.MODEL),
         "strategy": "chunk",
         "shortest": 48,

@@ -6,15 +6,17 @@ from typing import Any
 
 import models
 import pytest
-from commands import bad, report
+from commands import bad, good, report
 
-from mlx_fastforward import tune
+from mlx_fastforward import load, load_predictor, tune
+from mlx_fastforward.attachment import engine_of
 from mlx_fastforward.bench.eval.summaries import Summary
 from mlx_fastforward.bench.eval.tasks import BUILT
 from mlx_fastforward.cli import first_use
 from mlx_fastforward.cli.eval import _tasks as asked_tasks
 from mlx_fastforward.cli.eval_tables import verdict
 from mlx_fastforward.config import DeviceSettings
+from mlx_fastforward.predictors.verified import chosen
 
 SHORT = ["--lengths", "256", "--prompts", "1", "-m", "4"]
 SMALL = [*SHORT, "--block-sizes", "8"]
@@ -198,3 +200,26 @@ def test_verdicts() -> None:
         values |= {"arm": "x", "score_sparse": 0.5, "score_dense": 0.5 - difference}
         values |= {"score_difference": difference, "score_difference_bounds": bounds}
         assert said in verdict(Summary(**values))
+
+
+def test_save_keeps_what_auto_goes_by(
+    tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A model without a predictor file gets one that holds the table alone; chat takes its word."""
+    monkeypatch.setenv("MLX_FASTFORWARD_HOME", str(tmp_path / "home"))
+    line = bad(1, "eval", "--save", "--model", tiny, "--prompts", 1)
+    assert line.startswith("nothing to verify: prompts of fewer than 512 tokens")
+    net = models.tiny("llama", vocab=4096)
+    tiny = models.save_folder(net, tmp_path / "m", max_position_embeddings=1024)
+    said = good("eval", "--save", "--model", tiny, "--prompts", 1)
+    (folder,) = (tmp_path / "home" / "predictors").iterdir()
+    assert said.rstrip().endswith(f"kept in {folder}") and "planted facts" in said
+    file = load_predictor(folder)
+    rows = file.details["verified"]["rows"]
+    assert [r["sparsity"] for r in rows] == [0.3, 0.4, 0.5, 0.6, 0.7]
+    assert file.layers is None and {r["facts_dense"] for r in rows} == {0.0}
+    model, _ = load(str(tiny), sparsity="auto")
+    engine = engine_of(model)
+    assert engine is not None and (engine.config.sparsity, engine.chosen) == chosen(
+        file
+    )

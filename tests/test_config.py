@@ -9,7 +9,7 @@ from mlx_fastforward.errors import ConfigError, FastForwardError
 CHOICES = {
     "selector": "auto, trained, probe, first-block, oracle",
     "compensator": "auto, none, mlp, low-rank",
-    "schedule": "auto, uniform, layerwise",
+    "schedule": "auto, uniform, first-dense",
     "strategy": "chunk, columns, stored",
 }
 WHOLE = "a whole number"

@@ -240,14 +240,15 @@ def test_batch_generate_over_histories_of_different_lengths(selector: str) -> No
         assert_row(row, models.decode(model, prompt, 5, cache))
 
 
+@pytest.mark.parametrize("name", ["llama", "llama-bias-sliding", "gemma3"])
 @pytest.mark.parametrize("selector", ["probe", "first-block", "oracle"])
-def test_batches_that_grow_and_shrink(selector: str) -> None:
+def test_batches_that_grow_and_shrink(selector: str, name: str) -> None:
     """A slot that another prompt left is empty again, and its next prompt gets a dense head.
 
     In sparse decoding each row keeps its own neurons. What first-block remembers of a prompt
     cannot follow the rows: there decoding stays dense.
     """
-    model, alone = tiny("llama"), tiny("llama")
+    model, alone = tiny(name), tiny(name)
     sparse = {"sparse_decode": selector != "probe"}
     seen = watch(attach(model, settings(selector=selector, **sparse)))
     sparse = {"sparse_decode": selector == "oracle"}

@@ -13,6 +13,7 @@ from mlx_lm.generate import wired_limit
 
 from ...attachment import seated
 from ...continuation import divergence
+from ...errors import ConfigError
 from ...predictors.file import PredictorFile
 from . import scores
 from .answers import Reply, reply
@@ -82,8 +83,13 @@ def evaluate(
         ConfigError, PredictorError: before anything is computed.
     """
     labels = labels_of(arms)
-    found = [arm.engine(model, predictor) for arm in arms]
-    engines = [engine for engine in found if engine is not None]
+    engines = []
+    for arm in arms:
+        if (engine := arm.engine(model, predictor)) is None:
+            raise ConfigError(
+                f"arm {arm.label} is dense: every arm is compared with that."
+            )
+        engines.append(engine)
     steps = {e.config.sparse_decode for e in engines}
     records: list[Record] = []
     with wired_limit(model):

@@ -47,7 +47,7 @@ class Ablation(str, Enum):
 TITLES = {
     Ablation.sparsity: "Sparsity (the paper's table 2)",
     Ablation.decode: "Sparse prefill, and sparse prefill and decoding (table 3)",
-    Ablation.schedule: "Layerwise and uniform schedule (table 4)",
+    Ablation.schedule: "Budgets of the layers (table 4)",
     Ablation.edges: "Dense first and last tokens (table 5)",
     Ablation.compensator: "Error compensator (table 6)",
     Ablation.predictors: "Predictors (table 7)",
@@ -62,8 +62,8 @@ ARMS = {
     ],
     Ablation.schedule: [
         arm(f"{schedule} {s:.0%}", s, selector="trained", schedule=schedule)
-        for s in (0.3, 0.5)
-        for schedule in ("layerwise", "uniform")
+        for s in (0.5, 0.6)
+        for schedule in ("measured", "first-dense", "uniform", "layerwise")
     ],
     Ablation.edges: [
         arm("both dense", selector="trained"),

@@ -19,6 +19,7 @@ from .inputs import (
     length_warning,
     read_text,
     sampling,
+    sparsity_of,
     template_config,
 )
 from .models import load_model
@@ -40,7 +41,7 @@ def chat(
     file: o.File = None,
     adapter_path: o.AdapterPath = None,
     trust_remote_code: o.TrustRemoteCode = False,
-    sparsity: o.Sparsity = 0.5,
+    sparsity: o.AutoSparsity = "auto",
     block_size: o.BlockSize = None,
     no_tune: o.NoTune = False,
     selector: o.Selector = "auto",
@@ -69,11 +70,12 @@ def chat(
     with one_line_errors():
         check_lengths(max_tokens, prefill_step_size, block_size)
         check_choice("--selector", selector, o.SELECTORS)
+        share = sparsity_of(sparsity)
         template = template_config(chat_template_config)
         document = read_text(file) if file is not None else None
         net, tokenizer = load_model(
             model,
-            sparsity=sparsity,
+            sparsity=share,
             block_size=block_size,
             selector=selector,
             predictor=predictor,
@@ -143,6 +145,8 @@ class Chat:
     def why_dense(self) -> str:
         if self.engine.device.dense:
             return "dense prefill is the fastest on this device; start with --no-tune"
+        if self.engine.chosen is not None:
+            return f"{self.engine.chosen}; start with --sparsity 0.5 to try"
         return "this chat was started with --sparsity 0; start it with more"
 
     def banner(self, model: Optional[str], file: Optional[Path]) -> None:
@@ -169,6 +173,8 @@ class Chat:
         else:
             self.console.print(Text(f"model    {model}"))
         self.console.print(Text(f"prefill  {mode}"))
+        if engine.chosen is not None:
+            self.note(f"         {engine.chosen}")
         if engine.predictor is not None:
             self.console.print(Text(f"weights  {engine.predictor}"))
         self.note("/help lists the commands")

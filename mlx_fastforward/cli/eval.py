@@ -13,6 +13,7 @@ from ..errors import ConfigError
 from . import options as o
 from .errors import interruptible, one_line_errors
 from .eval_lm import chosen, run_benchmark
+from .eval_save import save_verified
 from .eval_tables import announce, show
 from .first_use import tuned
 from .inputs import DTYPES, check_choice, numbers
@@ -72,6 +73,14 @@ def evaluate(
     max_tokens: Annotated[
         int, o.opt("Of an answer, at most.", "--max-tokens", "-m", min=1)
     ] = 40,
+    save: Annotated[
+        bool,
+        o.opt(
+            "Measure what each layer and a few sparsities cost, and keep it with the predictor "
+            "file: chat's --sparsity auto goes by it.",
+            "--save",
+        ),
+    ] = False,
     seed: Annotated[int, o.opt("Other seeds, other prompts.", min=0)] = 0,
     dtype: o.Dtype = None,
     json_file: o.JsonFile = None,
@@ -112,6 +121,9 @@ def evaluate(
         sizes = numbers("--lengths", lengths, int) if lengths else None
         check_choice("--dtype", dtype, DTYPES)
         net, tokenizer, side = stock_model(model, dtype, predictor, trust_remote_code)
+        if save:
+            save_verified(net, tokenizer, side, model, prompts, no_tune)
+            return
         from ..bench.eval.evaluation import evaluate as run
         from ..bench.eval.summaries import summaries, worst
         from ..bench.eval.tasks import build

@@ -18,6 +18,7 @@ from .inputs import (
     length_warning,
     read_text,
     sampling,
+    sparsity_of,
     template_config,
 )
 from .models import load_model
@@ -40,7 +41,7 @@ def generate(
     model: o.Model = None,
     adapter_path: o.AdapterPath = None,
     trust_remote_code: o.TrustRemoteCode = False,
-    sparsity: o.Sparsity = 0.5,
+    sparsity: o.AutoSparsity = "auto",
     block_size: o.BlockSize = None,
     no_tune: o.NoTune = False,
     selector: o.Selector = "auto",
@@ -90,6 +91,7 @@ def generate(
         text = _prompt(prompt, prompt_option, file)
         check_lengths(max_tokens, prefill_step_size, block_size)
         check_choice("--selector", selector, o.SELECTORS)
+        share = sparsity_of(sparsity)
         template = template_config(chat_template_config)
         if draft_model is not None and max_tokens < 0:
             fail("--max-tokens -1 does not go with --draft-model; give a number.", 2)
@@ -98,7 +100,7 @@ def generate(
             predictor=predictor,
             adapter_path=adapter_path,
             trust_remote_code=trust_remote_code,
-            sparsity=sparsity,
+            sparsity=share,
             block_size=block_size,
             selector=selector,
         )

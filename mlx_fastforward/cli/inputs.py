@@ -31,6 +31,16 @@ def numbers(flag: str, text: str, kind: Any, least: int = 1) -> list[Any]:
     return found
 
 
+def sparsity_of(text: str) -> float | str:
+    """The value of --sparsity: a number, or auto."""
+    try:
+        return text if text == "auto" else float(text)
+    except ValueError:
+        raise ConfigError(
+            f"--sparsity must be a number from 0 to below 1, or auto; got {text!r}."
+        ) from None
+
+
 def check_lengths(
     max_tokens: int, prefill_step_size: int, block_size: Optional[int]
 ) -> None:

@@ -42,6 +42,14 @@ Sparsity = Annotated[
         panel=SPARSE,
     ),
 ]
+AutoSparsity = Annotated[
+    str,
+    opt(
+        "Share of FFN neurons that sparse blocks drop, 0 to below 1; 0 is stock mlx-lm. auto: the "
+        "most that was verified for this model, 0.5 without such a table.",
+        panel=SPARSE,
+    ),
+]
 BlockSize = Annotated[
     Optional[int],
     opt(

@@ -10,14 +10,18 @@ Memory = list[dict[str, mx.array]]  # one per layer, for the selector
 
 
 def is_empty(cache: Cache) -> bool:
-    """Whether nothing is cached; never waits for the device."""
-    first = cache[0] if cache else None
-    if first is None:
-        return True
+    """Whether nothing is cached; never waits for the device.
+
+    Any layer's word will do: mlx-lm's rotating batch caches keep a count when their last row leaves.
+    """
+    return not cache or any(layer is None or _is_empty(layer) for layer in cache)
+
+
+def _is_empty(layer: Any) -> bool:
     for name in ("offset", "_offset", "_idx"):  # batch caches have an array as offset
-        if isinstance(place := getattr(first, name, None), int):
+        if isinstance(place := getattr(layer, name, None), int):
             return place == 0
-    return first.empty()
+    return bool(layer.empty())
 
 
 def valid_tokens(cache: Cache, batch: int, new: int) -> Optional[mx.array]:

@@ -16,6 +16,8 @@ import mlx.core as mx
 import numpy as np
 
 from ..errors import PredictorError
+from ..files import write_text
+from ..model.families import prefilled
 from ..neurons.compensators import (
     ACTIVATIONS,
     Compensator,
@@ -25,8 +27,9 @@ from ..neurons.compensators import (
     MLPWeights,
 )
 from ..neurons.predictor import QUANTIZATION_BITS, PredictorWeights, group_size
+from ..neurons.schedule import Curves
 from .base import BaseModel
-from .tensors import TensorFileError, open_tensors, write_tensors
+from .tensors import TensorFileError, open_tensors, sha256, write_tensors
 
 FORMAT = 1
 POOLED, TOKENWISE = "pooled", "token-wise"
@@ -46,6 +49,7 @@ class PredictorFile:
         importances: s_l per layer (eq. 23), or None.
         details: The whole JSON (calibration summary, versions).
         source: Where it was found.
+        curves: What each layer's sparsity costs, or None.
     """
 
     base: BaseModel
@@ -54,6 +58,7 @@ class PredictorFile:
     importances: Optional[list[float]] = None
     details: dict[str, Any] = field(default_factory=dict)
     source: str = ""
+    curves: Optional[Curves] = None
 
     def check(self, model: BaseModel) -> None:
         """Refuse a model that this was not made for; raises PredictorError."""
@@ -104,7 +109,10 @@ def load_predictor(path: str | Path) -> PredictorFile:
     path = Path(path).expanduser()
     info, tensors = _read(path)
     base = _base(path, info)
-    if base.layers > max(1, len(tensors)):  # before anything is made as long as it says
+    weights = info.get("predictor") or info.get("compensator")
+    if weights and base.layers > max(
+        1, len(tensors)
+    ):  # before lists that long are made
         raise PredictorError(
             f"{path / TENSORS_NAME} lacks weights for {base.layers} layers."
         )
@@ -117,7 +125,10 @@ def load_predictor(path: str | Path) -> PredictorFile:
     if "importance" in tensors:
         weight = file.get("importance", (base.layers,))
         importances = np.array(weight.astype(mx.float32)).tolist()
-    return PredictorFile(base, predictors, compensator, importances, info, str(path))
+    curves = _curves(path, info, base) if "curves" in info else None
+    return PredictorFile(
+        base, predictors, compensator, importances, info, str(path), curves
+    )
 
 
 def _base(path: Path, info: dict[str, Any]) -> BaseModel:
@@ -210,6 +221,34 @@ def _compensator(file: "_File", info: dict[str, Any], base: BaseModel) -> Compen
     w1 = file.layers("compensator.w1", [(d, h) for h in ranks])
     w2 = file.layers("compensator.w2", [(h, d) for h in ranks])
     return MLPCompensator([MLPWeights(*w) for w in zip(w1, w2)], activation)
+
+
+def _curves(path: Path, info: dict[str, Any], base: BaseModel) -> Curves:
+    section = _section(path, info, "curves")
+    levels: Any = section.get("levels")
+    rows: Any = section.get("kl")
+    good = _ascending(levels) and isinstance(rows, list)
+    good = good and len(rows) == len(prefilled(range(base.layers)))
+    if not good or not all(_numbers(row) and len(row) == len(levels) for row in rows):
+        raise PredictorError(
+            f"{path / JSON_NAME}: expected curves with ascending levels between 0 and 1 and a row "
+            f"of as many numbers for each of {base.layers - 1} layers."
+        )
+    return Curves(levels, rows, section.get("source") or {})
+
+
+def _numbers(values: Any) -> bool:
+    """A list of finite numbers, none below 0."""
+    return isinstance(values, list) and all(
+        isinstance(v, (int, float)) and not isinstance(v, bool) and 0 <= v < 1e30
+        for v in values
+    )
+
+
+def _ascending(levels: Any) -> bool:
+    if not _numbers(levels) or len(levels) < 2:
+        return False
+    return all(a < b for a, b in zip([0, *levels], [*levels, 1]))
 
 
 def packed(name: str, w: mx.array, bits: int) -> dict[str, mx.array]:
@@ -322,8 +361,14 @@ def _read(path: Path) -> tuple[dict[str, Any], dict[str, mx.array]]:
         )
     try:
         tensors = open_tensors(path / TENSORS_NAME)
+        found = sha256(path / TENSORS_NAME) if "sha256" in info else None
     except TensorFileError as e:
         raise PredictorError(f"{path / TENSORS_NAME} cannot be read: {e}") from e
+    if found != info.get("sha256"):
+        raise PredictorError(
+            f"{path / TENSORS_NAME} is damaged: its checksum is not the one in {JSON_NAME}; "
+            "copy or make it again."
+        )
     return info, tensors
 
 
@@ -337,7 +382,8 @@ def save_predictor(
     try:
         with tempfile.TemporaryDirectory(dir=path, prefix=".writing-") as tmp:
             write_tensors(f"{tmp}/{TENSORS_NAME}", tensors)
-            text = json.dumps({"format": FORMAT, **info}, indent=2)
+            mark = sha256(Path(tmp, TENSORS_NAME))
+            text = json.dumps({"format": FORMAT, **info, "sha256": mark}, indent=2)
             Path(tmp, JSON_NAME).write_text(text + "\n", encoding="utf-8")
             (path / JSON_NAME).unlink(
                 missing_ok=True
@@ -349,3 +395,10 @@ def save_predictor(
             for folder in made:
                 folder.rmdir()
         raise
+
+
+def update_predictor(path: str | Path, **sections: Any) -> None:
+    """Write sections of a predictor file's JSON anew; its weights stay as they are."""
+    path = Path(path)
+    info, _ = _read(path)
+    write_text(path / JSON_NAME, json.dumps(info | sections, indent=2) + "\n")

@@ -1,0 +1,37 @@
+"""The table of verified sparsities, as eval --save prints it."""
+
+from typing import Any, Optional
+
+from rich.console import Console
+from rich.table import Table
+
+
+def show_verified(found: dict[str, Any]) -> None:
+    """One row per sparsity: what it costs, and what the FLOPs allow."""
+    from ..predictors.verified import MOST_FACTS, MOST_KL, passes
+
+    table = Table(
+        "sparsity", "KL of prose", "planted facts", "speed by FLOPs", "passes"
+    )
+    for row in found["rows"]:
+        facts = f"{row['facts']:.3f}, dense {row['facts_dense']:.3f}"
+        facts += _bounds(row["facts_difference_bounds"], "+.3f")
+        table.add_row(
+            f"{row['sparsity']:.0%}",
+            f"{row['kl']:.4f}{_bounds(row['kl_bounds'], '.4f')}",
+            facts,
+            f"{row['speedup']:.2f}x",
+            "yes" if passes(row) else "no",
+        )
+    Console(width=100, highlight=False).print(table)
+    print(
+        f"{found['documents']} documents of {found['prompt_tokens']:,} tokens for each column, "
+        f"{found['questions']} facts; passes: KL up to {MOST_KL:g}, "
+        f"{MOST_FACTS:.0%} of the facts lost at most."
+    )
+
+
+def _bounds(bounds: Optional[list[float]], form: str) -> str:
+    if bounds is None or bounds[0] == bounds[1]:
+        return ""
+    return f" ({bounds[0]:{form}} to {bounds[1]:{form}})"

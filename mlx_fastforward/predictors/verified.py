@@ -1,0 +1,65 @@
+"""Sparsity that was checked: a predictor file's table of what each one costs, and what auto takes."""
+
+from typing import Any, Optional
+
+from ..errors import ConfigError
+from .file import PredictorFile
+
+AUTO = "auto"
+USUAL = 0.5  # where nothing was verified
+# What may be lost: KL in nats per token of prose that goes on, and share of planted facts.
+MOST_KL, MOST_FACTS = 0.01, 0.03
+UNVERIFIED = "not verified for this model: mlx_fastforward eval --save"
+
+
+def rows(predictor: Optional[PredictorFile]) -> list[dict[str, Any]]:
+    """The table by ascending sparsity; empty where there is none, or none that can be read."""
+    section = {} if predictor is None else predictor.details.get("verified")
+    found = section.get("rows") if isinstance(section, dict) else None
+    found = found if isinstance(found, list) else []
+    good = [r for r in found if isinstance(r, dict) and _complete(r)]
+    return sorted(good, key=lambda r: r["sparsity"])
+
+
+def _complete(row: dict[str, Any]) -> bool:
+    return all(
+        isinstance(row.get(key), (int, float))
+        for key in ("sparsity", "kl", "facts", "facts_dense")
+    )
+
+
+def passes(row: dict[str, Any]) -> bool:
+    """Whether a row stays within what may be lost."""
+    lost = row["facts_dense"] - row["facts"]
+    return bool(row["kl"] <= MOST_KL and lost <= MOST_FACTS + 1e-9)
+
+
+def chosen(predictor: Optional[PredictorFile]) -> tuple[float, str]:
+    """The largest sparsity that passes with all below it, and why, in a few words."""
+    table = rows(predictor)
+    if not table:
+        return USUAL, UNVERIFIED
+    best = None
+    for row in table:
+        if not passes(row):
+            break
+        best = row
+    if best is None:
+        return 0.0, (
+            f"no sparsity loses at most {MOST_FACTS:.0%} of planted facts and {MOST_KL:g} nats"
+        )
+    lost = best["facts_dense"] - best["facts"]
+    return best["sparsity"], (
+        f"auto: the most that was verified, KL {best['kl']:.4f}, facts {-lost:+.1%}"
+    )
+
+
+def resolved(
+    sparsity: float | str, predictor: Optional[PredictorFile]
+) -> tuple[float, Optional[str]]:
+    """A number, and why it was taken where that was left to the file; raises ConfigError."""
+    if not isinstance(sparsity, str):
+        return sparsity, None
+    if sparsity != AUTO:
+        raise ConfigError(f"sparsity must be a number or {AUTO!r}, got {sparsity!r}.")
+    return chosen(predictor)
