@@ -142,8 +142,8 @@ def test_the_one_taken_is_named(tiny: Path, store: Path, capsys: Any) -> None:
         loop.interactive = True
         loop.banner(str(tiny), None)
         lines = capsys.readouterr().out.splitlines()
-        named = [line for line in lines if line.startswith("weights  ")]
-        assert named == ([f"weights  {wanted}"] if wanted else [])
+        named = [line for line in lines if line.startswith("predictor ")]
+        assert named == ([f"predictor {wanted}"] if wanted else [])
         assert lines[2].endswith(", selector " + ("trained" if wanted else "probe"))
 
     check(None)

@@ -176,7 +176,7 @@ class Chat:
         if engine.chosen is not None:
             self.note(f"         {engine.chosen}")
         if engine.predictor is not None:
-            self.console.print(Text(f"weights  {engine.predictor}"))
+            self.console.print(Text(f"predictor {engine.predictor}"))
         self.note("/help lists the commands")
 
     def run(self) -> None:

@@ -175,7 +175,9 @@ def _convert(
     try:
         save_predictor(out, info, tensors)
     except (OSError, RuntimeError) as e:
-        fail(f"{out} cannot be written: {getattr(e, 'strerror', None) or e}.")
+        fail(
+            f"{out} cannot be written: {str(getattr(e, 'strerror', None) or e).rstrip('.')}."
+        )
     size = sum(t.nbytes for t in tensors.values())
     rows = {
         "checkpoint": describe(source),

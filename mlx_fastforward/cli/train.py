@@ -147,7 +147,7 @@ def train(
             except KeyboardInterrupt:
                 fail(f"stopped; the same command goes on from {out / WORK}.", 130)
             except OSError as e:
-                fail(f"{out} cannot be written: {e.strerror or e}.")
+                fail(f"{out} cannot be written: {str(e.strerror or e).rstrip('.')}.")
         _conclude(report, out, time.perf_counter() - start)
 
 
