@@ -88,15 +88,19 @@ def detach(model: nn.Module) -> None:
             del module.__dict__["_fastforward"]
 
 
+def _attached(model: nn.Module) -> Optional[Attached]:
+    return model.__dict__.get("_fastforward")
+
+
 def engine_of(model: nn.Module) -> Optional[Engine]:
     """The engine of an attached model, None for any other."""
-    attached = model.__dict__.get("_fastforward")
+    attached = _attached(model)
     return None if attached is None else attached.engine
 
 
 def is_enabled(model: nn.Module) -> bool:
     """Whether an attached model runs sparsely at present."""
-    attached = model.__dict__.get("_fastforward")
+    attached = _attached(model)
     return attached is not None and attached.enabled
 
 
@@ -124,7 +128,7 @@ def switched(model: nn.Module, sparse: bool) -> Iterator[None]:
 
 def switch(model: nn.Module, sparse: bool) -> None:
     """The same for good; nothing happens to a model that is not attached."""
-    if (attached := model.__dict__.get("_fastforward")) is not None:
+    if (attached := _attached(model)) is not None:
         attached.enabled = sparse
 
 
@@ -136,7 +140,7 @@ def reading(model: nn.Module, tokens: int) -> Iterator[Prompt]:
     ``reading(model, 0)`` of its own.
     The prompt of a model that is not attached counts nothing.
     """
-    attached = model.__dict__.get("_fastforward")
+    attached = _attached(model)
     if attached is None:
         yield Prompt(None)
         return

@@ -16,7 +16,7 @@ import mlx.core as mx
 import numpy as np
 
 from ..errors import PredictorError
-from ..files import write_text
+from ..files import expanded, write_text
 from ..model.families import prefilled
 from ..neurons.compensators import (
     ACTIVATIONS,
@@ -106,13 +106,12 @@ def _cast(value: Any, dtype: mx.Dtype) -> Any:
 
 def load_predictor(path: str | Path) -> PredictorFile:
     """Read a predictor file lazily (weights are mapped, not read); raises PredictorError."""
-    path = Path(path).expanduser()
+    path = expanded(Path(path))
     info, tensors = _read(path)
     base = _base(path, info)
+    # before lists as long as the file says are made
     weights = info.get("predictor") or info.get("compensator")
-    if weights and base.layers > max(
-        1, len(tensors)
-    ):  # before lists that long are made
+    if weights and base.layers > max(1, len(tensors)):
         raise PredictorError(
             f"{path / TENSORS_NAME} lacks weights for {base.layers} layers."
         )

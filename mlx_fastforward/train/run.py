@@ -361,7 +361,7 @@ class Run:
         predictors = [weights_of(self.net, i) for i in layers]
         compensator = self._compensator(stage, *layers)
         importance = self.state.importance
-        return PredictorFile(self.base, predictors, compensator, importance, {}, "")  # type: ignore
+        return PredictorFile(self.base, predictors, compensator, importance, {}, "")
 
     def write(self, info: dict[str, Any]) -> None:
         """The predictor file, in the base model's dtype."""
