@@ -8,7 +8,9 @@ architecture do not see each other.
 
 import contextlib
 import functools
+import inspect
 import types
+import warnings
 from typing import Any, Callable, Iterator, Optional, Sequence
 
 import mlx.core as mx
@@ -19,6 +21,7 @@ from .config import DeviceSettings, PrefillConfig
 from .engine import Call, Engine, Prompt
 from .model.attention import NAME, Attention, by_queries
 from .model.families import layer_attention
+from .model.proof import left_dense
 from .predictors.file import PredictorFile
 
 
@@ -56,6 +59,8 @@ def attach(
         UnsupportedModel, ConfigError, PredictorError: before anything of the model is touched.
     """
     engine = engine_for(model, config, predictor, importances, device)
+    if (rest := left_dense(model)) is not None:
+        warnings.warn(f"{rest}: they stay dense.")
     detach(model)
     seat(model, engine)
     return engine
@@ -153,19 +158,19 @@ def reading(model: nn.Module, tokens: int) -> Iterator[Prompt]:
 
 @functools.cache
 def _sparse_model(base: type) -> type:
-    # mlx-lm looks for input_embeddings in the signature
-    @functools.wraps(base.__call__)
-    def call(self: Any, inputs: mx.array, cache: Any = None, *args: Any, **kwargs: Any):
+    names = list(inspect.signature(base.__call__).parameters)[1:]
+
+    @functools.wraps(base.__call__)  # mlx-lm looks for input_embeddings in the signature
+    def call(self: Any, *args: Any, **kwargs: Any) -> Any:
         attached = self._fastforward
         if attached.enabled and not self.training:
-            tokens = kwargs.get("input_embeddings")
-            if tokens is None:
-                tokens = args[0] if args and args[0] is not None else inputs
-            batch, new = tokens.shape[:2]
+            given = dict(zip(names, args)) | kwargs
+            tokens = given.get("input_embeddings")
+            batch, new = (given[names[0]] if tokens is None else tokens).shape[:2]
             engine, prompt = attached.engine, attached.prompt
-            attached.call = engine.begin(prompt, batch, new, cache)
+            attached.call = engine.begin(prompt, batch, new, given.get("cache"))
         try:
-            return base.__call__(self, inputs, cache, *args, **kwargs)
+            return base.__call__(self, *args, **kwargs)
         finally:
             attached.call = None
 

@@ -7,8 +7,9 @@ import mlx.nn as nn
 from .config import DeviceSettings, PrefillConfig
 from .engine import Engine
 from .errors import ConfigError
-from .model.families import family_of, layer_mlps, prefilled
+from .model.families import prefilled
 from .model.ffn import GatedFFN
+from .model.proof import proven_ffns
 from .neurons.compensators import Compensator
 from .neurons.schedule import first_dense, layerwise, measured, neurons_kept, uniform
 from .neurons.selectors import FirstBlock, Oracle, Probe, Selector, Trained
@@ -36,8 +37,7 @@ def engine_for(
         UnsupportedModel, ConfigError, PredictorError.
     """
     config = config or PrefillConfig()
-    family, mlps = family_of(model), layer_mlps(model)
-    ffns = [GatedFFN(mlp, family, device.strategy) for mlp in mlps]
+    ffns = proven_ffns(model, device.strategy)
     if predictor is not None:
         predictor.check(BaseModel.of(model))
     given = importances is not None

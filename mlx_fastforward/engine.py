@@ -119,7 +119,7 @@ class Engine:
 
     def on(self, device: DeviceSettings) -> "Engine":
         """The same under other settings of the device; this one stays as it is."""
-        ffns = [GatedFFN(f.mlp, f.family, device.strategy) for f in self.ffns]
+        ffns = [ffn.under(device.strategy) for ffn in self.ffns]
         return replace(self, ffns=ffns, device=device)
 
     def prompt(self, tokens: int) -> Prompt:

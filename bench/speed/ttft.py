@@ -19,10 +19,10 @@ from ...generation import stream_generate
 from ...model.families import (
     Heads,
     float_dtype,
-    layer_mlps,
     layer_norm_weights,
     prefilled,
 )
+from ...model.proof import proven_ffns
 from ...tokens.flops import FlopCount, ideal_speedup
 from ...tokens.plan import CHUNK
 
@@ -143,10 +143,10 @@ def ffn_seconds(model: nn.Module, tokens: int) -> float:
     width, dtype = layer_norm_weights(model)[0].size, float_dtype(model)
     x = mx.random.normal((1, chunk, width)).astype(dtype)
     mx.eval(x)
-    mlp = layer_mlps(model)[0]
+    ffns = proven_ffns(model)
     start = time.perf_counter()
-    mx.eval(mlp(x))
-    return (time.perf_counter() - start) * tokens / chunk * len(prefilled(model.layers))
+    mx.eval(ffns[0].mlp(x))
+    return (time.perf_counter() - start) * tokens / chunk * len(prefilled(ffns))
 
 
 def row(
