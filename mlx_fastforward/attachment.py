@@ -59,8 +59,8 @@ def attach(
         UnsupportedModel, ConfigError, PredictorError: before anything of the model is touched.
     """
     engine = engine_for(model, config, predictor, importances, device)
-    if (rest := left_dense(model)) is not None:
-        warnings.warn(f"{rest}: they stay dense.")
+    if (odd := left_dense(model)) is not None:
+        warnings.warn(f"{odd}: they stay dense.")
     detach(model)
     seat(model, engine)
     return engine
@@ -179,13 +179,18 @@ def _sparse_model(base: type) -> type:
 
 @functools.cache
 def _sparse_mlp(base: type) -> type:
-    def call(self: Any, x: mx.array) -> mx.array:
+    def run(self: Any, x: mx.array) -> mx.array:
         attached, layer = self._fastforward.attached, self._fastforward.layer
-        if attached.call is None or attached.engine.keep[layer] is None:
+        call, d = attached.call, x.shape[-1]
+        if call is None or attached.engine.keep[layer] is None:
             return base.__call__(self, x)
-        return attached.engine.forward(attached.call, layer, x)
+        rows, odd = divmod(x.size // d, call.split.plan.tokens)
+        if odd:  # not the tokens of the call
+            return base.__call__(self, x)
+        y = attached.engine.forward(call, layer, x.reshape(rows, -1, d))
+        return y.reshape(x.shape)  # experts' modules join rows and tokens
 
-    return type(f"Sparse{base.__name__}", (base,), {"__call__": call})
+    return type(f"Sparse{base.__name__}", (base,), {"__call__": run})
 
 
 @functools.cache

@@ -39,7 +39,7 @@ LAYOUTS = [
     Layout(("fc_in",), "fc_out"),
     Layout(("dense_h_to_4h",), "dense_4h_to_h"),
 ]
-TOP_K = ("top_k", "num_experts_per_tok", "num_experts_per_token", "moe_topk")
+TOP_K = ("top_k", "num_experts_per_tok", "num_experts_per_token", "top_k_experts", "k")
 
 
 class Found(NamedTuple):
@@ -73,7 +73,9 @@ def layers_of(model: nn.Module) -> list[Any]:
 
 
 def _is_ffn_alone(layer: Any) -> bool:
-    """Nemotron-H gives FFNs and routed experts layers of their own."""
+    """Layers without attention: Nemotron-H's FFNs have their own, Nemotron-NAS drops some."""
+    if getattr(layer, "self_attn", layer) is None:
+        return True
     return getattr(layer, "block_type", None) in ("-", "E")
 
 
@@ -113,7 +115,9 @@ def layout_of(module: nn.Module) -> Optional[Layout]:
 
 def _experts(module: nn.Module) -> int:
     """Experts that run per token, as the routing module or its router has them."""
-    for holder in (module, *module.children().values()):
+    parts = [module, *module.children().values()]
+    kept = [getattr(p, n, None) for p in parts for n in ("args", "config")]
+    for holder in (*parts, *kept):
         for name in TOP_K:
             if isinstance(found := getattr(holder, name, None), int):
                 return found
@@ -121,9 +125,10 @@ def _experts(module: nn.Module) -> int:
 
 
 def layer_attention(model: nn.Module) -> list[nn.Module]:
-    """The attention module of every layer that has one by the usual name."""
+    """The attention module of every layer that has one by the usual name; LongCat's have two."""
     found = [getattr(layer, "self_attn", None) for layer in model.layers]
-    return [module for module in found if module is not None]
+    every = [x for own in found for x in (own if isinstance(own, list) else [own])]
+    return [module for module in every if module is not None]
 
 
 def prefilled(layers: Sequence[Item]) -> Sequence[Item]:
