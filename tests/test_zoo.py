@@ -5,7 +5,7 @@ the down projections: it shares nothing with the gathers, nor with how activatio
 """
 
 import copy
-from typing import Any, Iterator, Sequence
+from typing import Any, Iterator
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 import reference
 from mlx.utils import tree_flatten
+from mlx_lm.generate import _merge_caches
 from mlx_lm.models.cache import make_prompt_cache
 from models import BLOCK, settings, token_ids
 from reference import float64
@@ -21,7 +22,7 @@ from mlx_fastforward import UnsupportedModel, attach, detach
 from mlx_fastforward.attachment import watched
 from mlx_fastforward.bench.studies import zoo
 from mlx_fastforward.engine import Engine
-from mlx_fastforward.model.caches import is_empty, memory_of, valid_tokens
+from mlx_fastforward.model.caches import cached_tokens, is_empty, valid_tokens
 from mlx_fastforward.model.families import prefilled
 from mlx_fastforward.tokens.plan import Plan
 
@@ -43,31 +44,35 @@ def uncompiled() -> Iterator[None]:
     mx.enable_compile()
 
 
-Run = tuple[list[np.ndarray], list[list[np.ndarray]]]  # logits and cache arrays per call
+Run = list[tuple[np.ndarray, list[np.ndarray]]]  # logits and cached arrays of each call
 
 
-def state(cache: list[Any]) -> list[np.ndarray]:
-    arrays = [a for _, a in tree_flatten([c.state for c in cache])]
-    return [np.array(a) for a in arrays if isinstance(a, mx.array)]
+def call(model: nn.Module, ids: mx.array, cache: list[Any]) -> tuple:
+    logits = model(ids, cache=cache)
+    state = [c.state for c in cache]
+    mx.eval(logits, state)
+    arrays = [np.array(a) for _, a in tree_flatten(state) if isinstance(a, mx.array)]
+    return np.array(logits), arrays
 
 
-def run(model: nn.Module, ids: mx.array, cache: Any = None) -> Run:
-    """Two calls of one prompt."""
-    cache = make_prompt_cache(model) if cache is None else cache
-    logits, states = [], []
-    for part in (ids[:, :FIRST], ids[:, FIRST:]):
-        out = model(part, cache=cache)
-        mx.eval(out, [c.state for c in cache])
-        logits.append(np.array(out))
-        states.append(state(cache))
-    return logits, states
+def run(model: nn.Module, ids: mx.array, calls: int = 2) -> Run:
+    """A prompt in two calls, or the first of them."""
+    cache = make_prompt_cache(model)
+    parts = (ids[:, :FIRST], ids[:, FIRST:])[:calls]
+    found = [call(model, part, cache) for part in parts]
+    assert cached_tokens(cache) == sum(part.shape[1] for part in parts)
+    assert not is_empty(cache)
+    return found
 
 
 def apart(a: Run, b: Run) -> float:
     """Largest difference of logits and caches, relative to the largest entry of each."""
-    pairs = [*zip(a[0], b[0]), *((x, y) for s, t in zip(a[1], b[1]) for x, y in zip(s, t))]
-    assert all(x.shape == y.shape for x, y in pairs)
-    return max(float(np.abs(x - y).max() / (np.abs(y).max() + 1e-9)) for x, y in pairs if x.size)
+    pairs = []
+    for (x, xs), (y, ys) in zip(a, b):
+        pairs += [(x, y), *zip(xs, ys, strict=True)]
+    assert all(x.shape == y.shape and np.isfinite(x).all() for x, y in pairs)
+    scales = [np.abs(y).max(initial=1e-9) for _, y in pairs]
+    return max(np.abs(x - y).max(initial=0) / s for (x, y), s in zip(pairs, scales))
 
 
 def by_hand(model: nn.Module, engine: Engine, ids: mx.array) -> Run:
@@ -79,12 +84,13 @@ def by_hand(model: nn.Module, engine: Engine, ids: mx.array) -> Run:
         plans.append(plan)
 
     def masked(i: int, own: Any, z: mx.array) -> mx.array:
-        """z: (1, tokens, f), as it comes to a down projection."""
-        plan = next(p for p in plans if p.tokens == z.shape[1])
-        values, keep = np.array(z), engine.keep[i]
+        """z: (1, tokens, f) or (tokens, f), as it comes to a down projection."""
+        values = np.array(z)
+        rows, keep = values.reshape(-1, values.shape[-1]), engine.keep[i]
+        plan = next(p for p in plans if p.tokens == len(rows))
         down = float64(engine.ffns[i].down.weight)
         for start in range(plan.start, plan.stop, plan.block_size):
-            block = values[0, start : start + plan.block_size]
+            block = rows[start : start + plan.block_size]
             if keep is not None:
                 scores = reference.weighted(block.astype(np.float64), down)
                 block[:, np.argsort(scores)[:-keep]] = 0
@@ -94,19 +100,21 @@ def by_hand(model: nn.Module, engine: Engine, ids: mx.array) -> Run:
         return run(model, ids)
 
 
-def batch_cache(model: nn.Module, padding: list[int]) -> list[Any]:
-    """Empty caches of a batch as mlx-lm's server makes them."""
-    from mlx_lm.generate import _make_cache
-
-    return _make_cache(model, padding, None)
-
-
-def names_of(model: nn.Module) -> list[str]:
-    return [name for name, _ in tree_flatten(model.parameters())]
-
-
-def kinds(model: nn.Module) -> list[type]:
-    return [type(m) for m in model.modules()]
+def check_batch(model: nn.Module, engine: Engine, ids: mx.array, row: np.ndarray) -> None:
+    """Two rows, the second padded by a block: the first is what it is alone."""
+    padded = mx.concatenate([ids, ids])[:, :FIRST]
+    try:
+        caches = _merge_caches([make_prompt_cache(model) for _ in range(2)])
+    except (ValueError, AttributeError):  # caches that mlx-lm cannot batch
+        return
+    for c in caches:
+        c.prepare(lengths=[FIRST, FIRST - BLOCK], right_padding=[0, BLOCK])
+    valid = valid_tokens(caches, 2, FIRST)
+    assert valid is not None and valid[0].min() == 1 and is_empty(caches)
+    assert valid[1].tolist() == [1.0] * (FIRST - BLOCK) + [0.0] * BLOCK
+    logits = np.array(model(padded, cache=caches))
+    assert reference.distance(mx.array(logits[0]), row[0].astype(np.float64)) < 1e-3
+    assert np.isfinite(logits[:, : FIRST - BLOCK]).all() and not is_empty(caches)
 
 
 @pytest.mark.parametrize("name", SPARSE)
@@ -116,19 +124,57 @@ def test_sparse_as_by_hand_and_dense_as_stock(name: str) -> None:
     stock, before, paths = run(model, ids), kinds(model), names_of(model)
 
     attach(model, settings(sparsity=0))
-    assert apart(run(model, ids), stock) == 0
+    assert apart(run(model, ids, 1), stock) == 0
     engine = attach(model, settings(selector="oracle"))
-    assert names_of(model) == paths
+    assert names_of(model) == paths  # what is saved and loaded
     assert all(k < f for k, (_, f) in prefilled([*zip(engine.keep, engine.shapes)]))
     found = run(model, ids)
-    again = run(copy.deepcopy(model), ids)
-    engine.keep = [k and f for k, (_, f) in zip(engine.keep, engine.shapes)]
+    assert apart(run(copy.deepcopy(model), ids, 1), found) == 0
+    check_batch(model, engine, ids, found[0][0])
+    keep_all(engine)
     assert apart(run(model, ids), stock) < 1e-4
     detach(model)
-    assert kinds(model) == before and apart(run(model, ids), stock) == 0
+    assert kinds(model) == before
 
     engine = attach(model, settings(selector="oracle"))
     detach(model)
-    wanted = by_hand(model, engine, ids)
-    assert apart(found, wanted) < 1e-3 < 1e-2 < apart(found, stock)
-    assert apart(again, found) == 0
+    assert apart(found, by_hand(model, engine, ids)) < 1e-3 < 1e-2 < apart(found, stock)
+
+
+@pytest.mark.parametrize("i", range(len(SPARSE)))
+def test_quantised(i: int) -> None:
+    """4 bits and mxfp4 in turns."""
+    model, mode = zoo.tiny(SPARSE[i]), ["affine", "mxfp4"][i % 2]
+    nn.quantize(model, 32, 4, mode=mode, class_predicate=whole_groups)
+    ids = mx.array([token_ids(FIRST, vocab=zoo.VOCAB)])
+    stock = run(model, ids, 1)
+    engine = attach(model, settings())
+    found = run(model, ids, 1)
+    keep_all(engine)
+    assert apart(run(model, ids, 1), stock) < 1e-3 < 1e-2 < apart(found, stock)
+
+
+def whole_groups(path: str, module: nn.Module) -> bool:
+    return hasattr(module, "to_quantized") and module.weight.shape[-1] % 32 == 0
+
+
+@pytest.mark.parametrize("name", sorted(REFUSED))
+def test_refused(name: str) -> None:
+    model = zoo.tiny(name)
+    before = kinds(model)
+    with pytest.raises(UnsupportedModel, match=f"model type '{name}' is not supported"):
+        attach(model)
+    assert kinds(model) == before
+
+
+def keep_all(engine: Engine) -> None:
+    """Every neuron, but through the sparse path."""
+    engine.keep = [k and f for k, (_, f) in zip(engine.keep, engine.shapes)]
+
+
+def names_of(model: nn.Module) -> list[str]:
+    return [name for name, _ in tree_flatten(model.parameters())]
+
+
+def kinds(model: nn.Module) -> list[type]:
+    return [type(m) for m in model.modules()]
