@@ -60,7 +60,7 @@ def attach(
     """
     engine = engine_for(model, config, predictor, importances, device)
     if (odd := left_dense(model)) is not None:
-        warnings.warn(f"{odd}: they stay dense.")
+        warnings.warn(f"{odd}; they stay dense.")
     detach(model)
     seat(model, engine)
     return engine
@@ -160,7 +160,9 @@ def reading(model: nn.Module, tokens: int) -> Iterator[Prompt]:
 def _sparse_model(base: type) -> type:
     names = list(inspect.signature(base.__call__).parameters)[1:]
 
-    @functools.wraps(base.__call__)  # mlx-lm looks for input_embeddings in the signature
+    @functools.wraps(
+        base.__call__
+    )  # mlx-lm looks for input_embeddings in the signature
     def call(self: Any, *args: Any, **kwargs: Any) -> Any:
         attached = self._fastforward
         if attached.enabled and not self.training:

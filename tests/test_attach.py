@@ -227,7 +227,7 @@ def test_a_model_of_routed_experts_is_refused_by_name() -> None:
         attach(model, settings())
     message = str(e.value)
     assert "model type 'mixtral' is not supported" in message and "\n" not in message
-    assert "most of its FFNs are routed experts" in message
+    assert "all of its FFNs are routed experts" in message
     assert state(model) == before
 
 

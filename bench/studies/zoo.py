@@ -1,9 +1,9 @@
 """Every model file of the installed mlx-lm, tiny and random: what can be attached, and is it right?"""
 
-import dataclasses
+import contextlib
 import importlib
 import pkgutil
-from typing import Any, Iterator
+from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -151,7 +151,9 @@ LLAMA_4 = dict(
     original_max_position_embeddings=64,
 )
 MORE: dict[str, dict[str, Any]] = {
-    "recurrent_gemma": dict(conv1d_width=4, logits_soft_cap=30.0, block_types=["recurrent", "attention"]),
+    "recurrent_gemma": dict(
+        conv1d_width=4, logits_soft_cap=30.0, block_types=["recurrent", "attention"]
+    ),
     "qwen3_5": dict(num_experts=0, layer_types=LINEAR),
     "qwen": dict(kv_channels=8),
     "plamo": dict(n_shared_head=2),
@@ -175,18 +177,49 @@ MORE: dict[str, dict[str, Any]] = {
     ),
     "mistral4": dict(rope_parameters=LLAMA_4),
     "ministral3": dict(rope_parameters=LLAMA_4),
-    "minimax_m3_vl": dict(moe_layer_freq=[0, 1, 1, 1], dense_intermediate_size=FFN, shared_intermediate_size=EXPERT, intermediate_size=EXPERT),
+    "minimax_m3_vl": dict(
+        moe_layer_freq=[0, 1, 1, 1],
+        dense_intermediate_size=FFN,
+        shared_intermediate_size=EXPERT,
+        intermediate_size=EXPERT,
+    ),
     "minicpm3": dict(rope_scaling=dict(YARN, short_factor=1.0, long_factor=1.0)),
     "spark2_5": dict(rope_parameters=dict.fromkeys(SLIDING, {"rope_theta": 1e4})),
-    "mellum": dict(layer_types=SLIDING, rope_parameters=dict.fromkeys(SLIDING, {"rope_theta": 1e4})),
-    "llama4": dict(num_experts_per_tok=1, attention_chunk_size=24, interleave_moe_layer_step=2, rope_scaling=None),
+    "mellum": dict(
+        layer_types=SLIDING, rope_parameters=dict.fromkeys(SLIDING, {"rope_theta": 1e4})
+    ),
+    "llama4": dict(
+        num_experts_per_tok=1,
+        attention_chunk_size=24,
+        interleave_moe_layer_step=2,
+        rope_scaling=None,
+    ),
     "lille-130m": dict(n_embd=128),
-    "kimi_k3": dict(linear_attn_config=dict(num_heads=4, head_dim=8, kda_layers=[1, 3], short_conv_kernel_size=4)),
-    "hunyuan": dict(rope_scaling=dict(type="dynamic", factor=1.0, alpha=1000.0), use_mixed_mlp_moe=True, use_cla=True, cla_share_factor=2),
+    "kimi_k3": dict(
+        linear_attn_config=dict(
+            num_heads=4, head_dim=8, kda_layers=[1, 3], short_conv_kernel_size=4
+        )
+    ),
+    "hunyuan": dict(
+        rope_scaling=dict(type="dynamic", factor=1.0, alpha=1000.0),
+        use_mixed_mlp_moe=True,
+        use_cla=True,
+        cla_share_factor=2,
+    ),
     "gptj": dict(rotary_dim=8),
-    "glm_moe_dsa": dict(topk_method="noaux_tc", scoring_func="sigmoid", rope_parameters={"rope_theta": 1e4}),
+    "glm_moe_dsa": dict(
+        topk_method="noaux_tc",
+        scoring_func="sigmoid",
+        rope_parameters={"rope_theta": 1e4},
+    ),
     "glm4_moe": dict(rope_scaling=None),
-    "gemma4_text": dict(num_kv_shared_layers=1, global_head_dim=8, hidden_size_per_layer_input=8, layer_types=SLIDING, num_experts=None),
+    "gemma4_text": dict(
+        num_kv_shared_layers=1,
+        global_head_dim=8,
+        hidden_size_per_layer_input=8,
+        layer_types=SLIDING,
+        num_experts=None,
+    ),
     "gemma3n": dict(
         num_kv_shared_layers=1,
         rope_local_base_freq=1e4,
@@ -202,7 +235,9 @@ MORE: dict[str, dict[str, Any]] = {
     ),
     "exaone4": dict(rope_scaling=None, sliding_window_pattern="LG"),
     "deepseek_v2": dict(rope_scaling=YARN),
-    "baichuan_m1": dict(sliding_window_layers=[0, 2], conv_window=2, tie_word_embeddings=False),
+    "baichuan_m1": dict(
+        sliding_window_layers=[0, 2], conv_window=2, tie_word_embeddings=False
+    ),
     "step3p5": dict(num_attention_groups=2, share_expert_dim=EXPERT),
     "afm7": dict(num_kv_reuse_layers=1),
     "afmoe": dict(layer_types=SLIDING, num_dense_layers=1),
@@ -211,6 +246,7 @@ MORE: dict[str, dict[str, Any]] = {
         ffn_config=dict(ffn_hidden_size=EXPERT, moe_num_experts=4, moe_top_k=2),
         attn_config=dict(kv_n_heads=2, clip_qkv=8.0, rope_theta=1e4),
     ),
+    "ernie4_5_moe": dict(moe_num_shared_experts=1, moe_layer_start_index=1),
     "exaone_moe": dict(layer_types=SLIDING, is_moe_layer=[False, True, True, True]),
     "gear": dict(layer_types=SLIDING),
     "gpt_neox": dict(rotary_emb_base=10000, rotary_pct=0.5),
@@ -233,8 +269,16 @@ MORE: dict[str, dict[str, Any]] = {
     ),
     "lfm2_moe": dict(use_expert_bias=True, num_dense_layers=2, full_attn_idxs=[1, 3]),
     "llama4_text": dict(no_rope_layers=[1, 1, 1, 0]),
-    "longcat_flash": dict(mla_scale_q_lora=True, mla_scale_kv_lora=True, attention_method="MLA", zero_expert_type="identity", zero_expert_num=1),
-    "longcat_flash_ngram": dict(mla_scale_q_lora=True, mla_scale_kv_lora=True, zero_expert_num=1),
+    "longcat_flash": dict(
+        mla_scale_q_lora=True,
+        mla_scale_kv_lora=True,
+        attention_method="MLA",
+        zero_expert_type="identity",
+        zero_expert_num=1,
+    ),
+    "longcat_flash_ngram": dict(
+        mla_scale_q_lora=True, mla_scale_kv_lora=True, zero_expert_num=1
+    ),
     "mamba": dict(time_step_rank=2),
     "mamba2": dict(time_step_limit=(0.01, 10), time_step_rank="auto"),
     "mimo_v2_flash": dict(
@@ -262,7 +306,9 @@ MORE: dict[str, dict[str, Any]] = {
         num_kv_heads=[2] * LAYERS,
         ffn_multipliers=[4.0] * LAYERS,
     ),
-    "phi3small": dict(dense_attention_every_n_layers=2, ff_intermediate_size=FFN, gegelu_limit=20.0),
+    "phi3small": dict(
+        dense_attention_every_n_layers=2, ff_intermediate_size=FFN, gegelu_limit=20.0
+    ),
     "rwkv7": dict(
         a_low_rank_dim=8, v_low_rank_dim=8, gate_low_rank_dim=8, decay_low_rank_dim=8
     ),
@@ -344,7 +390,8 @@ def names() -> list[str]:
 
 
 def _module(name: str) -> Any:
-    try:
-        return importlib.import_module(f"mlx_lm.models.{name}")
-    except (Exception, SystemExit):  # olmo ends the process without its package
+    try:  # olmo ends the process without its package, and prints why
+        with contextlib.redirect_stdout(None):
+            return importlib.import_module(f"mlx_lm.models.{name}")
+    except (Exception, SystemExit):
         return None

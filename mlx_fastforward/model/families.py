@@ -108,7 +108,10 @@ def layout_of(module: nn.Module) -> Optional[Layout]:
     """The names of a module's projections, or None where it is no FFN."""
     children = module.children()
     for layout in LAYOUTS:
-        if all(isinstance(children.get(n), nn.Module) for n in (*layout.inputs, layout.down)):
+        if all(
+            isinstance(children.get(n), nn.Module)
+            for n in (*layout.inputs, layout.down)
+        ):
             return layout
     return None
 

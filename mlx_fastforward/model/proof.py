@@ -31,11 +31,16 @@ def proven_ffns(model: nn.Module, strategy: str = "chunk") -> list[GatedFFN]:
     why = None
     if not found:
         why = "no FFN was found in its layers"
+    elif not ffns:
+        why = _odd(found, ffns) or "all of its FFNs are routed experts"
     elif (part := _share(found, ffns)) < WORTH:
-        why = _odd(found, ffns) or "most of its FFNs are routed experts"
-        why = f"{part:.0%} of its FFN FLOPs can run sparsely: {why}"
+        why = (
+            f"only {part:.0%} of its FFN FLOPs can run sparsely, which saves too little"
+        )
     if why is not None:
-        raise UnsupportedModel(f"model type {model_type(model)!r} is not supported: {why}.")
+        raise UnsupportedModel(
+            f"model type {model_type(model)!r} is not supported: {why}."
+        )
     return ffns
 
 
@@ -119,7 +124,7 @@ def _odd(found: list[Found], ffns: list[GatedFFN]) -> Optional[str]:
     if not odd:
         return None
     names = ", ".join(sorted({type(module).__name__ for module in odd}))
-    return f"the neurons of {len(odd)} FFNs ({names}) do not work each by itself"
+    return f"FFNs whose neurons do not work each by itself: {len(odd)} ({names})"
 
 
 def _flops(found: Found) -> float:
