@@ -9,7 +9,7 @@ from .engine import Engine
 from .errors import ConfigError
 from .model.families import prefilled
 from .model.ffn import GatedFFN
-from .model.proof import proven_ffns
+from .model.proof import proven_ffns, share
 from .neurons.compensators import Compensator
 from .neurons.schedule import first_dense, layerwise, measured, neurons_kept, uniform
 from .neurons.selectors import FirstBlock, Oracle, Probe, Selector, Trained
@@ -55,6 +55,7 @@ def engine_for(
         predictor=predictor.source if predictor is not None else None,
         device=device,
         schedule=schedule,
+        share=share(model),
     )
     engine.drop_unsupported()
     return engine

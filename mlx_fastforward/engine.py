@@ -58,7 +58,8 @@ class Engine:
 
     ``keep[i]`` neurons of layer i survive in a sparse block; None keeps the layer dense.
     ``predictor`` says where the trained weights came from, ``chosen`` why this sparsity was taken
-    where that was left to the predictor file.
+    where that was left to the predictor file, ``share`` which part of the FFN FLOPs the FFNs here are:
+    routed experts, and FFNs whose neurons are not each by itself, are the rest.
     """
 
     config: PrefillConfig
@@ -70,6 +71,7 @@ class Engine:
     device: DeviceSettings = DeviceSettings()
     schedule: str = "uniform"
     chosen: Optional[str] = None
+    share: float = 1.0
 
     @property
     def sparse(self) -> bool:

@@ -20,6 +20,7 @@ from ...model.families import (
     Heads,
     float_dtype,
     layer_norm_weights,
+    mixers,
     prefilled,
 )
 from ...model.proof import proven_ffns
@@ -134,7 +135,7 @@ def ideal(model: nn.Module, engine: Engine, tokens: int) -> float:
     for new, plan in engine.plans(tokens):
         engine.count(count, 1, new, plan)
     heads = Heads.of(model, engine.shapes[0][0])
-    return ideal_speedup(engine.shapes, heads, tokens, count)
+    return ideal_speedup(mixers(model), heads, tokens, count)
 
 
 def ffn_seconds(model: nn.Module, tokens: int) -> float:

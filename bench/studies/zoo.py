@@ -12,7 +12,6 @@ from mlx.utils import tree_map_with_path
 
 LAYERS, HIDDEN, FFN, EXPERT, VOCAB = 4, 32, 128, 32, 96
 SLIDING = ["sliding_attention", "full_attention"] * (LAYERS // 2)
-LINEAR = ["linear_attention", "full_attention"] * (LAYERS // 2)
 
 # By the names that model files give their settings. What a file does not know it does not get.
 SIZES: dict[str, Any] = dict(
@@ -99,6 +98,7 @@ SIZES: dict[str, Any] = dict(
     # linear attention and states
     layer_group_size=2,
     group_norm_size=1,
+    full_attention_interval=2,
     conv_kernel=4,
     conv_L_cache=3,
     conv_bias=False,
@@ -154,7 +154,7 @@ MORE: dict[str, dict[str, Any]] = {
     "recurrent_gemma": dict(
         conv1d_width=4, logits_soft_cap=30.0, block_types=["recurrent", "attention"]
     ),
-    "qwen3_5": dict(num_experts=0, layer_types=LINEAR),
+    "qwen3_5": dict(num_experts=0),
     "qwen": dict(kv_channels=8),
     "plamo": dict(n_shared_head=2),
     "phixtral": dict(num_vocab=VOCAB, model_dim=HIDDEN, rotary_dim=8),

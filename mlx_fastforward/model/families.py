@@ -3,6 +3,7 @@
 Models are not told apart by name: FFNs are found by their projections, and then proven (proof.py).
 """
 
+import math
 from dataclasses import dataclass
 from typing import Any, Iterator, NamedTuple, Optional, Sequence, TypeVar
 
@@ -11,6 +12,7 @@ import mlx.nn as nn
 from mlx_lm.models.cache import make_prompt_cache
 
 from . import linear
+from .caches import parts
 
 Item = TypeVar("Item")
 
@@ -125,6 +127,33 @@ def _experts(module: nn.Module) -> int:
             if isinstance(found := getattr(holder, name, None), int):
                 return found
     return 0
+
+
+class Mixer(NamedTuple):
+    """What a layer has besides its FFNs: weights, and whether it looks back at every token."""
+
+    weights: int
+    attends: bool
+
+
+def mixers(model: nn.Module) -> list[Mixer]:
+    """Of every layer that a prefill runs; linear attention does not look back."""
+    layers, cache = layers_of(model), make_prompt_cache(model)
+    counts = [sum(map(_weights, _matrices(x))) for x in layers]
+    for f in found_ffns(model):
+        counts[f.layer] -= sum(map(_weights, _matrices(f.module)))
+    known = len(cache) == len(layers)
+    looks = [any(hasattr(p, "offset") for p in parts([c])) for c in cache]
+    return [Mixer(n, not known or looks[i]) for i, n in enumerate(counts)]
+
+
+def _matrices(module: nn.Module) -> list[nn.Module]:
+    """Projections at or below a module."""
+    return [m for m in module.modules() if linear.is_matrix(m)]
+
+
+def _weights(matrix: nn.Module) -> int:
+    return math.prod(linear.shape(matrix))
 
 
 def layer_attention(model: nn.Module) -> list[nn.Module]:

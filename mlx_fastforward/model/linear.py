@@ -49,6 +49,11 @@ def shape(linear: nn.Module) -> tuple[int, int]:
     return out, width * 32 // base.bits if packed else width
 
 
+def is_matrix(module: nn.Module) -> bool:
+    """Whether this is a projection: no convolution, no table, no experts."""
+    return isinstance(module, (*FLOAT, *PACKED))
+
+
 def is_routed(linear: nn.Module) -> bool:
     """Whether this holds the stacked weights of routed experts."""
     base, _ = unwrapped(linear)
