@@ -21,7 +21,6 @@ from .config import DeviceSettings, PrefillConfig
 from .engine import Call, Engine, Prompt
 from .model.attention import NAME, Attention, by_queries
 from .model.families import layer_attention
-from .model.proof import left_dense
 from .predictors.file import PredictorFile
 
 
@@ -59,8 +58,8 @@ def attach(
         UnsupportedModel, ConfigError, PredictorError: before anything of the model is touched.
     """
     engine = engine_for(model, config, predictor, importances, device)
-    if (odd := left_dense(model)) is not None:
-        warnings.warn(f"{odd}; they stay dense.")
+    if engine.left_dense is not None:
+        warnings.warn(f"{engine.left_dense}; they stay dense.")
     detach(model)
     seat(model, engine)
     return engine

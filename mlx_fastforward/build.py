@@ -9,7 +9,7 @@ from .engine import Engine
 from .errors import ConfigError
 from .model.families import prefilled
 from .model.ffn import GatedFFN
-from .model.proof import proven_ffns, share
+from .model.proof import reach
 from .neurons.compensators import Compensator
 from .neurons.schedule import first_dense, layerwise, measured, neurons_kept, uniform
 from .neurons.selectors import FirstBlock, Oracle, Probe, Selector, Trained
@@ -37,7 +37,8 @@ def engine_for(
         UnsupportedModel, ConfigError, PredictorError.
     """
     config = config or PrefillConfig()
-    ffns = proven_ffns(model, device.strategy)
+    found = reach(model, device.strategy)
+    ffns = found.ffns
     if predictor is not None:
         predictor.check(BaseModel.of(model))
     given = importances is not None
@@ -55,7 +56,8 @@ def engine_for(
         predictor=predictor.source if predictor is not None else None,
         device=device,
         schedule=schedule,
-        share=share(model),
+        share=found.share,
+        left_dense=found.odd,
     )
     engine.drop_unsupported()
     return engine

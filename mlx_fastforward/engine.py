@@ -58,8 +58,8 @@ class Engine:
 
     ``keep[i]`` neurons of layer i survive in a sparse block; None keeps the layer dense.
     ``predictor`` says where the trained weights came from, ``chosen`` why this sparsity was taken
-    where that was left to the predictor file, ``share`` which part of the FFN FLOPs the FFNs here are:
-    routed experts, and FFNs whose neurons are not each by itself, are the rest.
+    where that was left to the predictor file, ``share`` which part of the FFN FLOPs the FFNs here are,
+    and ``left_dense`` which of the rest are no routed experts.
     """
 
     config: PrefillConfig
@@ -72,6 +72,7 @@ class Engine:
     schedule: str = "uniform"
     chosen: Optional[str] = None
     share: float = 1.0
+    left_dense: Optional[str] = None
 
     @property
     def sparse(self) -> bool:

@@ -27,7 +27,7 @@ from mlx_fastforward.bench.studies.models import REFUSED, row, verdict
 from mlx_fastforward.engine import Engine
 from mlx_fastforward.model.caches import cached_tokens, is_empty, valid_tokens
 from mlx_fastforward.model.families import prefilled
-from mlx_fastforward.model.proof import proven_ffns
+from mlx_fastforward.model.proof import reach
 from mlx_fastforward.tokens.plan import Plan
 
 FIRST, SECOND = 40, 32  # tokens of two calls
@@ -162,7 +162,7 @@ def test_a_prefill_runs_all_ffns_but_the_last(name: str) -> None:
     """What is left out of budgets and FLOPs is what no cache depends on, and nothing else."""
     for i, spoilt in ((-1, False), (-2, True)):
         model = zoo.tiny(name)
-        down = proven_ffns(model)[i].down
+        down = reach(model).ffns[i].down
         down.weight = mx.full(down.weight.shape, mx.nan)
         ids = mx.array([token_ids(FIRST, vocab=zoo.VOCAB)])
         arrays = call(model, ids, make_prompt_cache(model))[1]

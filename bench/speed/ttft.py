@@ -23,7 +23,7 @@ from ...model.families import (
     mixers,
     prefilled,
 )
-from ...model.proof import proven_ffns
+from ...model.proof import reach
 from ...tokens.flops import FlopCount, ideal_speedup
 from ...tokens.plan import CHUNK
 
@@ -144,7 +144,7 @@ def ffn_seconds(model: nn.Module, tokens: int) -> float:
     width, dtype = layer_norm_weights(model)[0].size, float_dtype(model)
     x = mx.random.normal((1, chunk, width)).astype(dtype)
     mx.eval(x)
-    ffns = proven_ffns(model)
+    ffns = reach(model).ffns
     start = time.perf_counter()
     mx.eval(ffns[0].mlp(x))
     return (time.perf_counter() - start) * tokens / chunk * len(prefilled(ffns))

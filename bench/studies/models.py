@@ -9,8 +9,7 @@ from rich.console import Console
 from rich.progress import track
 
 from ...errors import UnsupportedModel
-from ...model.families import found_ffns
-from ...model.proof import left_dense, proven_ffns
+from ...model.proof import WORTH, reach
 from . import zoo
 
 WHOLE, PARTLY, REFUSED, UNBUILT = "all FFNs", "partly", "no", "not tested"
@@ -135,14 +134,12 @@ expert beside ten or eight routed ones.
 def verdict(model: nn.Module) -> tuple[str, str]:
     """What runs sparsely of a model, and what keeps the rest dense."""
     try:
-        ffns = proven_ffns(model)
+        found = reach(model)
     except UnsupportedModel as e:
         return REFUSED, str(e).partition(": ")[2].rstrip(".")
-    found = found_ffns(model)
-    if len(ffns) == len(found):
+    if found.share == 1:
         return WHOLE, ""
-    why = left_dense(model)
-    return PARTLY, "routed experts" if why is None else why
+    return PARTLY, found.odd or "routed experts"
 
 
 def row(name: str, model: nn.Module) -> str:
@@ -159,8 +156,6 @@ def _line(name: str, sparse: str, why: str) -> str:
 def main() -> None:
     """Print the page."""
     import mlx_lm
-
-    from ...model.proof import WORTH
 
     mx.disable_compile()
     lines, kinds = [], []

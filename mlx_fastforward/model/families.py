@@ -48,7 +48,6 @@ class Found(NamedTuple):
     """An FFN in a layer. experts: how many run per token; 0 where all tokens share one FFN."""
 
     layer: int
-    path: str
     module: nn.Module
     layout: Layout
     experts: int = 0
@@ -83,50 +82,49 @@ def _is_ffn_alone(layer: Any) -> bool:
 
 def found_ffns(model: nn.Module) -> list[Found]:
     """Everything in a model's layers that looks like an FFN, in order."""
-    return [f for i, x in enumerate(layers_of(model)) for f in _walk(x, i, "", 1)]
+    return [f for i, x in enumerate(layers_of(model)) for f in _walk(x, i, ())]
 
 
-def _walk(module: Any, layer: int, path: str, experts: int) -> Iterator[Found]:
-    """FFNs at or below a module. experts: the nearest word on how many of them run per token."""
+def _walk(module: Any, layer: int, above: tuple[nn.Module, ...]) -> Iterator[Found]:
+    """FFNs at or below a module. above: the modules around it, outermost first."""
     if isinstance(module, list):
-        for i, child in enumerate(module):
-            yield from _walk(child, layer, f"{path}.{i}", experts)
+        for child in module:
+            yield from _walk(child, layer, above)
     if not isinstance(module, nn.Module):
         return
     if (layout := layout_of(module)) is not None:
         routed = linear.is_routed(module[layout.down])
-        yield Found(layer, path[1:], module, layout, experts if routed else 0)
+        yield Found(layer, module, layout, _experts(above) if routed else 0)
         return
-    experts = _experts(module) or experts
     for name, child in module.children().items():
+        within = (*above, module)
         if isinstance(child, list) and name == "experts":  # one FFN each: some run
-            some = next(_walk(child[0], layer, f"{path}.{name}.0", experts), None)
-            yield from [] if some is None else [some._replace(experts=experts)]
+            for f in _walk(child[0], layer, within):
+                yield f._replace(experts=_experts(within))
         else:
-            yield from _walk(child, layer, f"{path}.{name}", experts)
+            yield from _walk(child, layer, within)
 
 
 def layout_of(module: nn.Module) -> Optional[Layout]:
     """The names of a module's projections, or None where it is no FFN."""
-    children = module.children()
     for layout in LAYOUTS:
         if all(
-            isinstance(children.get(n), nn.Module)
-            for n in (*layout.inputs, layout.down)
+            isinstance(module.get(n), nn.Module) for n in (*layout.inputs, layout.down)
         ):
             return layout
     return None
 
 
-def _experts(module: nn.Module) -> int:
+def _experts(above: tuple[nn.Module, ...]) -> int:
     """Experts that run per token, as the routing module or its router has them."""
-    parts = [module, *module.children().values()]
-    kept = [getattr(p, n, None) for p in parts for n in ("args", "config")]
-    for holder in (*parts, *kept):
-        for name in TOP_K:
-            if isinstance(found := getattr(holder, name, None), int):
-                return found
-    return 0
+    for module in reversed(above):
+        parts = [module, *module.children().values()]
+        kept = [getattr(p, n, None) for p in parts for n in ("args", "config")]
+        for holder in (*parts, *kept):
+            for name in TOP_K:
+                if isinstance(found := getattr(holder, name, None), int):
+                    return found
+    return 1
 
 
 class Mixer(NamedTuple):

@@ -6,7 +6,7 @@ not), as long as every neuron is by itself. No weight is touched: a lazily loade
 """
 
 import math
-from typing import Any, Optional
+from typing import Any, NamedTuple, Optional
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -21,27 +21,47 @@ WORTH = 0.15  # of the FFN FLOPs: what is saved of less nobody would notice
 NEURONS = 24
 
 
-def proven_ffns(model: nn.Module, strategy: str = "chunk") -> list[GatedFFN]:
-    """The FFNs that can run sparsely, in order; raises UnsupportedModel.
+class Reach(NamedTuple):
+    """What of a model can run sparsely.
 
-    Usually one per layer. A layer of experts has its shared expert here, or nothing.
+    ffns: In order; usually one per layer. A layer of experts has its shared expert here, or nothing.
+    share: Their part of a prompt's FFN FLOPs; routed experts count as they run.
+    odd: Which FFNs stay dense though all tokens share them, in words.
     """
+
+    ffns: list[GatedFFN]
+    share: float
+    odd: Optional[str]
+
+
+def reach(model: nn.Module, strategy: str = "chunk") -> Reach:
+    """Find and prove a model's FFNs; raises UnsupportedModel."""
     found = found_ffns(model)
     ffns = _proven(found, strategy)
+    proven = {id(ffn.mlp) for ffn in ffns}
+    flops = [_flops(f) for f in found]
+    within = sum(n for n, f in zip(flops, found) if id(f.module) in proven)
+    share = within / max(1, sum(flops))
+    odd = _odd([f for f in found if not f.experts and id(f.module) not in proven])
     why = None
     if not found:
         why = "no FFN was found in its layers"
     elif not ffns:
-        why = _odd(found, ffns) or "all of its FFNs are routed experts"
-    elif (part := _share(found, ffns)) < WORTH:
-        why = (
-            f"only {part:.0%} of its FFN FLOPs can run sparsely, which saves too little"
-        )
+        why = odd or "all of its FFNs are routed experts"
+    elif share < WORTH:
+        why = f"only {share:.0%} of its FFN FLOPs can run sparsely, which saves too little"
     if why is not None:
         raise UnsupportedModel(
             f"model type {model_type(model)!r} is not supported: {why}."
         )
-    return ffns
+    return Reach(ffns, share, odd)
+
+
+def _odd(found: list[Found]) -> Optional[str]:
+    if not found:
+        return None
+    names = ", ".join(sorted({type(f.module).__name__ for f in found}))
+    return f"FFNs whose neurons do not work each by itself: {len(found)} ({names})"
 
 
 def _proven(found: list[Found], strategy: str) -> list[GatedFFN]:
@@ -100,31 +120,6 @@ def proven(shell: Shell, order: Order, rows: int) -> bool:
         return bool(mx.allclose(alone, z[..., chosen], 1e-5, 1e-5))
     except Exception:  # what a module's code raises on stand-ins says no more than no
         return False
-
-
-def share(model: nn.Module) -> float:
-    """Share of the FFN FLOPs of a prompt that proven_ffns() can reach; routed experts count as they run."""
-    return _share(found_ffns(model), proven_ffns(model))
-
-
-def _share(found: list[Found], ffns: list[GatedFFN]) -> float:
-    mlps = {id(ffn.mlp) for ffn in ffns}
-    within = sum(_flops(f) for f in found if id(f.module) in mlps)
-    return within / sum(map(_flops, found))
-
-
-def left_dense(model: nn.Module) -> Optional[str]:
-    """Which FFNs of a supported model stay dense though all tokens share them, in words, or None."""
-    return _odd(found_ffns(model), proven_ffns(model))
-
-
-def _odd(found: list[Found], ffns: list[GatedFFN]) -> Optional[str]:
-    mlps = {id(ffn.mlp) for ffn in ffns}
-    odd = [f.module for f in found if not f.experts and id(f.module) not in mlps]
-    if not odd:
-        return None
-    names = ", ".join(sorted({type(module).__name__ for module in odd}))
-    return f"FFNs whose neurons do not work each by itself: {len(odd)} ({names})"
 
 
 def _flops(found: Found) -> float:

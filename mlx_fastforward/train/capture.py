@@ -8,14 +8,14 @@ import mlx.nn as nn
 from ..attachment import watched
 from ..model.families import prefilled
 from ..model.ffn import GatedFFN
-from ..model.proof import proven_ffns
+from ..model.proof import reach
 
 SCORES = ("relative", "weighted", "plain")
 
 
 def ffns_of(model: nn.Module) -> list[GatedFFN]:
     """The FFNs that a prefill runs."""
-    return list(prefilled(proven_ffns(model)))
+    return list(prefilled(reach(model).ffns))
 
 
 def block_norms(ffn: GatedFFN, x: mx.array, score: str) -> mx.array:
