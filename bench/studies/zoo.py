@@ -356,15 +356,15 @@ UNBUILT = {
 NOT_RUN = ["bitnet", "muse_spark", "phi3small"]
 
 
-def tiny(name: str, seed: int = 0) -> nn.Module:
-    """A small random model of one file (or of one of KINDS), float32.
+def tiny(name: str, seed: int = 0, **more: Any) -> nn.Module:
+    """A small random model of one file (or of one of KINDS), float32; ``more`` overrides sizes.
 
     The weights are large enough for FFNs to matter.
     """
     name, kind = KINDS.get(name, (name, {}))
     module = _module(name)
     text = TEXT.get(name, name)
-    inner = {**SIZES, "model_type": text, **MORE.get(text, {}), **kind}
+    inner = {**SIZES, "model_type": text, **MORE.get(text, {}), **kind, **more}
     args = {**inner, "model_type": name, "text_config": inner}
     model: nn.Module = module.Model(module.ModelArgs.from_dict(args))
     key = mx.random.key(seed)

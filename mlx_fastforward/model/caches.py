@@ -25,10 +25,14 @@ def _place(part: Any) -> Optional[int]:
     return next((p for p in places if isinstance(p, int)), None)
 
 
+def counted(cache: Cache) -> list[int]:
+    """Tokens that each cache has seen; states of linear attention do not count theirs."""
+    return [n for part in parts(cache) if (n := _place(part)) is not None]
+
+
 def cached_tokens(cache: Cache) -> int:
-    """Tokens that a prompt cache holds. States of linear attention do not count theirs."""
-    counts = (n for part in parts(cache) if (n := _place(part)) is not None)
-    return next(counts, 0)
+    """Tokens that a prompt cache holds."""
+    return next(iter(counted(cache)), 0)
 
 
 def is_empty(cache: Cache) -> bool:
@@ -38,8 +42,7 @@ def is_empty(cache: Cache) -> bool:
     leaves.
     """
     every = [part for part in parts(cache) if part is not None]
-    counts = [n for part in every if (n := _place(part)) is not None]
-    if counts:
+    if counts := counted(every):
         return 0 in counts
     return not every or any(part.empty() for part in every)
 
