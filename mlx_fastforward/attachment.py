@@ -8,7 +8,9 @@ architecture do not see each other.
 
 import contextlib
 import functools
+import inspect
 import types
+import warnings
 from typing import Any, Callable, Iterator, Optional, Sequence
 
 import mlx.core as mx
@@ -56,6 +58,8 @@ def attach(
         UnsupportedModel, ConfigError, PredictorError: before anything of the model is touched.
     """
     engine = engine_for(model, config, predictor, importances, device)
+    if engine.left_dense is not None:
+        warnings.warn(f"{engine.left_dense}; they stay dense.")
     detach(model)
     seat(model, engine)
     return engine
@@ -153,19 +157,21 @@ def reading(model: nn.Module, tokens: int) -> Iterator[Prompt]:
 
 @functools.cache
 def _sparse_model(base: type) -> type:
-    # mlx-lm looks for input_embeddings in the signature
-    @functools.wraps(base.__call__)
-    def call(self: Any, inputs: mx.array, cache: Any = None, *args: Any, **kwargs: Any):
+    names = list(inspect.signature(base.__call__).parameters)[1:]
+
+    @functools.wraps(
+        base.__call__
+    )  # mlx-lm looks for input_embeddings in the signature
+    def call(self: Any, *args: Any, **kwargs: Any) -> Any:
         attached = self._fastforward
         if attached.enabled and not self.training:
-            tokens = kwargs.get("input_embeddings")
-            if tokens is None:
-                tokens = args[0] if args and args[0] is not None else inputs
-            batch, new = tokens.shape[:2]
+            given = dict(zip(names, args)) | kwargs
+            tokens = given.get("input_embeddings")
+            batch, new = (given[names[0]] if tokens is None else tokens).shape[:2]
             engine, prompt = attached.engine, attached.prompt
-            attached.call = engine.begin(prompt, batch, new, cache)
+            attached.call = engine.begin(prompt, batch, new, given.get("cache"))
         try:
-            return base.__call__(self, inputs, cache, *args, **kwargs)
+            return base.__call__(self, *args, **kwargs)
         finally:
             attached.call = None
 
@@ -174,13 +180,18 @@ def _sparse_model(base: type) -> type:
 
 @functools.cache
 def _sparse_mlp(base: type) -> type:
-    def call(self: Any, x: mx.array) -> mx.array:
+    def run(self: Any, x: mx.array) -> mx.array:
         attached, layer = self._fastforward.attached, self._fastforward.layer
-        if attached.call is None or attached.engine.keep[layer] is None:
+        call, d = attached.call, x.shape[-1]
+        if call is None or attached.engine.keep[layer] is None:
             return base.__call__(self, x)
-        return attached.engine.forward(attached.call, layer, x)
+        rows, odd = divmod(x.size // d, call.split.plan.tokens)
+        if odd:  # not the tokens of the call
+            return base.__call__(self, x)
+        y = attached.engine.forward(call, layer, x.reshape(rows, -1, d))
+        return y.reshape(x.shape)  # experts' modules join rows and tokens
 
-    return type(f"Sparse{base.__name__}", (base,), {"__call__": call})
+    return type(f"Sparse{base.__name__}", (base,), {"__call__": run})
 
 
 @functools.cache

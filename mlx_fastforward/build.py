@@ -7,8 +7,9 @@ import mlx.nn as nn
 from .config import DeviceSettings, PrefillConfig
 from .engine import Engine
 from .errors import ConfigError
-from .model.families import family_of, layer_mlps, prefilled
+from .model.families import prefilled
 from .model.ffn import GatedFFN
+from .model.proof import reach
 from .neurons.compensators import Compensator
 from .neurons.schedule import first_dense, layerwise, measured, neurons_kept, uniform
 from .neurons.selectors import FirstBlock, Oracle, Probe, Selector, Trained
@@ -36,8 +37,8 @@ def engine_for(
         UnsupportedModel, ConfigError, PredictorError.
     """
     config = config or PrefillConfig()
-    family, mlps = family_of(model), layer_mlps(model)
-    ffns = [GatedFFN(mlp, family, device.strategy) for mlp in mlps]
+    found = reach(model, device.strategy)
+    ffns = found.ffns
     if predictor is not None:
         predictor.check(BaseModel.of(model))
     given = importances is not None
@@ -53,6 +54,8 @@ def engine_for(
         predictor=predictor.source if predictor is not None else None,
         device=device,
         schedule=schedule,
+        share=found.share,
+        left_dense=found.odd,
     )
     engine.drop_unsupported()
     return engine

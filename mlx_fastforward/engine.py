@@ -58,7 +58,8 @@ class Engine:
 
     ``keep[i]`` neurons of layer i survive in a sparse block; None keeps the layer dense.
     ``predictor`` says where the trained weights came from, ``chosen`` why this sparsity was taken
-    where that was left to the predictor file.
+    where that was left to the predictor file, ``share`` which part of the FFN FLOPs the FFNs here are,
+    and ``left_dense`` which of the rest are no routed experts.
     """
 
     config: PrefillConfig
@@ -70,6 +71,8 @@ class Engine:
     device: DeviceSettings = DeviceSettings()
     schedule: str = "uniform"
     chosen: Optional[str] = None
+    share: float = 1.0
+    left_dense: Optional[str] = None
 
     @property
     def sparse(self) -> bool:
@@ -119,7 +122,7 @@ class Engine:
 
     def on(self, device: DeviceSettings) -> "Engine":
         """The same under other settings of the device; this one stays as it is."""
-        ffns = [GatedFFN(f.mlp, f.family, device.strategy) for f in self.ffns]
+        ffns = [ffn.under(device.strategy) for ffn in self.ffns]
         return replace(self, ffns=ffns, device=device)
 
     def prompt(self, tokens: int) -> Prompt:

@@ -12,6 +12,7 @@ from mlx_lm.generate import stream_generate as mlx_lm_stream_generate
 from mlx_lm.tokenizer_utils import TokenizerWrapper
 
 from .attachment import reading
+from .model.caches import cached_tokens
 
 
 @dataclass
@@ -41,13 +42,6 @@ def encode_prompt(tokenizer: Any, prompt: str | mx.array | Sequence[int]) -> mx.
     bos = tokenizer.bos_token
     special = bos is None or not prompt.startswith(bos)
     return mx.array(tokenizer.encode(prompt, add_special_tokens=special))
-
-
-def cached_tokens(prompt_cache: Optional[Sequence[Any]]) -> int:
-    """Tokens that a prompt cache holds."""
-    if not prompt_cache:
-        return 0
-    return int(getattr(prompt_cache[0], "offset", 0))
 
 
 def stream_generate(

@@ -1,6 +1,7 @@
 """A conversation with its KV cache: what was read before is not read again."""
 
 import contextlib
+import sys
 from typing import Any, Iterator, Optional
 
 import mlx.nn as nn
@@ -13,6 +14,7 @@ from mlx_lm.models.cache import (
 from .attachment import engine_of, switched
 from .errors import TemplateError
 from .generation import Response, stream_generate
+from .model.caches import counted, parts
 
 
 def common_prefix(a: list[int], b: list[int]) -> int:
@@ -149,11 +151,19 @@ class Session:
         mlx-lm runs one step ahead of what it yields: a stopped answer leaves a token in the cache
         that nobody has seen, and, stopped inside a forward pass, layers of different lengths.
         """
-        known = min(len(tokens), *(c.offset for c in self.cache))
-        surplus = [c.offset - known for c in self.cache]
-        if any(surplus) and not can_trim_prompt_cache(self.cache):
+        counts = counted(self.cache)
+        known = min([len(tokens), *counts])
+        if can_trim_prompt_cache(self.cache):
+            for part, count in zip(parts(self.cache), counts):
+                part.trim(count - known)
+        elif max(counts, default=0) > known or self._uncertain(len(counts)):
             self.forget_cache()
             return
-        for c, extra in zip(self.cache, surplus):
-            c.trim(extra)
         self.cached = tokens[:known]
+
+    def _uncertain(self, counting: int) -> bool:
+        """Whether states that count nothing, of linear attention, may be ahead of the others."""
+        if counting == len([*parts(self.cache)]):
+            return False
+        stopped = sys.exc_info()[0] not in (None, GeneratorExit)  # in a forward pass
+        return stopped or counting == 0

@@ -58,16 +58,19 @@ def test_ttft_leaves_the_model_stock_and_reports_the_ratio() -> None:
     assert (row.context, row.selector, row.strategy) == (64, "probe", "chunk")
 
 
-@pytest.mark.parametrize("name, bits", [("llama-3.1-8b", 4), ("qwen3-4b", 0)])
+BITS = [0, 4, 0, 0, 4, 0, 0, 0, 0]
+
+
+@pytest.mark.parametrize("name, bits", [*zip(shapes.SHAPES, BITS, strict=True)])
 def test_random_models_and_predictors_have_the_real_shapes(
     name: str, bits: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Scaled down, so that they fit into a test."""
-    module, shape = shapes.SHAPES[name]
-    small = shape | {"hidden_size": 128, "intermediate_size": 448, "head_dim": 16}
-    monkeypatch.setitem(shapes.SHAPES, name, (module, small))
-    model = shapes.random_model(name, 2, mx.float32, bits)
-    assert len(model.layers) == 2
+    small = dict(hidden_size=128, intermediate_size=448, head_dim=16)
+    small |= dict(global_head_dim=16, linear_key_head_dim=16, linear_value_head_dim=16)
+    monkeypatch.setitem(shapes.SHAPES, name, shapes.SHAPES[name] | small)
+    model = shapes.random_model(name, 4, mx.float32, bits)
+    assert len(model.layers) == 4
     assert getattr(model.layers[0].mlp.down_proj, "bits", 0) == bits
     predictor = shapes.random_predictor(model)
     attach(model, settings(selector="trained"), predictor=predictor)

@@ -13,7 +13,7 @@ import mlx_lm
 import models
 import pytest
 from commands import bad, good, one_line, run
-from mlx_lm.models import gpt2
+from mlx_lm.models import mamba
 from mlx_lm.utils import load
 
 import mlx_fastforward
@@ -243,9 +243,9 @@ def test_models_that_cannot_be_used(tiny: Path, tmp_path: Path) -> None:
     assert refused("--model", folder).startswith(f"{folder} holds no config.json")
     (folder / "config.json").write_text("{")
     assert refused("--model", folder).startswith(f"{folder} cannot be loaded: ")
-    args = gpt2.ModelArgs("gpt2", 8, 8, 1, 1, 8, 1e-5, 4096)
-    other = models.save_folder(gpt2.Model(args), tmp_path / "gpt2")
-    said = "model type 'gpt2' is not supported; supported"
+    args = mamba.ModelArgs("mamba", 4096, 8, 16, 4, 1, 4, False, False, 1)
+    other = models.save_folder(mamba.Model(args), tmp_path / "mamba")
+    said = "model type 'mamba' is not supported: no FFN was found in its layers"
     assert said in refused("--model", other)
     # what only shows while running
     flags = ["--kv-bits", "8", "--kv-group-size", "7", "--quantized-kv-start", "0"]

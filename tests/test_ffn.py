@@ -17,7 +17,7 @@ from mlx_lm.tuner.lora import LoRALinear
 from reference import distance, float64
 
 from mlx_fastforward.config import STRATEGIES
-from mlx_fastforward.model.families import FAMILIES
+from mlx_fastforward.model import proof
 from mlx_fastforward.model.ffn import Estimate, GatedFFN
 
 D, F, TOKENS, BLOCKS = models.HIDDEN, models.FFN, 5, 2
@@ -42,7 +42,9 @@ def with_lora(mlp: nn.Module) -> nn.Module:
 
 
 def ffn_of(mlp: nn.Module, strategy: str = "chunk") -> GatedFFN:
-    return GatedFFN(mlp, FAMILIES[type(mlp).__module__.split(".")[-1]], strategy)
+    ffn = proof.ffn_of(mlp, strategy)
+    assert ffn is not None
+    return ffn
 
 
 def float_parts(mlp: nn.Module) -> tuple[list[np.ndarray], list[Any]]:

@@ -6,7 +6,8 @@ import pytest
 from mlx_lm.models.cache import make_prompt_cache
 
 from mlx_fastforward.attachment import attach, reading
-from mlx_fastforward.model.families import Heads
+from mlx_fastforward.bench.studies import zoo
+from mlx_fastforward.model.families import Heads, mixers
 from mlx_fastforward.neurons import compensators as c
 from mlx_fastforward.neurons import selectors as s
 from mlx_fastforward.neurons.predictor import PredictorWeights
@@ -128,8 +129,17 @@ def test_all_that_is_not_ffn() -> None:
     assert all(Heads.of(models.tiny(n), D) == heads for n in ("llama", "gemma3"))
     projections = 3 * 100 * 2 * 32 * (32 + 16 + 16 + 32) + 100 * 2 * 32 * (16 + 16)
     attention = 3 * (100 * 101 // 2) * 2 * (2 * 32)
-    shapes, rest = [(D, F)] * 4, projections + attention
-    assert flops.other_than_ffn(shapes, heads, 100) == rest
+    rest = projections + attention
+    layers = mixers(models.tiny("llama"))
+    assert flops.other_than_ffn(layers, heads, 100) == rest
     count = FlopCount(dense=7_372_800, run=4_000_000)
-    found = flops.ideal_speedup(shapes, heads, 100, count)
+    found = flops.ideal_speedup(layers, heads, 100, count)
     assert found == (rest + 7_372_800) / (rest + 4_000_000)
+
+
+def test_linear_attention_does_not_look_back() -> None:
+    """Qwen 3.5: every other layer here keeps a state, and its projections are counted as they are."""
+    state, attention = mixers(zoo.tiny("qwen3_5"))[:2]
+    assert not state.attends and attention.attends
+    assert state.weights == 32 * (2 * 16 + 32 + 32 + 4 + 4) + 32 * 32
+    assert attention.weights == 32 * (2 * 32 + 16 + 16) + 32 * 32  # q has a gate

@@ -11,8 +11,8 @@ from hypothesis import strategies as st
 from mlx_lm.models import gemma2
 from reference import float32, float64
 
-from mlx_fastforward.model.families import FAMILIES
 from mlx_fastforward.model.ffn import GatedFFN
+from mlx_fastforward.model.proof import ffn_of
 from mlx_fastforward.neurons import selectors
 from mlx_fastforward.neurons.predictor import PredictorWeights, parts
 from mlx_fastforward.neurons.selectors import FirstBlock, Oracle, Probe, Trained
@@ -35,7 +35,9 @@ class Layer:
         mlp = gemma2.MLP(D, F)
         for name in ("gate", "up", "down"):
             mlp[f"{name}_proj"].weight = float32(getattr(self, name))
-        self.ffn = GatedFFN(mlp, FAMILIES["gemma2"])
+        ffn = ffn_of(mlp)
+        assert ffn is not None
+        self.ffn = ffn
 
     def normal(self, *shape: int) -> np.ndarray:
         """Numbers that float32 holds exactly."""

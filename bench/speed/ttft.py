@@ -19,10 +19,11 @@ from ...generation import stream_generate
 from ...model.families import (
     Heads,
     float_dtype,
-    layer_mlps,
     layer_norm_weights,
+    mixers,
     prefilled,
 )
+from ...model.proof import reach
 from ...tokens.flops import FlopCount, ideal_speedup
 from ...tokens.plan import CHUNK
 
@@ -134,7 +135,7 @@ def ideal(model: nn.Module, engine: Engine, tokens: int) -> float:
     for new, plan in engine.plans(tokens):
         engine.count(count, 1, new, plan)
     heads = Heads.of(model, engine.shapes[0][0])
-    return ideal_speedup(engine.shapes, heads, tokens, count)
+    return ideal_speedup(mixers(model), heads, tokens, count)
 
 
 def ffn_seconds(model: nn.Module, tokens: int) -> float:
@@ -143,10 +144,10 @@ def ffn_seconds(model: nn.Module, tokens: int) -> float:
     width, dtype = layer_norm_weights(model)[0].size, float_dtype(model)
     x = mx.random.normal((1, chunk, width)).astype(dtype)
     mx.eval(x)
-    mlp = layer_mlps(model)[0]
+    ffns = reach(model).ffns
     start = time.perf_counter()
-    mx.eval(mlp(x))
-    return (time.perf_counter() - start) * tokens / chunk * len(prefilled(model.layers))
+    mx.eval(ffns[0].mlp(x))
+    return (time.perf_counter() - start) * tokens / chunk * len(prefilled(ffns))
 
 
 def row(

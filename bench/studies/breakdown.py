@@ -11,6 +11,7 @@ from typing import Annotated, Any, Callable
 import mlx.core as mx
 import mlx.nn as nn
 import typer
+from mlx_lm.models.activations import swiglu
 from mlx_lm.models.cache import make_prompt_cache
 from rich.console import Console
 from rich.table import Table
@@ -20,7 +21,7 @@ from ...build import engine_for
 from ...config import STRATEGIES, DeviceSettings, PrefillConfig
 from ...engine import Engine
 from ...model.attention import by_queries
-from ...model.families import Heads, swiglu
+from ...model.families import Heads
 from ...model.gather import transposed
 from ...timing import interleaved
 from ...tokens.plan import CHUNK

@@ -23,8 +23,9 @@ def bench(
     random: Annotated[
         Optional[str],
         o.opt(
-            "Random weights in the shape of llama-3.2-1b, llama-3.2-3b, llama-3.1-8b or "
-            "qwen3-4b, with predictors of random weights: for timings they do."
+            "Random weights in the shape of llama-3.2-1b, llama-3.2-3b, llama-3.1-8b, "
+            "qwen3-4b, qwen3.5-4b, qwen3.5-9b, gemma-4-31b, ministral-3-3b or glm-4-9b, "
+            "with predictors of random weights: for timings they do."
         ),
     ] = None,
     layers: Annotated[

@@ -160,6 +160,8 @@ class Chat:
             share, tokens = engine.config.sparsity, engine.block_size
             mode = f"{share:.0%} of FFN neurons dropped per {tokens} tokens"
             mode += f", selector {engine.selector.name}"
+            if engine.share < 1:
+                mode += f"; within reach: {engine.share:.0%} of the FFN FLOPs"
         self.console.print(Text("mlx_fastforward chat", style="bold"))
         if model is None:
             from .. import demo

@@ -1,17 +1,21 @@
-"""The gated FFN of one layer: dense activations, and the FFN over chosen neurons (eq. 15-18).
+"""The FFN of one layer: dense activations, and the FFN over chosen neurons (eq. 15-18).
 
 Weights are looked up at every call, so LoRA or quantisation applied after attach() are seen.
 """
 
+import copy
+import operator
 from dataclasses import dataclass
-from typing import Any, Optional
+from typing import Any, Callable, Optional, Sequence
 
 import mlx.core as mx
 import mlx.nn as nn
 
 from . import linear
-from .families import Family
+from .families import Layout
 from .gather import Down
+
+PACKAGE = "mlx_fastforward"
 
 
 @dataclass(frozen=True)
@@ -29,35 +33,99 @@ class Estimate:
     u: mx.array
 
 
-class GatedFFN:
-    """One layer's FFN: Y = down(act(gate(X)) * up(X))."""
+class Shell:
+    """A module's own call as the activation function of its neurons.
 
-    def __init__(self, mlp: nn.Module, family: Family, strategy: str = "chunk"):
+    The call gets the outputs of the input projections, and what it hands to the down projection is Z.
+    Anything else that it does with its input or its output raises.
+    """
+
+    def __init__(self, mlp: nn.Module, layout: Layout):
+        self.twin: Any = copy.copy(mlp)
+        own = (c for c in type(mlp).__mro__ if not c.__module__.startswith(PACKAGE))
+        self.twin.__class__ = next(own)  # an attached module's own, too
+        self.twin.__dict__.pop("_fastforward", None)
+        for i, name in enumerate(layout.inputs):
+            self.twin[name] = operator.itemgetter(i)
+        self.twin[layout.down] = _Activations
+
+    def __call__(self, outputs: Sequence[mx.array]) -> mx.array:
+        """Outputs (..., f), or (..., 2 f) where gate and up share one -> Z (..., f)."""
+        z: _Activations = self.twin(_Outputs(outputs))
+        return z.value
+
+
+class _Outputs:
+    """Stands for the input x, of which an activation needs no more than its dtype."""
+
+    def __init__(self, outputs: Sequence[mx.array]):
+        self.outputs, self.dtype = outputs, outputs[0].dtype
+
+    def __getitem__(self, i: int) -> mx.array:
+        return self.outputs[i]
+
+
+@dataclass
+class _Activations:
+    """Stands for the output."""
+
+    value: mx.array
+
+
+def single(neurons: mx.array, f: int) -> mx.array:
+    return neurons
+
+
+def halves(neurons: mx.array, f: int) -> mx.array:
+    return mx.concatenate([neurons, neurons + f])
+
+
+def pairs(neurons: mx.array, f: int) -> mx.array:
+    return (2 * neurons[:, None] + mx.arange(2, dtype=neurons.dtype)).flatten()
+
+
+Order = Callable[[mx.array, int], mx.array]  # rows of a projection that neurons need
+ORDERS: dict[int, list[Order]] = {1: [single], 2: [halves, pairs]}  # by rows per neuron
+
+
+class GatedFFN:
+    """One layer's FFN: Y = down(act(gate(X)) * up(X)), or Y = down(act(up(X))).
+
+    Args:
+        mlp: A module that proof.py has found to be one.
+        order: Which rows of the input projections belong to a neuron.
+    """
+
+    def __init__(
+        self, mlp: nn.Module, layout: Layout, order: Order, strategy: str = "chunk"
+    ):
         self.mlp = mlp
-        self.family = family
+        self.layout = layout
+        self.order = order
         self.strategy = strategy
+        self._activation = Shell(mlp, layout)
         self._stored: dict[str, Any] = {}
         self._norms: Optional[tuple[list[Any], mx.array]] = None
         self._guesses: Optional[tuple[list[Any], mx.array]] = None
 
+    def under(self, strategy: str) -> "GatedFFN":
+        """The same with another way to take columns of the down projection."""
+        return GatedFFN(self.mlp, self.layout, self.order, strategy)
+
     @property
     def down(self) -> nn.Module:
-        return getattr(self.mlp, self.family.down)
+        return getattr(self.mlp, self.layout.down)
 
     def _inputs(self) -> list[nn.Module]:
-        names = [self.family.gate, self.family.up]
-        if self.family.fused:
-            names = [self.family.gate_up]
-        return [getattr(self.mlp, name) for name in names]
+        return [getattr(self.mlp, name) for name in self.layout.inputs]
 
     @property
     def shape(self) -> tuple[int, int]:
         """(d, f): hidden size and number of neurons."""
-        out, d = linear.shape(self._inputs()[0])
-        return d, out // 2 if self.family.fused else out
+        return linear.shape(self._inputs()[0])[1], linear.shape(self.down)[1]
 
     def projections(self) -> list[nn.Module]:
-        """Gate and up, or both in one, and down."""
+        """Gate and up, or both in one, or up alone; and down."""
         return [*self._inputs(), self.down]
 
     def unsupported(self) -> Optional[str]:
@@ -67,11 +135,7 @@ class GatedFFN:
 
     def activations(self, x: mx.array) -> mx.array:
         """Z of every neuron. x: (..., d) -> (..., f)."""
-        if self.family.fused:
-            gate, up = mx.split(self._inputs()[0](x), 2, axis=-1)
-        else:
-            gate, up = (m(x) for m in self._inputs())
-        return self.family.combine(gate, up)
+        return self._activation([m(x) for m in self._inputs()])
 
     def activations_and_output(self, x: mx.array) -> tuple[mx.array, mx.array]:
         """Z and the dense FFN's output. x: (B, T, d) -> (B, T, f), (B, T, d).
@@ -130,9 +194,5 @@ class GatedFFN:
 
     def kept_activations(self, x: mx.array, neurons: mx.array) -> mx.array:
         """Activations of chosen neurons. x: (n, d), neurons: (K,) -> (n, K)."""
-        if self.family.fused:  # one take, one GEMM
-            rows = mx.concatenate([neurons, neurons + self.shape[1]])
-            gate, up = mx.split(linear.rows(self._inputs()[0], x, rows), 2, axis=-1)
-        else:
-            gate, up = (linear.rows(m, x, neurons) for m in self._inputs())
-        return self.family.combine(gate, up)
+        chosen = self.order(neurons, self.shape[1])
+        return self._activation([linear.rows(m, x, chosen) for m in self._inputs()])

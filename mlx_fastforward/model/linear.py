@@ -39,11 +39,25 @@ def unwrapped(linear: nn.Module) -> tuple[Any, Optional[LoRALinear]]:
 
 
 def shape(linear: nn.Module) -> tuple[int, int]:
-    """(out, in) of the weight, unpacked; of this process's part where it is sharded."""
+    """(out, in) of the weight, unpacked; of this process's part where it is sharded.
+
+    Of routed experts' stacked weights that of one.
+    """
     base, _ = unwrapped(linear)
-    out, width = base.weight.shape
+    out, width = base.weight.shape[-2:]
     packed = base.weight.dtype == mx.uint32
     return out, width * 32 // base.bits if packed else width
+
+
+def is_matrix(module: nn.Module) -> bool:
+    """Whether this is a projection: no convolution, no table, no experts."""
+    return isinstance(module, (*FLOAT, *PACKED))
+
+
+def is_routed(linear: nn.Module) -> bool:
+    """Whether this holds the stacked weights of routed experts."""
+    base, _ = unwrapped(linear)
+    return bool(base.weight.ndim > 2)
 
 
 def dtype(linear: nn.Module) -> mx.Dtype:

@@ -9,8 +9,8 @@ import mlx.nn as nn
 import numpy as np
 
 from ..errors import PredictorError
-from ..model.families import family_of, layer_mlps, layer_norm_weights
-from ..model.ffn import GatedFFN
+from ..model.families import layer_norm_weights
+from ..model.proof import reach
 
 
 @dataclass(frozen=True)
@@ -27,8 +27,7 @@ class BaseModel:
     @classmethod
     def of(cls, model: nn.Module, name: str = "") -> "BaseModel":
         """Describe a loaded model, lazily loaded or not; raises UnsupportedModel."""
-        family = family_of(model)
-        shapes = [GatedFFN(mlp, family).shape for mlp in layer_mlps(model)]
+        shapes = [ffn.shape for ffn in reach(model).ffns]
         widths = [f for _, f in shapes]
         same = widths[0] if len(set(widths)) == 1 else widths
         kind = str(getattr(model, "model_type", type(model).__name__))

@@ -8,7 +8,7 @@ windows are counted as full attention.
 from dataclasses import dataclass
 from typing import Optional, Sequence
 
-from ..model.families import Heads, prefilled
+from ..model.families import Heads, Mixer, prefilled
 from ..neurons.compensators import Compensator
 from ..neurons.selectors import Selector
 from .plan import Plan
@@ -83,20 +83,23 @@ def count_call(
         count.run += batch * plan.blocks * (paid - saved)
 
 
-def other_than_ffn(shapes: Shapes, heads: Heads, tokens: int) -> float:
-    """FLOPs of stock mlx-lm reading a prompt: projections and attention."""
-    last = (
-        2.0 * shapes[-1][0] * heads.size * heads.keys
-    )  # keys and values, nothing else
+def other_than_ffn(layers: Sequence[Mixer], heads: Heads, tokens: int) -> float:
+    """FLOPs of stock mlx-lm reading a prompt: projections and attention.
+
+    The last layer has keys and values only. Routed experts, scans of states and convolutions are left out.
+    """
     seen = tokens * (tokens + 1) / 2
-    total = 2.0 * tokens * last
-    for d, _ in prefilled(shapes):
-        matrices = 2.0 * d * heads.size * (heads.queries + heads.keys)
-        total += 2.0 * tokens * matrices + 4.0 * seen * heads.queries * heads.size
+    share = heads.keys / (heads.queries + heads.keys)
+    total = 2.0 * tokens * layers[-1].weights * share
+    for weights, attends in prefilled(layers):
+        total += 2.0 * tokens * weights
+        total += attends * 4.0 * seen * heads.queries * heads.size
     return total
 
 
-def ideal_speedup(shapes: Shapes, heads: Heads, tokens: int, ffn: FlopCount) -> float:
+def ideal_speedup(
+    layers: Sequence[Mixer], heads: Heads, tokens: int, ffn: FlopCount
+) -> float:
     """Stock FLOPs over the sparse prefill's, both with all that is not FFN: what arithmetic allows."""
-    rest = other_than_ffn(shapes, heads, tokens)
+    rest = other_than_ffn(layers, heads, tokens)
     return (rest + ffn.dense) / (rest + ffn.run)

@@ -6,16 +6,16 @@ import mlx.core as mx
 import mlx.nn as nn
 
 from ..attachment import watched
-from ..model.families import family_of, layer_mlps, prefilled
+from ..model.families import prefilled
 from ..model.ffn import GatedFFN
+from ..model.proof import reach
 
 SCORES = ("relative", "weighted", "plain")
 
 
 def ffns_of(model: nn.Module) -> list[GatedFFN]:
     """The FFNs that a prefill runs."""
-    family = family_of(model)
-    return [GatedFFN(mlp, family) for mlp in prefilled(layer_mlps(model))]
+    return list(prefilled(reach(model).ffns))
 
 
 def block_norms(ffn: GatedFFN, x: mx.array, score: str) -> mx.array:
