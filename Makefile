@@ -4,7 +4,7 @@ BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 DEV := $(VENV)/.installed-dev
 
-.PHONY: demo test lint format clean
+.PHONY: demo test lint format results clean
 
 demo: $(INSTALLED)
 	$(BIN)/mlx_fastforward demo
@@ -21,6 +21,12 @@ lint: $(DEV)
 format: $(DEV)
 	$(BIN)/isort -q .
 	$(BIN)/black -q .
+
+# what others measured: each file against the schema, and all of them as one page
+results: $(DEV)
+	mkdir -p build
+	$(BIN)/python -m pytest -q tests/test_results.py
+	$(BIN)/mlx_fastforward bench report $(wildcard results/*-*.json) --html build/report.html
 
 $(INSTALLED): pyproject.toml
 	$(PYTHON) -m venv $(VENV)

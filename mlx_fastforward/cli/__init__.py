@@ -7,6 +7,7 @@ import typer
 
 from ..version import __version__
 from .bench import bench
+from .bench_report import report
 from .chat import chat
 from .convert import convert
 from .demo import demo
@@ -50,7 +51,6 @@ def _root(
 app.command()(chat)
 app.command()(generate)
 app.command()(demo)
-app.command()(bench)
 app.command("eval")(evaluate)
 app.command()(inspect)
 app.command()(tune)
@@ -58,6 +58,12 @@ app.command()(train)
 app.command()(convert)
 app.command()(predictors)
 app.command()(upload)
+
+# `bench ...` measures, `bench report ...` shows
+benches = typer.Typer(invoke_without_command=True, rich_markup_mode="rich")
+benches.callback()(bench)
+benches.command()(report)
+app.add_typer(benches, name="bench")
 
 
 def main() -> None:
