@@ -11,6 +11,7 @@ from .bench_report import report
 from .chat import chat
 from .convert import convert
 from .demo import demo
+from .doctor import doctor
 from .eval import evaluate
 from .generate import generate
 from .inspect import inspect
@@ -51,6 +52,7 @@ def _root(
 app.command()(chat)
 app.command()(generate)
 app.command()(demo)
+app.command()(doctor)
 app.command("eval")(evaluate)
 app.command()(inspect)
 app.command()(tune)
