@@ -1,5 +1,7 @@
 """What doctor says of a machine and a model, and that --help imports nothing heavy."""
 
+import importlib
+import platform
 import subprocess
 import sys
 import types
@@ -13,7 +15,7 @@ from commands import bad, good
 from mlx_lm.models import gpt2
 
 from mlx_fastforward import tune
-from mlx_fastforward.cli import doctor, first_use
+from mlx_fastforward.cli import first_use
 from mlx_fastforward.config import DeviceSettings
 
 
@@ -78,15 +80,14 @@ def test_a_model_that_does_not_fit(
 def test_the_wired_limit_needs_metal_and_macos_15(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    import platform
-
+    command = importlib.import_module("mlx_fastforward.cli.doctor")
     limit = {"max_recommended_working_set_size": 27 * 10**9}
     monkeypatch.setattr(mx, "device_info", lambda: limit)
     metal = types.SimpleNamespace(is_available=lambda: True)
     monkeypatch.setattr(mx, "metal", metal)
     for release, said in (("15.1", "27.0 GB"), ("14.6", "off: needs macOS 15")):
         monkeypatch.setattr(platform, "mac_ver", lambda release=release: (release,))
-        assert doctor._wired().startswith(said)
+        assert command._wired().startswith(said)
 
 
 def test_help_imports_nothing_heavy() -> None:
