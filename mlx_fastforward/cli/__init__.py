@@ -1,10 +1,13 @@
 """The command line: ``mlx_fastforward`` and ``python -m mlx_fastforward``."""
 
 import os
+import sys
+import traceback
 from typing import Annotated
 
 import typer
 
+from .. import ranks
 from ..version import __version__
 from .bench import bench
 from .bench_report import report
@@ -12,6 +15,7 @@ from .chat import chat
 from .convert import convert
 from .demo import demo
 from .doctor import doctor
+from .errors import fail
 from .eval import evaluate
 from .generate import generate
 from .inspect import inspect
@@ -29,6 +33,10 @@ app = typer.Typer(
 )
 
 
+# what runs under mlx.launch, a part of the model in each process
+LAUNCHED = ("bench", "chat", "doctor", "generate")
+
+
 def _version(asked: bool) -> None:
     if asked:
         print(__version__)
@@ -37,6 +45,7 @@ def _version(asked: bool) -> None:
 
 @app.callback()
 def _root(
+    context: typer.Context,
     version: Annotated[
         bool,
         typer.Option(
@@ -47,6 +56,17 @@ def _root(
     # Read when a command imports transformers: it would comment on long prompts otherwise.
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    if ranks.rank() is not None:
+        _launched(str(context.invoked_subcommand))
+
+
+def _launched(command: str) -> None:
+    """One process of several: the first speaks for all, the others say only what breaks."""
+    if ranks.rank():
+        sys.stdout = sys.stderr = open(os.devnull, "w")
+        sys.excepthook = lambda *e: traceback.print_exception(*e, file=sys.__stderr__)
+    if command not in LAUNCHED:
+        fail(f"{command} runs in one process; start it without mlx.launch.", 2)
 
 
 app.command()(chat)

@@ -9,6 +9,7 @@ from rich.console import Console
 from rich.progress import Progress
 from rich.table import Table
 
+from .. import ranks
 from ..config import STRATEGIES, DeviceSettings, PrefillConfig
 from ..errors import ConfigError
 from . import options as o
@@ -185,8 +186,12 @@ def _model(
     if random not in shapes.SHAPES:
         known = ", ".join(shapes.SHAPES)
         raise ConfigError(f"--random must be one of {known}; got {random}.")
+    if ranks.several():
+        mx.random.seed(0)  # what the processes share must be the same
     usual = "bfloat16" if mx.default_device() == mx.gpu else "float32"
     net = shapes.random_model(random, layers, getattr(mx, dtype or usual), q_bits)
+    if ranks.several():
+        net.shard(ranks.group())
     return net, load_tokenizer(demo.MODEL), shapes.random_predictor(net)
 
 

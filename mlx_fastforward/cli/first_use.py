@@ -5,6 +5,8 @@ from typing import Any, Optional
 from rich.console import Console
 from rich.progress import Progress
 
+from .. import ranks
+
 # Weights of an FFN: below this the timings are noise, and there is nothing to win.
 SMALLEST = 4_000_000
 
@@ -31,7 +33,7 @@ def tuned(model: Any, engine: Any, console: Console) -> Any:
     from .. import tune
     from ..model.families import Heads
 
-    if not worth_tuning(engine):
+    if not worth_tuning(engine) or ranks.several():  # whose clock would count?
         return engine.device
     heads = Heads.of(model, max(engine.shapes)[0])
     key = tune.key(engine, heads)

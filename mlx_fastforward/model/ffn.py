@@ -56,6 +56,11 @@ class GatedFFN:
         out, d = linear.shape(self._inputs()[0])
         return d, out // 2 if self.family.fused else out
 
+    @property
+    def share(self) -> tuple[int, int]:
+        """(rank, processes): which of the equal parts of the neurons is here."""
+        return linear.share(self.down)
+
     def projections(self) -> list[nn.Module]:
         """Gate and up, or both in one, and down."""
         return [*self._inputs(), self.down]
@@ -126,7 +131,9 @@ class GatedFFN:
                 z = z - guess.phi[i] @ mx.take(guess.u, kept, axis=0).T.astype(z.dtype)
             out.append(down(z, kept))
         y = mx.stack(out)
-        return y if guess is None else y + guess.phi @ self._guessed(guess.u, x.dtype)
+        if guess is not None:
+            y = y + guess.phi @ self._guessed(guess.u, x.dtype)
+        return down.whole(y)
 
     def kept_activations(self, x: mx.array, neurons: mx.array) -> mx.array:
         """Activations of chosen neurons. x: (n, d), neurons: (K,) -> (n, K)."""

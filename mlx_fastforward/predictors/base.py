@@ -28,8 +28,9 @@ class BaseModel:
     def of(cls, model: nn.Module, name: str = "") -> "BaseModel":
         """Describe a loaded model, lazily loaded or not; raises UnsupportedModel."""
         family = family_of(model)
-        shapes = [GatedFFN(mlp, family).shape for mlp in layer_mlps(model)]
-        widths = [f for _, f in shapes]
+        ffns = [GatedFFN(mlp, family) for mlp in layer_mlps(model)]
+        shapes = [ffn.shape for ffn in ffns]
+        widths = [ffn.shape[1] * ffn.share[1] for ffn in ffns]  # of all processes
         same = widths[0] if len(set(widths)) == 1 else widths
         kind = str(getattr(model, "model_type", type(model).__name__))
         mark = fingerprint(layer_norm_weights(model))
