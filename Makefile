@@ -4,7 +4,21 @@ BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 DEV := $(VENV)/.installed-dev
 
-.PHONY: demo test lint format clean
+# For evidence, predictor and publish; no MODEL is the demo model
+export MODEL ?=
+export REPO ?=
+OUT ?= build/evidence
+MINUTES ?= 10
+EVAL ?=
+VERIFY ?=
+BENCH ?=
+LONGBENCH ?= --tasks qasper,hotpotqa,gov_report --limit 20
+FF := $(BIN)/mlx_fastforward
+WITH = $${MODEL:+--model "$$MODEL"}
+
+CHECKS := build/checks
+
+.PHONY: demo test lint format results evidence predictor longbench publish wheel-test release-version workflows clean
 
 demo: $(INSTALLED)
 	$(BIN)/mlx_fastforward demo
@@ -22,6 +36,47 @@ format: $(DEV)
 	$(BIN)/isort -q .
 	$(BIN)/black -q .
 
+# what others measured: each file against the schema, and all of them as one page
+results: $(DEV)
+	mkdir -p build
+	$(BIN)/python -m pytest -q tests/test_results.py
+	$(BIN)/mlx_fastforward bench report $(wildcard results/*-*.json) --html build/report.html
+
+# a predictor file for MODEL, and what it does: speed, answers, what each sparsity costs
+evidence: predictor
+	$(FF) eval $(WITH) --predictor $(OUT)/predictor $(EVAL) --json $(OUT)/eval.json --png $(OUT)/eval.png
+	$(FF) bench $(WITH) --predictor $(OUT)/predictor $(BENCH) --save $(OUT)/result.json --png $(OUT)/bench.png
+	$(FF) bench report $(OUT)/result.json --html $(OUT)/report.html --markdown $(OUT)/report.md
+
+predictor: $(INSTALLED)
+	mkdir -p $(OUT)
+	$(FF) doctor $(WITH)
+	$(FF) train $(WITH) --minutes $(MINUTES) --out $(OUT)/predictor --overwrite
+	$(FF) eval $(WITH) --predictor $(OUT)/predictor --save $(VERIFY)
+
+longbench: $(INSTALLED)
+	$(BIN)/python -m pip install -qq -e '.[eval]'
+	$(FF) eval $(WITH) --predictor $(OUT)/predictor --longbench $(LONGBENCH) --json $(OUT)/longbench.json
+
+publish: $(INSTALLED)
+	$(FF) upload --path $(OUT)/predictor --upload-repo "$$REPO"
+
+wheel-test:
+	.ci/wheel-test $(PYTHON)
+
+# a tag that is not the package's version publishes nothing
+release-version:
+	grep -qx '__version__ = "'"$${GITHUB_REF_NAME#v}"'"' mlx_fastforward/version.py
+
+workflows: $(CHECKS)/.installed
+	$(CHECKS)/bin/check-jsonschema --builtin-schema vendor.github-workflows .github/workflows/*.yml
+	$(CHECKS)/bin/zizmor --offline --pedantic .github/workflows
+
+$(CHECKS)/.installed: Makefile
+	$(PYTHON) -m venv $(CHECKS)
+	$(CHECKS)/bin/python -m pip install -qq check-jsonschema zizmor
+	touch $@
+
 $(INSTALLED): pyproject.toml
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install -qq --upgrade pip
@@ -33,4 +88,4 @@ $(DEV): $(INSTALLED)
 	touch $@
 
 clean:
-	rm -rf $(VENV) build *.egg-info
+	rm -rf $(VENV) build dist *.egg-info

@@ -13,13 +13,13 @@ from typing import Annotated, Any, Callable
 import mlx.core as mx
 import mlx.nn as nn
 import typer
+from mlx_lm.models.activations import swiglu
 from rich.console import Console
 from rich.table import Table
 
 from ...config import STRATEGIES
-from ...model.families import Family, swiglu
-from ...model.ffn import GatedFFN
 from ...model.linear import dequantized
+from ...model.proof import ffn_of
 from ...timing import interleaved
 from ...tune import difference
 from ..environment import describe
@@ -41,7 +41,8 @@ class MLP(nn.Module):
 
 def taken(mlp: MLP, groups: mx.array, strategy: str) -> FFN:
     """What the package does, with one of its strategies."""
-    ffn = GatedFFN(mlp, Family(""), strategy)
+    ffn = ffn_of(mlp, strategy)
+    assert ffn is not None
     neurons = of_groups(groups)[None]
     return lambda x: ffn.sparse(x[None], neurons)[0]
 
@@ -78,7 +79,8 @@ def gathered(mlp: MLP, groups: mx.array) -> FFN:
 
 def grouped(mlp: MLP, groups: mx.array) -> FFN:
     """Rows of gate and up taken; down by taken groups, packed as they are."""
-    ffn, down = GatedFFN(mlp, Family("")), grouped_down(mlp.down_proj, groups)
+    ffn, down = ffn_of(mlp), grouped_down(mlp.down_proj, groups)
+    assert ffn is not None
     neurons = of_groups(groups)
     return lambda x: down(ffn.kept_activations(x, neurons))
 

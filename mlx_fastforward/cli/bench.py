@@ -4,10 +4,12 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Annotated, Any, Optional
 
+import typer
 from rich.console import Console
 from rich.progress import Progress
 from rich.table import Table
 
+from .. import ranks
 from ..config import STRATEGIES, DeviceSettings, PrefillConfig
 from ..errors import ConfigError
 from . import options as o
@@ -19,6 +21,7 @@ from .outputs import check_files, write, write_json
 
 
 def bench(
+    context: typer.Context,
     model: o.Model = None,
     random: Annotated[
         Optional[str],
@@ -66,6 +69,12 @@ def bench(
     ] = 5,
     delay: Annotated[float, o.opt("Seconds of rest before each run.", min=0)] = 0,
     json_file: o.JsonFile = None,
+    save: Annotated[
+        Optional[Path],
+        o.opt(
+            "Write a result to share here: machine, model and figures, see results/."
+        ),
+    ] = None,
     png: Annotated[Optional[Path], o.opt("Write a picture here.")] = None,
 ) -> None:
     """Measure the time to first token, sparse against stock mlx-lm, interleaved.
@@ -75,15 +84,21 @@ def bench(
       mlx_fastforward bench --model mlx-community/Llama-3.2-3B-Instruct-4bit --json bench.json
 
       mlx_fastforward bench --random llama-3.2-1b --layers 8 --contexts 2048,4096
+
+      mlx_fastforward bench report results/*.json --html report.html
     """
+    if context.invoked_subcommand is not None:  # bench report
+        return
     with one_line_errors(), interruptible():
         import mlx.core as mx
 
         from ..bench.environment import describe
-        from ..bench.speed import ttft
+        from ..bench.machine import machine, thermal
+        from ..bench.speed import result, ttft
         from ..build import engine_for
 
         check_files(json_file, png)
+        check_files(save, None)
         sizes = numbers("--contexts", contexts, int) if contexts else None
         net, tokenizer, side = _model(
             model, random, layers, q_bits, dtype, predictor, trust_remote_code
@@ -108,12 +123,13 @@ def bench(
                 engines += _attention_arms(engine, queries)
         sizes = sizes or _contexts(net)
         rows: list[ttft.Row] = []
+        before = thermal()
         with Progress(console=console, disable=not console.is_terminal) as bar:
             total = len(sizes) * num_trials * (len(engines) + 1)
             task = bar.add_task("timing", total=total)
             ttft.warm_up(net, tokenizer, engines)
-            for context in sizes:
-                ids = mx.random.randint(8, 4096, (context,), key=mx.random.key(context))
+            for tokens in sizes:
+                ids = mx.random.randint(8, 4096, (tokens,), key=mx.random.key(tokens))
                 rows += ttft.measure(
                     net,
                     tokenizer,
@@ -133,6 +149,14 @@ def bench(
         _show(rows, environment)
         report = {"environment": environment, "rows": [asdict(r) for r in rows]}
         _write(report, rows, json_file, png)
+        if save is not None:
+            name = random or public_name(model)
+            by_hand = no_tune or blocks or ways
+            run = {"trials": num_trials, "delay_s": delay, "tuned": not by_hand}
+            about = result.described(net, engines[0], name, random is not None)
+            heat = (before, thermal())
+            parts = (about, machine(), heat, run, engines, rows, side)
+            write_json(save, result.result(*parts))
 
 
 def _model(
@@ -163,8 +187,12 @@ def _model(
     if random not in shapes.SHAPES:
         known = ", ".join(shapes.SHAPES)
         raise ConfigError(f"--random must be one of {known}; got {random}.")
+    if ranks.several():
+        mx.random.seed(0)  # what the processes share must be the same
     usual = "bfloat16" if mx.default_device() == mx.gpu else "float32"
     net = shapes.random_model(random, layers, getattr(mx, dtype or usual), q_bits)
+    if ranks.several():
+        net.shard(ranks.group())
     return net, load_tokenizer(demo.MODEL), shapes.random_predictor(net)
 
 

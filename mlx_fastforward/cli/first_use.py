@@ -5,6 +5,8 @@ from typing import Any, Optional
 from rich.console import Console
 from rich.progress import Progress
 
+from .. import ranks
+
 # Weights of an FFN: below this the timings are noise, and there is nothing to win.
 SMALLEST = 4_000_000
 
@@ -20,15 +22,20 @@ def tune_first(model: Any, block_size: Optional[int], no_tune: bool) -> None:
         seat(model, engine.on(device))
 
 
+def worth_tuning(engine: Any) -> bool:
+    """Whether anything runs sparsely, and takes long enough to be measured."""
+    d, f = max(engine.shapes)
+    return any(engine.keep) and 3 * d * f >= SMALLEST
+
+
 def tuned(model: Any, engine: Any, console: Console) -> Any:
     """This device's settings for an engine of the model, measured now or remembered."""
     from .. import tune
     from ..model.families import Heads
 
-    d, f = max(engine.shapes)
-    if not any(engine.keep) or 3 * d * f < SMALLEST:
+    if not worth_tuning(engine) or ranks.several():  # whose clock would count?
         return engine.device
-    heads = Heads.of(model, d)
+    heads = Heads.of(model, max(engine.shapes)[0])
     key = tune.key(engine, heads)
     device = tune.remembered(key)
     if device is None:

@@ -1,12 +1,14 @@
 """mlx_fastforward generate: one prompt in, text out."""
 
 import json
+import random
 import sys
 from typing import Annotated, Any, Optional
 
 import typer
 from rich.console import Console
 
+from .. import ranks
 from ..errors import LoadProblem
 from . import options as o
 from .errors import fail, one_line_errors
@@ -93,6 +95,8 @@ def generate(
         check_choice("--selector", selector, o.SELECTORS)
         share = sparsity_of(sparsity)
         template = template_config(chat_template_config)
+        if draft_model is not None and ranks.rank() is not None:
+            fail("--draft-model runs in one process; start it without mlx.launch.", 2)
         if draft_model is not None and max_tokens < 0:
             fail("--max-tokens -1 does not go with --draft-model; give a number.", 2)
         net, tokenizer = load_model(
@@ -120,6 +124,8 @@ def generate(
 
         engine = engine_of(net)
         assert engine is not None
+        if seed is None and ranks.several():
+            seed = ranks.agreed(random.getrandbits(31))
         if seed is not None:
             mx.random.seed(seed)
         _run(
@@ -144,6 +150,8 @@ def _prompt(prompt: Optional[str], option: Optional[str], file: Any) -> str:
     if prompt is not None and option is not None:
         fail("give the prompt once: as argument or with --prompt.", 2)
     asked = prompt if prompt is not None else option
+    if asked == "-" and ranks.rank() is not None:
+        fail("mlx.launch never ends standard input; use --file in the place of '-'.", 2)
     if asked == "-":
         asked = decoded(sys.stdin.buffer.read()).strip()
     document = read_text(file) if file is not None else None

@@ -5,6 +5,7 @@ import tempfile
 from pathlib import Path
 from typing import Any, Callable, Optional
 
+from .. import ranks
 from ..errors import ConfigError
 from ..files import replacing
 from .errors import fail
@@ -43,7 +44,7 @@ def write_json(file: Optional[Path], report: dict[str, Any]) -> None:
 
 def write(file: Optional[Path], action: Callable[[Path], Any]) -> None:
     """Let ``action`` write a file, whole or not at all; None writes nothing."""
-    if file is None:
+    if file is None or ranks.rank():
         return
     try:
         with replacing(file) as half:

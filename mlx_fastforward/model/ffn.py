@@ -124,6 +124,11 @@ class GatedFFN:
         """(d, f): hidden size and number of neurons."""
         return linear.shape(self._inputs()[0])[1], linear.shape(self.down)[1]
 
+    @property
+    def share(self) -> tuple[int, int]:
+        """(rank, processes): which of the equal parts of the neurons is here."""
+        return linear.share(self.down)
+
     def projections(self) -> list[nn.Module]:
         """Gate and up, or both in one, or up alone; and down."""
         return [*self._inputs(), self.down]
@@ -190,7 +195,9 @@ class GatedFFN:
                 z = z - guess.phi[i] @ mx.take(guess.u, kept, axis=0).T.astype(z.dtype)
             out.append(down(z, kept))
         y = mx.stack(out)
-        return y if guess is None else y + guess.phi @ self._guessed(guess.u, x.dtype)
+        if guess is not None:
+            y = y + guess.phi @ self._guessed(guess.u, x.dtype)
+        return down.whole(y)
 
     def kept_activations(self, x: mx.array, neurons: mx.array) -> mx.array:
         """Activations of chosen neurons. x: (n, d), neurons: (K,) -> (n, K)."""

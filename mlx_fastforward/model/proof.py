@@ -99,8 +99,9 @@ def ffn_of(module: nn.Module, strategy: str = "chunk") -> Optional[GatedFFN]:
 def order_of(module: nn.Module, layout: Layout) -> Optional[Order]:
     """Which rows belong to a neuron, where every neuron works by itself; else None."""
     rows, down = (linear.shape(module[n]) for n in (layout.inputs[0], layout.down))
-    for order in ORDERS.get(rows[0] / down[1], []):
-        if proven(Shell(module, layout), order, rows[0] // down[1]):
+    per_neuron, rest = divmod(rows[0], down[1])
+    for order in ORDERS.get(0 if rest else per_neuron, []):
+        if proven(Shell(module, layout), order, per_neuron):
             return order
     return None
 
