@@ -12,7 +12,7 @@ import mlx.core as mx
 import models
 import pytest
 from commands import bad, good
-from mlx_lm.models import gpt2
+from mlx_lm.models import mamba
 
 from mlx_fastforward import tune
 from mlx_fastforward.cli import first_use
@@ -42,7 +42,7 @@ def test_one_screen_about_a_model(folder: Path) -> None:
     assert f"tokens {kept / 1e6:.0f} MB" in said["memory"] and "fits" in said["memory"]
     assert said["predictor"].startswith("none found; selector probe needs none")
     assert said["prefill"].startswith("50% of FFN neurons dropped (not verified")
-    assert said["prefill"].endswith("decoding, layers 3")
+    assert said["prefill"].endswith("decoding, layers 0, 3")
 
 
 def test_what_is_off_and_why(
@@ -62,9 +62,9 @@ def test_what_is_off_and_why(
     assert lines(*same)["prefill"].startswith("stock mlx-lm: dense is the fastest")
     said = lines("--model", "somebody/never-downloaded")
     assert said["model"].endswith("not on this machine; chat downloads it")
-    args = gpt2.ModelArgs("gpt2", 8, 8, 1, 1, 8, 1e-5, 4096)
-    other = models.save_folder(gpt2.Model(args), tmp_path / "gpt2")
-    assert "off, model type 'gpt2' is not supported" in lines("--model", other)["model"]
+    args = mamba.ModelArgs("mamba", 4096, 8, 16, 4, 4, 1, True, True, 4)
+    other = models.save_folder(mamba.Model(args), tmp_path / "mamba")
+    assert "no FFN was found in its layers" in lines("--model", other)["model"]
     assert bad(2, "doctor", *same, "--sparsity", "much").startswith("--sparsity must")
 
 
