@@ -18,6 +18,7 @@ from rich.console import Console
 from rich.table import Table
 
 from ...config import STRATEGIES
+from ...model.ffn import GatedFFN
 from ...model.linear import dequantized
 from ...model.proof import ffn_of
 from ...timing import interleaved
@@ -39,12 +40,16 @@ class MLP(nn.Module):
         return self.down_proj(swiglu(self.gate_proj(x), self.up_proj(x)))
 
 
+def ffn(mlp: MLP, strategy: str = "chunk") -> GatedFFN:
+    found = ffn_of(mlp, strategy)
+    assert found is not None
+    return found
+
+
 def taken(mlp: MLP, groups: mx.array, strategy: str) -> FFN:
     """What the package does, with one of its strategies."""
-    ffn = ffn_of(mlp, strategy)
-    assert ffn is not None
-    neurons = of_groups(groups)[None]
-    return lambda x: ffn.sparse(x[None], neurons)[0]
+    own, neurons = ffn(mlp, strategy), of_groups(groups)[None]
+    return lambda x: own.sparse(x[None], neurons)[0]
 
 
 def of_groups(groups: mx.array) -> mx.array:
@@ -79,10 +84,9 @@ def gathered(mlp: MLP, groups: mx.array) -> FFN:
 
 def grouped(mlp: MLP, groups: mx.array) -> FFN:
     """Rows of gate and up taken; down by taken groups, packed as they are."""
-    ffn, down = ffn_of(mlp), grouped_down(mlp.down_proj, groups)
-    assert ffn is not None
+    own, down = ffn(mlp), grouped_down(mlp.down_proj, groups)
     neurons = of_groups(groups)
-    return lambda x: down(ffn.kept_activations(x, neurons))
+    return lambda x: down(own.kept_activations(x, neurons))
 
 
 def grouped_down(linear: Any, groups: mx.array) -> FFN:

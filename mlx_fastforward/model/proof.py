@@ -98,10 +98,10 @@ def ffn_of(module: nn.Module, strategy: str = "chunk") -> Optional[GatedFFN]:
 
 def order_of(module: nn.Module, layout: Layout) -> Optional[Order]:
     """Which rows belong to a neuron, where every neuron works by itself; else None."""
-    rows, down = (linear.shape(module[n]) for n in (layout.inputs[0], layout.down))
-    per_neuron, rest = divmod(rows[0], down[1])
-    for order in ORDERS.get(0 if rest else per_neuron, []):
-        if proven(Shell(module, layout), order, per_neuron):
+    rows = linear.shape(module[layout.inputs[0]])[0]
+    neurons = linear.shape(module[layout.down])[1]
+    for order in ORDERS.get(rows // neurons, []) if rows % neurons == 0 else []:
+        if proven(Shell(module, layout), order, rows // neurons):
             return order
     return None
 
