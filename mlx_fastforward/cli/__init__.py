@@ -34,7 +34,7 @@ app = typer.Typer(
 
 
 # what runs under mlx.launch, a part of the model in each process
-LAUNCHED = ("bench", "chat", "doctor", "generate")
+LAUNCHED = ("bench", "chat", "generate")
 
 
 def _version(asked: bool) -> None:
