@@ -20,6 +20,7 @@ from .engine import Call, Engine, Prompt
 from .model.attention import NAME, Attention, by_queries
 from .model.families import layer_attention
 from .predictors.file import PredictorFile
+from .tuned import as_tuned
 
 
 class Attached:
@@ -46,16 +47,20 @@ def attach(
     *,
     predictor: Optional[PredictorFile] = None,
     importances: Optional[Sequence[float]] = None,
-    device: DeviceSettings = DeviceSettings(),
+    device: Optional[DeviceSettings] = None,
 ) -> Engine:
     """Make a loaded mlx-lm model prefill sparsely, in place.
 
-    Args are those of engine_for(); a model that was attached before gets the new settings.
+    Args are those of engine_for(); a model that was attached before gets the new settings. Without
+    ``device`` and a block size it runs as this device was tuned for it, if it was.
 
     Raises:
         UnsupportedModel, ConfigError, PredictorError: before anything of the model is touched.
     """
-    engine = engine_for(model, config, predictor, importances, device)
+    settings = device or DeviceSettings()
+    engine = engine_for(model, config, predictor, importances, settings)
+    if device is None:
+        engine = as_tuned(model, engine)
     detach(model)
     seat(model, engine)
     return engine

@@ -8,7 +8,7 @@ import mlx.nn as nn
 from mlx_lm.utils import load as mlx_lm_load
 
 from .attachment import attach, detach
-from .config import PrefillConfig
+from .config import DeviceSettings, PrefillConfig
 from .predictors.base import BaseModel
 from .predictors.file import PredictorFile
 from .predictors.search import named_predictor, predictor_for
@@ -20,6 +20,7 @@ def load(
     sparsity: float | str = 0.5,
     *,
     predictor: Optional[str | Path | PredictorFile] = None,
+    device: Optional[DeviceSettings] = None,
     tokenizer_config: Optional[dict[str, Any]] = None,
     model_config: Optional[dict[str, Any]] = None,
     adapter_path: Optional[str] = None,
@@ -37,6 +38,7 @@ def load(
             that the predictor file has verified, 0.5 without such a table.
         predictor: Trained predictors: a folder or repository, or one loaded already; "none" for
             none. Default: the one beside the model, else the user's newest one for it.
+        device: How this device runs it. Default: as tuned, see ``tune``; DeviceSettings() for untuned.
         adapter_path: LoRA weights, as in mlx_lm.
         settings: Further fields of PrefillConfig.
 
@@ -66,7 +68,7 @@ def load(
         predictor = predictor_for(path_or_hf_repo, BaseModel.of(model), revision)
     value, chosen = resolved(sparsity, predictor)
     config = PrefillConfig.from_kwargs(sparsity=value, **settings)
-    attach(model, config, predictor=predictor).chosen = chosen
+    attach(model, config, predictor=predictor, device=device).chosen = chosen
     if not lazy:
         mx.eval(model.parameters(), predictor.arrays() if predictor else [])
     return (model, *rest)

@@ -17,7 +17,7 @@ from models import (
     token_ids,
 )
 
-from mlx_fastforward import tune
+from mlx_fastforward import tuned
 from mlx_fastforward.attachment import attach, engine_of
 from mlx_fastforward.bench.speed import shapes, ttft
 from mlx_fastforward.bench.studies import recall
@@ -132,7 +132,7 @@ def test_the_predictor_beside_the_model_and_what_tuning_found(
     args = [*BENCH, "--model", folder, "--contexts", 96]
     device = DeviceSettings(16, "columns", attention_block=32)
     monkeypatch.setattr(first_use, "SMALLEST", 0)
-    monkeypatch.setattr(tune, "remembered", lambda key: device)
+    monkeypatch.setattr(tuned, "remembered", lambda key: device)
     found = report(tmp_path, *args)[1]
     assert arms(found) == [(96, 0.5, "trained", 16, "columns", 32)]
     found = report(tmp_path, *args, "--predictor", "none", "--no-tune")[1]

@@ -12,7 +12,7 @@ import pytest
 from commands import run
 from mlx_lm.utils import load
 
-from mlx_fastforward import attach, session, tune
+from mlx_fastforward import attach, session, tuned
 from mlx_fastforward.cli import first_use
 from mlx_fastforward.config import DeviceSettings
 from mlx_fastforward.demo import MODEL as DEMO
@@ -133,7 +133,7 @@ def test_a_device_on_which_dense_is_fastest(
 ) -> None:
     monkeypatch.setattr(first_use, "SMALLEST", 0)
     dense = DeviceSettings(dense=True)
-    monkeypatch.setattr(tune, "remembered", lambda key: dense)
+    monkeypatch.setattr(tuned, "remembered", lambda key: dense)
     _, told = chat(f"/sparse\n{HELLO}/compare\n", tiny[:2], code=1)
     why = "dense prefill is the fastest on this device; start with --no-tune."
     assert told == [why, why]
@@ -183,7 +183,7 @@ def test_ctrl_c_stops_the_answer_not_the_chat(
     monkeypatch.setattr(session, "stream_generate", stopped(calls, 1))
     model, tokenizer = load(str(tiny[1]))
     attach(model)
-    loop = module.Chat(session.Session(model, tokenizer), FACTS, max_tokens=8)
+    loop = module.Chat(session.Session(model, tokenizer), FACTS, True, max_tokens=8)
     loop.interactive = True
     loop.banner(None, None)
     loop.run()

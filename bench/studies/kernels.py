@@ -21,7 +21,7 @@ from ...model.families import Family, swiglu
 from ...model.ffn import GatedFFN
 from ...model.linear import dequantized
 from ...timing import interleaved
-from ...tune import difference
+from ...tuning import difference
 from ..environment import describe
 
 GROUP = 64

@@ -16,6 +16,7 @@ from .first_use import tune_first
 from .inputs import (
     check_choice,
     check_lengths,
+    device_settings,
     length_warning,
     read_text,
     sampling,
@@ -81,8 +82,8 @@ def chat(
             predictor=predictor,
             adapter_path=adapter_path,
             trust_remote_code=trust_remote_code,
+            device=device_settings(no_tune),
         )
-        tune_first(net, block_size, no_tune)
         import mlx.core as mx
 
         from ..session import Session
@@ -92,6 +93,7 @@ def chat(
         loop = Chat(
             Session(net, tokenizer, system_prompt, max_kv_size, template),
             document,
+            not no_tune,
             max_tokens=max_tokens,
             sampler=sampling(
                 tokenizer,
@@ -109,9 +111,12 @@ def chat(
 class Chat:
     """One run of the chat. With a pipe at either end it prints answers and nothing else."""
 
-    def __init__(self, session: Any, document: Optional[str], **generation: Any):
+    def __init__(
+        self, session: Any, document: Optional[str], tune: bool, **generation: Any
+    ):
         self.session = session
         self.document = document
+        self.tune = tune
         self.generation = generation
         self.interactive = sys.stdin.isatty() and sys.stdout.isatty()
         self.console = Console(highlight=False, soft_wrap=True)
@@ -249,6 +254,7 @@ class Chat:
             tokens = len(self.session.render(message))
             if warning := length_warning(self.session.model, tokens):
                 self.say(warning)
+            self.tune_for(tokens)
             done = self.stream(self.session.answer, message)
         except typer.Exit:  # a RuntimeError, too
             raise
@@ -257,6 +263,12 @@ class Chat:
             return
         if done:
             self.document, self.last = None, text
+
+    def tune_for(self, tokens: int) -> None:
+        """Before the first message that may gain; not again where that was skipped."""
+        if self.tune and tokens >= self.engine.shortest:
+            tune_first(self.session.model, tokens)
+            self.tune = False
 
     def stream(self, answer: Any, *args: Any) -> Any:
         """Print an answer as it comes; returns its last response, None if nothing was said."""

@@ -15,6 +15,7 @@ from .inputs import (
     check_choice,
     check_lengths,
     decoded,
+    device_settings,
     length_warning,
     read_text,
     sampling,
@@ -103,8 +104,8 @@ def generate(
             sparsity=share,
             block_size=block_size,
             selector=selector,
+            device=device_settings(no_tune),
         )
-        tune_first(net, block_size, no_tune)
         more: dict[str, Any] = {}
         if draft_model is not None:
             more["draft_model"] = _draft(draft_model, tokenizer)
@@ -114,6 +115,8 @@ def generate(
         ids = _render(tokenizer, text, system_prompt, ignore_chat_template, template)
         if warning := length_warning(net, len(ids)):
             print(f"mlx_fastforward: {warning}", file=sys.stderr)
+        if not no_tune:
+            tune_first(net, len(ids))
         import mlx.core as mx
 
         from ..attachment import engine_of

@@ -4,7 +4,7 @@ import json
 from pathlib import Path
 from typing import Any, Callable, Optional
 
-from ..config import BLOCK_SIZE
+from ..config import BLOCK_SIZE, DeviceSettings
 from ..errors import ConfigError, FileProblem
 from ..files import expanded
 
@@ -58,6 +58,11 @@ def check_lengths(
             f"--prefill-step-size ({prefill_step_size}) must hold the dense head and a block: "
             f"--block-size ({size}) plus up to 128."
         )
+
+
+def device_settings(no_tune: bool) -> Optional[DeviceSettings]:
+    """The ``device`` of load(): untuned, or what is remembered."""
+    return DeviceSettings() if no_tune else None
 
 
 def template_config(text: Optional[str]) -> dict[str, Any]:
