@@ -9,6 +9,7 @@ from mlx_lm.utils import load as mlx_lm_load
 
 from .attachment import attach, detach
 from .config import DeviceSettings, PrefillConfig
+from .errors import check_kind
 from .predictors.base import BaseModel
 from .predictors.file import PredictorFile
 from .predictors.search import named_predictor, predictor_for
@@ -48,13 +49,18 @@ def load(
     Raises:
         ConfigError, PredictorError, UnsupportedModel, and what mlx_lm.load raises.
     """
+    wanted = "a local folder or a Hugging Face repository, as text"
+    check_kind("path_or_hf_repo", path_or_hf_repo, (str, Path), wanted)
+    if predictor is not None:
+        wanted = 'a folder, a repository, "none", or what load_predictor() returns'
+        check_kind("predictor", predictor, (str, Path, PredictorFile), wanted)
     # wrong settings are refused before anything is loaded
     PrefillConfig.from_kwargs(sparsity=resolved(sparsity, None)[0], **settings)
     searching = predictor is None
     if isinstance(predictor, (str, Path)):
         predictor = named_predictor(predictor)
     model, *rest = mlx_lm_load(
-        path_or_hf_repo,
+        str(path_or_hf_repo),
         tokenizer_config=tokenizer_config,
         model_config=model_config,
         adapter_path=adapter_path,
@@ -65,7 +71,7 @@ def load(
     )
     assert isinstance(model, nn.Module)
     if searching:
-        predictor = predictor_for(path_or_hf_repo, BaseModel.of(model), revision)
+        predictor = predictor_for(str(path_or_hf_repo), BaseModel.of(model), revision)
     value, chosen = resolved(sparsity, predictor)
     config = PrefillConfig.from_kwargs(sparsity=value, **settings)
     attach(model, config, predictor=predictor, device=device).chosen = chosen

@@ -104,10 +104,11 @@ def test_the_prompt_comes_in_many_ways(tmp_path: Path, tiny: Path) -> None:
         good(*base, prompt),
         good(*base, "--prompt", prompt),
         good(*base, "-", stdin=prompt + "\n"),
+        good(*base, stdin=prompt + "\n"),
         good(*base, MABEL, "--file", document),
         good(*base, "--file", whole),
     ]
-    assert outs == [outs[0]] * 5 and outs[0] != good(*base, MABEL)
+    assert outs == [outs[0]] * 6 and outs[0] != good(*base, MABEL)
 
     def tokens(*flags: Any) -> int:
         return as_json(MABEL, "--model", tiny, "-m", 1, *flags)["prompt_tokens"]
@@ -202,6 +203,7 @@ def test_impossible_settings(command: Any, flags: list[str], message: str) -> No
 def test_prompts_that_cannot_be(tiny: Path, tmp_path: Path) -> None:
     assert "no prompt" in bad(2, "generate")
     assert "no prompt" in bad(2, "generate", "-", stdin=" \n")
+    assert "no prompt" in bad(2, "generate", "   ")
     assert "give the prompt once" in bad(2, "generate", "a", "--prompt", "b")
     draft = ["--draft-model", tiny, "-m", "-1"]
     assert "--max-tokens -1 does not go" in bad(2, "generate", "Hello", *draft)
@@ -233,8 +235,15 @@ def test_models_that_cannot_be_used(tiny: Path, tmp_path: Path) -> None:
         assert refused("--model", absent).startswith(f"{absent} {neither}")
     draft = ["--draft-model", "not a model!"]
     assert refused("--model", tiny, *draft).startswith(f"not a model! {neither}")
-    lora = ["--adapter-path", tmp_path / "lora"]
-    assert "does not exist" in refused("--model", tiny, *lora)
+    lora, nothing = tmp_path / "lora", "expected the folder that mlx_lm.lora wrote"
+    for made, line in (
+        (lora.parent, f"does not exist; {nothing}"),
+        (lora, f"holds no LoRA weights; {nothing}"),
+        (lora / "fastforward.json", "holds a predictor, no LoRA weights; use --pred"),
+    ):
+        made.write_text("{}") if made.suffix else made.mkdir(exist_ok=True)
+        got = refused("--model", tiny, "--adapter-path", lora)
+        assert got.startswith(f"--adapter-path: {lora} {line}")
     said = f"no predictor file in {tmp_path}: expected the files"
     assert refused("--model", tiny, "--predictor", tmp_path).startswith(said)
     file, folder = tiny / "config.json", tmp_path / "broken"

@@ -147,10 +147,11 @@ def _prompt(prompt: Optional[str], option: Optional[str], file: Any) -> str:
     if prompt is not None and option is not None:
         fail("give the prompt once: as argument or with --prompt.", 2)
     asked = prompt if prompt is not None else option
-    if asked == "-":
+    piped = asked is None and file is None and not sys.stdin.isatty()
+    if asked == "-" or piped:
         asked = decoded(sys.stdin.buffer.read()).strip()
     document = read_text(file) if file is not None else None
-    text = "\n\n".join(t for t in (document, asked) if t)
+    text = "\n\n".join(t for t in (document, asked) if t and t.strip())
     if not text:
         fail("no prompt: give it as an argument, '-' for standard input, or --file.", 2)
     return text
