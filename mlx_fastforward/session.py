@@ -26,20 +26,37 @@ def common_prefix(a: list[int], b: list[int]) -> int:
 def render(
     tokenizer: Any, messages: list[dict[str, str]], template: dict[str, Any] = {}
 ) -> list[int]:
-    """Token ids of a conversation, ready for the assistant's turn.
+    """Token ids of a conversation, ready for the assistant's turn or in the middle of it.
 
     ``template`` goes to the chat template, e.g. {"enable_thinking": False}.
     """
+    return list(_templated(tokenizer, messages, template, tokenize=True))
+
+
+def rendered_text(
+    tokenizer: Any, messages: list[dict[str, str]], template: dict[str, Any] = {}
+) -> str:
+    """The same before it becomes tokens."""
+    return str(_templated(tokenizer, messages, template, tokenize=False))
+
+
+def _templated(
+    tokenizer: Any,
+    messages: list[dict[str, str]],
+    template: dict[str, Any],
+    tokenize: bool,
+) -> Any:
     if not tokenizer.has_chat_template:
         raise TemplateError(
             "the model's tokenizer has no chat template; use an instruct model, or "
             "mlx_fastforward generate --ignore-chat-template."
         )
+    begun = bool(messages) and messages[-1]["role"] == "assistant"
+    ending = {"continue_final_message" if begun else "add_generation_prompt": True}
     try:
-        ids = tokenizer.apply_chat_template(
-            messages, add_generation_prompt=True, **template
+        return tokenizer.apply_chat_template(
+            messages, tokenize=tokenize, **ending, **template
         )
-        return list(ids)
     except Exception as e:  # jinja2 raises whatever the template asks for
         reason = str(e).splitlines()[0] if str(e) else type(e).__name__
         raise TemplateError(f"the model's chat template refused: {reason}") from e

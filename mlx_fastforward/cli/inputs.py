@@ -65,6 +65,14 @@ def device_settings(no_tune: bool) -> Optional[DeviceSettings]:
     return DeviceSettings() if no_tune else None
 
 
+def yes_or_no(flag: str, text: str) -> bool:
+    """True or False, T or F, as mlx_lm takes them."""
+    short = text.lower()[:1]
+    if short not in ("t", "f"):
+        raise ConfigError(f"{flag} must be True or False, got {text}.")
+    return short == "t"
+
+
 def template_config(text: Optional[str]) -> dict[str, Any]:
     """The object of --chat-template-config."""
     try:
@@ -125,6 +133,7 @@ def sampling(
     top_k: int = 0,
     xtc_probability: float = 0.0,
     xtc_threshold: float = 0.1,
+    min_tokens_to_keep: int = 1,
 ) -> Callable:
     """mlx-lm's sampler for the flags of the commands."""
     from mlx_lm.sample_utils import make_sampler
@@ -133,6 +142,7 @@ def sampling(
         temp,
         top_p,
         min_p,
+        min_tokens_to_keep,
         top_k=top_k,
         xtc_probability=xtc_probability,
         xtc_threshold=xtc_threshold,

@@ -15,7 +15,8 @@ def status_line(r: Any) -> str:
     reused = f" (+{r.cached_tokens:,} cached)" if r.cached_tokens else ""
     return (
         f"{r.prompt_tokens:,} prompt tokens{reused} · TTFT {r.ttft:.2f} s · "
-        f"{r.generation_tps:.1f} tok/s · {r.ffn_sparsity:.0%} of the prompt's FFN skipped"
+        f"{r.ffn_sparsity:.0%} of the prompt's FFN skipped · {r.generation_tokens:,} tokens at "
+        f"{r.generation_tps:.1f} tok/s · peak {r.peak_memory:.2f} GB"
     )
 
 
