@@ -1,6 +1,7 @@
 """A conversation with its KV cache: what was read before is not read again."""
 
 import contextlib
+from dataclasses import replace
 from typing import Any, Iterator, Optional
 
 import mlx.nn as nn
@@ -89,12 +90,33 @@ class Session:
         self.messages: list[dict[str, str]] = []
         if self.system_prompt is not None:
             self.messages.append({"role": "system", "content": self.system_prompt})
+        self.tokens: list[int] = []  # of all up to the end of the last answer
+        self.finished = False  # that answer, by the model itself
         self.forget_cache()
 
     def forget_cache(self) -> None:
         """Keep the conversation, but read it anew at the next turn."""
         self.cache = make_prompt_cache(self.model, self.max_kv_size)
         self.cached: list[int] = []
+
+    def set_system(self, text: Optional[str]) -> None:
+        """Another system prompt, or none, for the conversation as it is."""
+        self.system_prompt = text
+        if self.messages and self.messages[0]["role"] == "system":
+            self.messages.pop(0)
+        if text is not None:
+            self.messages.insert(0, {"role": "system", "content": text})
+
+    @property
+    def cut(self) -> bool:
+        """Whether the last answer ended before the model ended it."""
+        answered = bool(self.messages) and self.messages[-1]["role"] == "assistant"
+        return answered and bool(self.tokens) and not self.finished
+
+    @property
+    def asked(self) -> bool:
+        """Whether there is a message of the user's."""
+        return any(m["role"] == "user" for m in self.messages)
 
     def render(self, text: Optional[str] = None) -> list[int]:
         """Token ids of the conversation, with ``text`` as a new user message."""
@@ -104,9 +126,26 @@ class Session:
     def answer(self, text: str, **kwargs: Any) -> Iterator[Response]:
         """Add a user message and stream the answer; closing the stream keeps what was said."""
         ids = self.render(text)
-        new = ids[self._reuse(ids) :]
         self.messages.append({"role": "user", "content": text})
-        said, finished, tokens = "", False, list(ids)
+        yield from self._answer(ids, None, **kwargs)
+
+    def go_on(self, **kwargs: Any) -> Iterator[Response]:
+        """Stream more of the last answer, from the token at which it was cut."""
+        said = self.messages.pop()["content"]
+        yield from self._answer(self.tokens, said, **kwargs)
+
+    def take_back(self) -> str:
+        """Remove the last message and its answer from the conversation; returns the message."""
+        while self.messages[-1]["role"] != "user":
+            self.messages.pop()
+        return self.messages.pop()["content"]
+
+    def _answer(
+        self, ids: list[int], before: Optional[str], **kwargs: Any
+    ) -> Iterator[Response]:
+        """Stream what follows ``ids``; ``before`` is the answer so far, if they hold one."""
+        said, reason, tokens = before or "", None, list(ids)
+        new = ids[self._reuse(ids) :]
         responses = stream_generate(
             self.model, self.tokenizer, new, prompt_cache=self.cache, **kwargs
         )
@@ -115,15 +154,25 @@ class Session:
                 for r in responses:
                     if r.generation_tokens > len(tokens) - len(ids):
                         tokens.append(r.token)
+                    if said == before and r.text:
+                        r = replace(r, text=self._joined(ids, tokens, r.text))
                     said += r.text
-                    finished = r.finish_reason is not None
+                    reason = r.finish_reason
                     yield r
         finally:
             self._settle(tokens)
-            if said or finished:
+            if said or reason or before is not None:
                 self.messages.append({"role": "assistant", "content": said})
+                self.tokens, self.finished = tokens, reason == "stop"
             else:  # stopped while reading: as if never asked
                 self.messages.pop()
+
+    def _joined(self, ids: list[int], tokens: list[int], text: str) -> str:
+        """``text`` with the space before it, which mlx-lm leaves out where an answer begins."""
+        start, decode = max(0, len(ids) - 8), self.tokenizer.decode
+        more = decode(tokens[start:])[len(decode(ids[start:])) :]
+        space = more.startswith(" ") and not text.startswith(" ")
+        return " " + text if space else text
 
     def answer_again(self, sparse: bool, **kwargs: Any) -> Iterator[Response]:
         """Answer the last user message from an empty cache, without touching the conversation.

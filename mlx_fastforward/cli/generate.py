@@ -243,7 +243,7 @@ def _run(
 
     text, last = "", None
     try:
-        with prefill_progress(sys.stderr.isatty(), Console(stderr=True)) as (
+        with prefill_progress(model, sys.stderr.isatty(), Console(stderr=True)) as (
             tick,
             finish,
         ):
