@@ -123,9 +123,14 @@ class Session:
         new = [] if text is None else [{"role": "user", "content": text}]
         return render(self.tokenizer, self.messages + new, self.template)
 
-    def answer(self, text: str, **kwargs: Any) -> Iterator[Response]:
-        """Add a user message and stream the answer; closing the stream keeps what was said."""
-        ids = self.render(text)
+    def answer(
+        self, text: str, ids: Optional[list[int]] = None, **kwargs: Any
+    ) -> Iterator[Response]:
+        """Add a user message and stream the answer; closing the stream keeps what was said.
+
+        ``ids`` are the tokens of the conversation with the message, if they are known.
+        """
+        ids = self.render(text) if ids is None else ids
         self.messages.append({"role": "user", "content": text})
         yield from self._answer(ids, None, **kwargs)
 

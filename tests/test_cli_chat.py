@@ -1,6 +1,10 @@
 """The chat: in a pipe answers and nothing else; its commands, and what cannot be done."""
 
+import _thread
+import io
 import re
+import threading
+import time
 import types
 from pathlib import Path
 from typing import Any
@@ -13,9 +17,16 @@ from mlx_lm.utils import load
 from prompt_toolkit.application import create_app_session
 from prompt_toolkit.input import create_pipe_input
 from prompt_toolkit.output import DummyOutput
+from rich.console import Console
 
 from mlx_fastforward import attach, session, tuned
-from mlx_fastforward.cli import chat_commands, conversation, first_use, terminal
+from mlx_fastforward.cli import (
+    chat_commands,
+    conversation,
+    first_use,
+    lengths,
+    terminal,
+)
 from mlx_fastforward.cli.conversation import Chat
 from mlx_fastforward.config import DeviceSettings
 from mlx_fastforward.demo import MODEL as DEMO
@@ -151,15 +162,55 @@ def test_a_device_on_which_dense_is_fastest(
 
 
 def test_more_than_the_models_context_and_no_template(tmp_path: Path) -> None:
+    """A message that does not fit is refused unless --force; a chat that grew goes on."""
     model = models.tiny("llama", vocab=4096, max_position_embeddings=64)
-    folder = models.save_folder(model, tmp_path / "small")
-    (line,) = chat(f"{STORY}\n", ["--model", folder])[1]
+    flags = ["--model", models.save_folder(model, tmp_path / "small")]
     content = {"role": "user", "content": STORY.strip()}
     n = len(render(models.demo_tokenizer(), [content]))
-    assert line.startswith(f"{n:,} tokens, but the model was made for 64") and n > 64
+    told = f"{n:,} tokens, but the model was made for 64: "
+    for command in (["chat"], ["generate", STORY.strip()]):
+        done = run(*command, *flags, stdin=f"{STORY}\n")
+        assert done.exit_code == 1 and f"{told}use a shorter document" in done.stderr
+        done = run(*command, *flags, "--force", "-m", 8, stdin=f"{STORY}\n")
+        assert done.exit_code == 0 and f"{told}expect a poor answer." in done.stderr
+        assert done.stdout.strip()
+    *_, grown = chat(f"{STORY[:150]}\n{HELLO}{STORY[:99]}\n", flags)[1]
+    assert grown.endswith("made for 64: expect a poor answer.")
     base = models.save_folder(model, tmp_path / "base", chat_template=False)
     (line,) = chat(HELLO, ["--model", base], code=1)[1]
     assert "has no chat template" in line
+
+
+def test_a_text_that_cannot_fit_is_refused_before_its_tokens_are_counted(
+    tiny: list[Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """From its size alone, wherever it comes from."""
+    model = models.tiny("llama", vocab=4096, max_position_embeddings=64)
+    flags = ["--model", models.save_folder(model, tmp_path / "small")]
+    (big := tmp_path / "big.txt").write_text("a" * 1200)
+    said = "1,200 characters are more than 75 tokens, but the model was made for 64: "
+    monkeypatch.setattr(session, "render", None)
+    for command in (["generate"], ["chat"]):
+        done = run(*command, "--file", big, *flags, stdin=HELLO)
+        assert (done.exit_code, done.stdout) == (1, "")
+        assert done.stderr.startswith(f"mlx_fastforward: {said}use a shorter doc")
+    out, told = chat(f"/file {big}\n", flags, code=1)
+    assert out == "" and told[0].startswith(said)
+
+
+def test_counting_the_tokens_of_a_long_text_can_be_stopped() -> None:
+    """Though the tokenizer is one call; what it finds or raises arrives."""
+    console, size = Console(file=io.StringIO(), force_terminal=True), lengths.LONG_TEXT
+    assert lengths.patiently(lambda: [1, 2], size, console) == [1, 2]
+    assert "counting the tokens of 300,000 characters" in console.file.getvalue()
+    with pytest.raises(ZeroDivisionError):
+        lengths.patiently(lambda: 1 // 0, size, console)
+    gate, start = threading.Event(), time.perf_counter()
+    threading.Timer(0.3, _thread.interrupt_main).start()
+    with pytest.raises(KeyboardInterrupt):
+        lengths.patiently(lambda: gate.wait(20), size, console)
+    assert time.perf_counter() - start < 5
+    gate.set()
 
 
 def stopped(calls: list[int], how_often: int) -> Any:

@@ -3,7 +3,7 @@
 from . import options as o
 from .chat_commands import run
 from .conversation import Chat, banner
-from .errors import one_line_errors
+from .errors import interruptible, one_line_errors
 from .inputs import (
     check_choice,
     check_lengths,
@@ -12,12 +12,14 @@ from .inputs import (
     sparsity_of,
     template_config,
 )
+from .lengths import check_bytes
 from .models import load_model
 
 
 def chat(
     model: o.Model = None,
     file: o.File = None,
+    force: o.Force = False,
     adapter_path: o.AdapterPath = None,
     trust_remote_code: o.TrustRemoteCode = False,
     sparsity: o.AutoSparsity = "auto",
@@ -46,7 +48,7 @@ def chat(
 
       echo "Who was Alice?" | mlx_fastforward chat > answer.txt
     """
-    with one_line_errors():
+    with one_line_errors(), interruptible():
         check_lengths(max_tokens, prefill_step_size, block_size)
         check_choice("--selector", selector, o.SELECTORS)
         share = sparsity_of(sparsity)
@@ -72,6 +74,7 @@ def chat(
             Session(net, tokenizer, system_prompt, max_kv_size, template),
             model or "demo",
             tune=not no_tune,
+            force=force,
             sampling={
                 "temp": temp,
                 "top_p": top_p,
@@ -82,6 +85,7 @@ def chat(
             prefill_step_size=prefill_step_size,
         )
         if file is not None and document is not None:
+            check_bytes(net, document, force)
             loop.pending.append((str(file), document))
         banner(loop)
         run(loop)

@@ -10,6 +10,7 @@ import typer
 from ..errors import ConfigError
 from .conversation import Chat
 from .inputs import read_text
+from .lengths import check_bytes
 from .terminal import Lines
 
 HELP = """\
@@ -79,7 +80,9 @@ def switch(chat: Chat, sparse: bool) -> None:
 def add_file(chat: Chat, name: str) -> None:
     if not name:
         raise ConfigError("usage: /file PATH")
-    chat.pending.append((name, read_text(typed_path(name))))
+    text = read_text(typed_path(name))
+    check_bytes(chat.session.model, text, chat.force)
+    chat.pending.append((name, text))
 
 
 def drop(chat: Chat, _: str) -> None:

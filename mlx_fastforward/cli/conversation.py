@@ -10,7 +10,8 @@ from rich.text import Text
 
 from ..errors import brief
 from .first_use import tune_first
-from .inputs import length_warning, sampling
+from .inputs import sampling
+from .lengths import check_bytes, check_tokens, patiently
 from .outputs import status_line
 from .terminal import prefill_progress, show_compared
 
@@ -24,12 +25,14 @@ class Chat:
         model: str,
         tune: bool,
         sampling: dict[str, Any],
+        force: bool = False,
         **generation: Any,
     ):
         self.session = session
         self.model = model
         self.tune = tune
         self.sampling = sampling
+        self.force = force
         self.generation = generation
         self.pending: list[tuple[str, str]] = []  # documents for the next message
         self.interactive = sys.stdin.isatty() and sys.stdout.isatty()
@@ -91,15 +94,26 @@ class Chat:
     def turn(self, text: str) -> None:
         """Answer one message."""
         message = "\n\n".join([*(document for _, document in self.pending), text])
-        tokens = len(self.session.render(message))
-        if warning := length_warning(self.session.model, tokens):
-            self.say(warning)
-        self.tune_for(tokens)
-        last = self.stream(self.session.answer, message)
+        ids = self.tokens(message)
+        self.tune_for(len(ids))
+        last = self.stream(self.session.answer, message, ids)
         if last is not None:
             self.pending = []
         elif self.pending:
             self.tell_pending()
+
+    def tokens(self, message: str) -> list[int]:
+        """The conversation with a new message; one that is too long is refused.
+
+        A conversation that grew too long goes on, with a warning.
+        """
+        session = self.session
+        check_bytes(session.model, message, self.force)
+        ids = patiently(lambda: session.render(message), len(message), self.console)
+        check_tokens(session.model, len(ids) - len(session.tokens), self.force)
+        if warning := check_tokens(session.model, len(ids), True):
+            self.say(warning)
+        return ids
 
     def again(self) -> None:
         """Another answer to the last message."""

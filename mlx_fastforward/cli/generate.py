@@ -10,18 +10,18 @@ from rich.console import Console
 
 from ..errors import FileProblem, LoadProblem
 from . import options as o
-from .errors import fail, one_line_errors
+from .errors import fail, interruptible, one_line_errors
 from .first_use import tune_first
 from .inputs import (
     check_choice,
     check_lengths,
     device_settings,
-    length_warning,
     sampling,
     sparsity_of,
     template_config,
     yes_or_no,
 )
+from .lengths import check_bytes, check_tokens, patiently
 from .models import load_model
 from .outputs import status_line
 from .prompt import add_stops, asked_text, prompt_tokens
@@ -37,6 +37,7 @@ def generate(
         Optional[str], o.opt("The same, as in mlx_lm.", "--prompt", "-p")
     ] = None,
     file: o.File = None,
+    force: o.Force = False,
     json_output: Annotated[
         bool, o.opt("Print one JSON object with statistics.", "--json")
     ] = False,
@@ -116,7 +117,7 @@ def generate(
 
       git diff | mlx_fastforward generate - --model mlx-community/Llama-3.2-3B-Instruct-4bit --json
     """
-    with one_line_errors():
+    with one_line_errors(), interruptible():
         text = asked_text(prompt, prompt_option, file)
         check_lengths(max_tokens, prefill_step_size, block_size)
         check_choice("--selector", selector, o.SELECTORS)
@@ -141,14 +142,19 @@ def generate(
             device=device_settings(no_tune),
         )
         add_stops(tokenizer, extra_eos_token)
-        ids = prompt_tokens(
-            tokenizer,
-            text,
-            system_prompt,
-            prefill_response,
-            ignore_chat_template,
-            template,
-            cached=cache is not None,
+        check_bytes(net, text, force)
+        ids = patiently(
+            lambda: prompt_tokens(
+                tokenizer,
+                text,
+                system_prompt,
+                prefill_response,
+                ignore_chat_template,
+                template,
+                cached=cache is not None,
+            ),
+            len(text),
+            Console(stderr=True),
         )
         more: dict[str, Any] = {"max_kv_size": max_kv_size}
         if draft_model is not None:
@@ -161,7 +167,7 @@ def generate(
 
             check_cache(cache, len(net.layers), kv_bits, kv_group_size)
             more["prompt_cache"], read = cache, cached_tokens(cache)
-        if warning := length_warning(net, read + len(ids)):
+        if warning := check_tokens(net, read + len(ids), force):
             print(f"mlx_fastforward: {warning}", file=sys.stderr)
         if not no_tune:
             tune_first(net, len(ids))

@@ -84,19 +84,6 @@ def template_config(text: Optional[str]) -> dict[str, Any]:
     return config
 
 
-def length_warning(model: Any, tokens: int) -> Optional[str]:
-    """What to say of a prompt that is longer than the model was made for."""
-    from ..model.families import context_length
-
-    limit = context_length(model)
-    if not limit or tokens <= limit:
-        return None
-    return (
-        f"{tokens:,} tokens, but the model was made for {limit:,}: expect a poor answer; "
-        "use a shorter document or another --model."
-    )
-
-
 def read_text(path: Path) -> str:
     """A UTF-8 document, or one line that says why not."""
     try:

@@ -142,3 +142,6 @@ PrefillStepSize = Annotated[
     ),
 ]
 File = Annotated[Optional[Path], opt("A text document to put before the prompt.")]
+Force = Annotated[
+    bool, opt("Read what is longer than the model was made for.", "--force")
+]
