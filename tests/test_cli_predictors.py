@@ -1,6 +1,5 @@
 """predictors lists what is there, and chat and generate name the one that they took."""
 
-import importlib
 import os
 from pathlib import Path
 from typing import Any, Optional
@@ -12,6 +11,8 @@ import pytest
 from loopback_hub import run
 
 import mlx_fastforward
+from mlx_fastforward.cli import conversation
+from mlx_fastforward.demo import MODEL as DEMO
 from mlx_fastforward.predictors.file import JSON_NAME, TENSORS_NAME
 from mlx_fastforward.session import Session
 
@@ -50,15 +51,26 @@ def cut(folder: Path) -> str:
 
 
 def listed(*args: str) -> list[str]:
-    """The lines of predictors, which must succeed and stay silent on stderr."""
+    """The lines of predictors, which must succeed and stay silent on stderr.
+
+    Without a model they end with the demo model's, which are checked and left out here.
+    """
     done = run("predictors", *args)
     assert (done.code, done.stderr) == (0, ""), done
-    return done.stdout.splitlines()
+    lines = done.stdout.splitlines()
+    bundled = f"bundled with the demo model: {DEMO}"
+    assert lines.count(bundled) == ("--model" not in args)
+    if bundled in lines:
+        at = lines.index(bundled)
+        lines, theirs = lines[:at], lines[at:]
+        assert theirs[1].startswith("    for demo model: 8 layers, ")
+        assert theirs[2].startswith("    token-wise predictor rank 32; low-rank comp")
+    return lines
 
 
 def test_nothing_found_says_where_it_looked(tiny: Path, store: Path) -> None:
     places = f"none beside the model, in {store} or in the hub's cache."
-    made = "mlx_fastforward convert makes one from trained weights."
+    made = "mlx_fastforward train fits one; convert takes trained weights."
     assert listed() == [f"No predictors: {places}", made]
     put(store / "b", seed=3)
     assert listed("--model", str(tiny)) == [f"No predictors for {tiny}: {places}", made]
@@ -129,8 +141,6 @@ def test_the_recall_is_told_where_the_maker_measured_it(store: Path) -> None:
 
 
 def test_the_one_taken_is_named(tiny: Path, store: Path, capsys: Any) -> None:
-    module = importlib.import_module("mlx_fastforward.cli.chat")
-
     def check(wanted: Optional[Path], *flags: str) -> None:
         """generate's JSON, and what somebody at a terminal sees first."""
         base = ["generate", STORY, "--json", "--model", str(tiny), "--max-tokens", "1"]
@@ -138,9 +148,9 @@ def test_the_one_taken_is_named(tiny: Path, store: Path, capsys: Any) -> None:
         assert found == (str(wanted) if wanted else None)
         named = (*flags, None, None)[1]
         model, tokenizer = mlx_fastforward.load(str(tiny), predictor=named)
-        loop = module.Chat(Session(model, tokenizer), None)
+        loop = conversation.Chat(Session(model, tokenizer), str(tiny), False, {})
         loop.interactive = True
-        loop.banner(str(tiny), None)
+        conversation.banner(loop)
         lines = capsys.readouterr().out.splitlines()
         named = [line for line in lines if line.startswith("predictor ")]
         assert named == ([f"predictor {wanted}"] if wanted else [])

@@ -368,7 +368,12 @@ def test_the_command(home: Path, tiny: Path, monkeypatch: pytest.MonkeyPatch) ->
     wanted = ("256", "chunk"), ("256", "columns"), ("128",)
     for row, words in zip(rows, wanted, strict=True):
         assert all(word in row for word in words) and "wrong" not in row
-    assert done.stdout.splitlines()[-1].startswith(f"Kept in {home / 'tuned.json'} for")
+    assert done.stdout.splitlines()[-1].startswith(f"Kept in {home / 'tuned.json'}: ch")
+    done = run("generate", "--model", tiny, "hello", "-m", 1, "--json")
+    found = json.loads(done.stdout)["settings"]
+    if not choice["dense"]:  # small as it is
+        assert found["block_size"] == choice["block_size"]
+    assert (found["sparsity"] == 0) == choice["dense"]
 
 
 @pytest.mark.parametrize(

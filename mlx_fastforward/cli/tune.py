@@ -58,4 +58,6 @@ def tune(
         Console().print(table)
         print(tuning.summary(choice))
         key = tuned.key(engine, tuned.heads_of(net, engine))
-        print(f"Kept in {tuned.file()} for: {key}")
+        print(
+            f"Kept in {tuned.file()}: chat, generate, bench, and load() go by it for: {key}"
+        )
