@@ -152,6 +152,8 @@ def test_the_predictor_beside_the_model_and_what_tuning_found(
         (["--png", "a.jpg"], 2, "--png must be a file ending in .png"),
         (["--dtype", "int8"], 2, "--dtype must be one of float32, float16, bfloat16"),
         (["--contexts", "many"], 2, "--contexts must be numbers with commas"),
+        (["--contexts", "96,2017"], 2, "--contexts: 2,017 tokens are too many, the mo"),
+        (["--block-sizes", "0"], 2, "--block-sizes must be at least 8, got '0'."),
         (["--contexts", "0"], 2, "--contexts must be at least 1"),
         (["--selectors", "magic"], 2, "selector must be one of "),
         (["--strategies", "fast"], 2, "strategy must be one of chunk, columns"),

@@ -234,7 +234,8 @@ def test_demo(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     "flags, message",
     [
         (["--sparsity", "1"], "sparsity must be at least 0 and below 1, got 1.0"),
-        (["--block-size", "4"], "--block-size must be at least 8 tokens, got 4"),
+        (["--block-size", "4"], "--block-size must be 8 to 1,920 tokens, got 4; try"),
+        (["--block-size", "2000"], "--block-size must be 8 to 1,920 tokens, got 20"),
         (
             ["--selector", "oracle"],
             "--selector must be one of auto, trained, probe, fi",
@@ -251,6 +252,12 @@ def test_demo(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
 def test_impossible_settings(command: Any, flags: list[str], message: str) -> None:
     line = bad(2, *command, "--predictor", "none", *flags, stdin="Hello\n")
     assert line.startswith(message)
+
+
+def test_the_demo_names_only_flags_that_it_has() -> None:
+    for size in (0, 2000):
+        line = bad(2, "demo", "--block-size", size)
+        assert line == f"--block-size must be 8 to 1,920 tokens, got {size}; try 128."
 
 
 def test_prompts_that_cannot_be(tiny: Path, tmp_path: Path) -> None:

@@ -14,8 +14,11 @@ from . import options as o
 from .errors import interruptible, one_line_errors
 from .first_use import tuned
 from .inputs import DTYPES, check_choice, numbers
+from .lengths import check_lengths_of
 from .models import dtype_name, public_name, stock_model
 from .outputs import check_files, write, write_json
+
+DECODED = 32  # tokens that are timed after the prompt
 
 
 def bench(
@@ -87,12 +90,14 @@ def bench(
         net, tokenizer, side = _model(
             model, random, layers, q_bits, dtype, predictor, trust_remote_code
         )
+        if sizes:
+            check_lengths_of("--contexts", sizes, net, DECODED)
         configs = [
             PrefillConfig(s, selector=name, compensator=compensator)
             for name in selectors.split(",")
             for s in numbers("--sparsities", sparsities, float)
         ]
-        blocks = numbers("--block-sizes", block_sizes, int) if block_sizes else None
+        blocks = numbers("--block-sizes", block_sizes, int, 8) if block_sizes else None
         ways = strategies.split(",") if strategies else None
         queries = []
         if attention_blocks:
@@ -190,7 +195,7 @@ def _contexts(net: Any) -> list[int]:
     from ..model.families import context_length
 
     limit = context_length(net) or 4096
-    return [c for c in (512, 1024, 2048, 4096) if c + 32 <= limit] or [limit // 2]
+    return [c for c in (512, 1024, 2048, 4096) if c + DECODED <= limit] or [limit // 2]
 
 
 def _write(

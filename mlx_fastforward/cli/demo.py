@@ -8,7 +8,7 @@ from rich.table import Table
 
 from . import options as o
 from .errors import one_line_errors
-from .inputs import check_lengths
+from .inputs import check_block
 from .models import load_model
 
 
@@ -23,7 +23,7 @@ def demo(
     from .. import demo as data
 
     with one_line_errors():
-        check_lengths(40, 2048, block_size)
+        check_block(block_size)
         model, tokenizer = load_model(
             None, sparsity=sparsity, block_size=block_size, selector=selector
         )

@@ -41,6 +41,14 @@ def sparsity_of(text: str) -> float | str:
         ) from None
 
 
+def check_block(block_size: Optional[int], most: int = 1920) -> None:
+    """--block-size alone: a chunk of 2,048 tokens holds the dense head and a block."""
+    if block_size is not None and not 8 <= block_size <= most:
+        raise ConfigError(
+            f"--block-size must be 8 to {most:,} tokens, got {block_size}; try 128."
+        )
+
+
 def check_lengths(
     max_tokens: int, prefill_step_size: int, block_size: Optional[int]
 ) -> None:
@@ -48,10 +56,7 @@ def check_lengths(
         raise ConfigError(
             f"--max-tokens must be above 0, or -1 for no limit; got {max_tokens}."
         )
-    if block_size is not None and block_size < 8:
-        raise ConfigError(
-            f"--block-size must be at least 8 tokens, got {block_size}; try 128."
-        )
+    check_block(block_size)
     size = BLOCK_SIZE if block_size is None else block_size
     if prefill_step_size < size + min(size, 128):
         raise ConfigError(
