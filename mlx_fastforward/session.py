@@ -99,6 +99,12 @@ class Session:
         self.cache = make_prompt_cache(self.model, self.max_kv_size)
         self.cached: list[int] = []
 
+    def take_model(self, model: nn.Module, tokenizer: Any) -> None:
+        """Another model goes on with the conversation, and reads it anew."""
+        self.model, self.tokenizer = model, tokenizer
+        self.tokens = []
+        self.forget_cache()
+
     def set_system(self, text: Optional[str]) -> None:
         """Another system prompt, or none, for the conversation as it is."""
         self.system_prompt = text

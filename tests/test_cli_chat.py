@@ -6,6 +6,7 @@ import re
 import threading
 import time
 import types
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +29,7 @@ from mlx_fastforward.cli import (
     terminal,
 )
 from mlx_fastforward.cli.conversation import Chat
+from mlx_fastforward.cli.models import load_model
 from mlx_fastforward.config import DeviceSettings
 from mlx_fastforward.demo import MODEL as DEMO
 from mlx_fastforward.session import render
@@ -330,6 +332,26 @@ def test_another_answer_another_temperature_another_system_prompt(
     typed.type("/system Be brief.", "/system Be long.", "/reset")
     (system,) = typed.chat.session.messages
     assert system == {"role": "system", "content": "Be long."}
+
+
+def test_another_model_goes_on(
+    tiny: list[Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It reads the conversation anew; one that cannot be loaded changes nothing."""
+    other = models.tiny("qwen2", vocab=4096)
+    folder = models.save_folder(other, tmp_path / "other")
+    typed = Typed(tiny, monkeypatch, loader=partial(load_model, lazy=True))
+    typed.type("Hello", f"/model {tmp_path / 'none'}", "/model", "Who?")
+    before = list(typed.chat.session.messages)
+    assert len(before) == 4 and typed.chat.failed
+    typed.type(f"/model {folder}")
+    assert typed.chat.model == str(folder) and typed.chat.session.messages == before
+    assert not typed.chat.session.cut  # its tokens were another's
+    typed.type("So?")
+    turns = [*before, {"role": "user", "content": "So?"}]
+    ids = render(models.demo_tokenizer(ends=True), turns)
+    wanted = mlx_lm.generate(other, models.demo_tokenizer(ends=True), ids, max_tokens=8)
+    assert typed.chat.session.messages[-1]["content"] == wanted
 
 
 def test_nothing_typed_ends_a_chat(

@@ -9,6 +9,7 @@ import models
 import predictor_files as files
 import pytest
 from loopback_hub import run
+from mlx_lm.models import gpt2
 
 import mlx_fastforward
 from mlx_fastforward.cli import conversation
@@ -165,3 +166,44 @@ def test_the_one_taken_is_named(tiny: Path, store: Path, capsys: Any) -> None:
     reason = cut(tiny)  # an answer without it would be another answer
     for command in (["generate", STORY], ["chat"]):
         assert run(*command, "--model", str(tiny)).refusal().startswith(reason)
+
+
+def test_models_in_the_cache(tiny: Path, store: Path) -> None:
+    """The demo model, then what the hub's cache holds: usable or why not, and with which predictor."""
+    hub = tiny.parent / "hub"
+
+    def cached(name: str) -> Path:
+        return hub / f"models--user--{name}/snapshots/{'0' * 40}"
+
+    def shown() -> dict[str, list[str]]:
+        done = run("models")
+        assert (done.code, done.stderr) == (0, ""), done
+        found: dict[str, list[str]] = {}
+        for line in done.stdout.splitlines():
+            head = not line.startswith(" ")
+            found.setdefault(line if head else list(found)[-1], []).append(line.strip())
+        return found
+
+    alone = shown()
+    assert list(alone)[0] == f"demo (bundled, without --model): {DEMO}"
+    assert len(alone) == 2 and "No others in the Hugging Face cache" in list(alone)[1]
+    net = models.tiny("llama", vocab=4096)
+    models.save_folder(net, cached("good"))
+    models.save_folder(net, cached("half"))
+    (cached("half") / "model.safetensors").unlink()
+    args = gpt2.ModelArgs("gpt2", 8, 8, 1, 1, 8, 1e-5, 4096)
+    models.save_folder(gpt2.Model(args), cached("other"))
+    put(cached("predictor"))
+    found = shown()
+    assert list(found)[1:] == ["user/good", "user/half", "user/other"]
+    _, kind, how, memory = found["user/good"]
+    assert kind == "supported: llama, 4 layers, hidden 32, FFN 128"
+    assert how.startswith("no predictor: selector probe; sparsity 50%")
+    size = (cached("good") / "model.safetensors").stat().st_size
+    kv = 2 * 2 * 4 * 2 * 8 * 8192  # keys and values, bytes, layers, heads, their size
+    wanted = f"memory: about {(size + kv) / 1e9:.2f} GB, weights {size / 1e9:.2f} and"
+    assert memory.startswith(wanted) and memory.endswith("for 8,192 tokens")
+    assert "the download was not finished" in found["user/half"][1]
+    assert found["user/other"][1].startswith("not usable: model type 'gpt2' is not")
+    mine = put(store / "mine")
+    assert shown()["user/good"][2].startswith(f"predictor {mine}; sparsity 50%")

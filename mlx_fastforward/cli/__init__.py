@@ -7,6 +7,7 @@ import typer
 
 from ..version import __version__
 from .bench import bench
+from .catalogue import models
 from .chat import chat
 from .convert import convert
 from .demo import demo
@@ -57,6 +58,7 @@ app.command()(tune)
 app.command()(train)
 app.command()(convert)
 app.command()(predictors)
+app.command()(models)
 app.command()(upload)
 
 

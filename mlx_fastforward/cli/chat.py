@@ -1,5 +1,7 @@
 """mlx_fastforward chat: the command."""
 
+from functools import partial
+
 from . import options as o
 from .chat_commands import run
 from .conversation import Chat, banner
@@ -54,16 +56,15 @@ def chat(
         share = sparsity_of(sparsity)
         template = template_config(chat_template_config)
         document = read_text(file) if file is not None else None
-        net, tokenizer = load_model(
-            model,
+        load = partial(
+            load_model,
             sparsity=share,
             block_size=block_size,
             selector=selector,
-            predictor=predictor,
-            adapter_path=adapter_path,
             trust_remote_code=trust_remote_code,
             device=device_settings(no_tune),
         )
+        net, tokenizer = load(model, predictor=predictor, adapter_path=adapter_path)
         import mlx.core as mx
 
         from ..session import Session
@@ -75,6 +76,7 @@ def chat(
             model or "demo",
             tune=not no_tune,
             force=force,
+            loader=partial(load, lazy=True),
             sampling={
                 "temp": temp,
                 "top_p": top_p,

@@ -8,7 +8,7 @@ from typing import Callable
 import typer
 
 from ..errors import ConfigError
-from .conversation import Chat
+from .conversation import Chat, banner
 from .inputs import read_text
 from .lengths import check_bytes
 from .terminal import Lines
@@ -22,6 +22,7 @@ HELP = """\
 /system TEXT  another system prompt; alone: none
 /temp NUMBER  another sampling temperature; 0 always takes the likeliest token
 /save NAME    keep the conversation, and what was read; /load NAME takes it up again
+/model NAME   go on with another model, which reads the conversation anew
 /reset        forget the conversation (also: r)
 /help         this list (also: h)
 /quit         leave (also: q, Ctrl-D)
@@ -151,6 +152,15 @@ def load(chat: Chat, name: str) -> None:
     chat.note(f"Loaded {name}: messages: {turns}; {how}.")
 
 
+def take_model(chat: Chat, name: str) -> None:
+    if not name:
+        raise ConfigError(
+            f"usage: /model NAME; it is {chat.model}. mlx_fastforward models lists yours."
+        )
+    chat.take_model(name)
+    banner(chat)
+
+
 COMMANDS: dict[str, Callable[[Chat, str], None]] = {
     "help": show_help,
     "reset": reset,
@@ -165,6 +175,7 @@ COMMANDS: dict[str, Callable[[Chat, str], None]] = {
     "temp": set_temp,
     "save": save,
     "load": load,
+    "model": take_model,
 }
 
 

@@ -26,13 +26,15 @@ class Chat:
         tune: bool,
         sampling: dict[str, Any],
         force: bool = False,
+        loader: Optional[Callable[[str], tuple[Any, Any]]] = None,
         **generation: Any,
     ):
         self.session = session
         self.model = model
-        self.tune = tune
+        self.tune = self.may_tune = tune
         self.sampling = sampling
         self.force = force
+        self.loader = loader
         self.generation = generation
         self.pending: list[tuple[str, str]] = []  # documents for the next message
         self.interactive = sys.stdin.isatty() and sys.stdout.isatty()
@@ -126,6 +128,17 @@ class Chat:
         finally:
             if last is None:
                 self.session.messages = before
+
+    def take_model(self, name: str) -> None:
+        """Go on with another model; it reads the conversation anew."""
+        import mlx.core as mx
+
+        assert self.loader is not None
+        model, tokenizer = self.loader(name)  # lazy: two models need not fit
+        self.session.take_model(model, tokenizer)
+        self.model, self.tune = name, self.may_tune
+        mx.clear_cache()
+        mx.eval(model.parameters())
 
     def tune_for(self, tokens: int) -> None:
         """Before the first message that may gain; not again where that was skipped."""
