@@ -364,10 +364,9 @@ def test_the_command(home: Path, tiny: Path, monkeypatch: pytest.MonkeyPatch) ->
     assert done.exit_code == 0, done.output
     (choice,) = json.loads((home / "tuned.json").read_text()).values()
     assert DeviceSettings(**choice).block_size in (128, 256)
-    rows = [line for line in done.stdout.splitlines() if line.startswith("│")]
-    wanted = ("256", "chunk"), ("256", "columns"), ("128",)
-    for row, words in zip(rows, wanted, strict=True):
-        assert all(word in row for word in words) and "wrong" not in row
+    wanted = [["256", "chunk"], ["256", "columns"], ["128"]]
+    for line, words in zip(done.stdout.splitlines()[1:], wanted):
+        assert line.split()[: len(words)] == words and "wrong" not in line
     assert done.stdout.splitlines()[-1].startswith(f"Kept in {home / 'tuned.json'}: ch")
     done = run("generate", "--model", tiny, "hello", "-m", 1, "--json")
     found = json.loads(done.stdout)["settings"]

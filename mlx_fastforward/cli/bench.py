@@ -17,6 +17,7 @@ from .inputs import DTYPES, check_choice, numbers
 from .lengths import check_lengths_of
 from .models import dtype_name, public_name, stock_model
 from .outputs import check_files, write, write_json
+from .tables import say, show
 
 DECODED = 32  # tokens that are timed after the prompt
 
@@ -210,21 +211,26 @@ def _write(
 
 
 def _show(rows: Any, environment: dict[str, Any]) -> None:
+    say(", ".join(f"{k} {v}" for k, v in environment.items()))
+    show(_table(rows))
+
+
+def _table(rows: Any) -> Table:
+    """Sparse against stock mlx-lm."""
     from ..bench.speed.ttft import arm_name
 
-    print(", ".join(f"{k} {v}" for k, v in environment.items()))
     table = Table(
         "context",
         "arm",
         "TTFT",
-        "stock",
-        "x",
-        "ideal",
-        "FFN",
+        "stock TTFT",
+        "times as fast",
+        "by FLOPs",
+        "FFN of stock",
         "GB",
-        "stock",
+        "stock GB",
         "tok/s",
-        "stock",
+        "stock tok/s",
     )
     for r in rows:
         table.add_row(
@@ -240,7 +246,7 @@ def _show(rows: Any, environment: dict[str, Any]) -> None:
             f"{r.decode_tps:.1f}",
             f"{r.stock_decode_tps:.1f}",
         )
-    Console(width=130).print(table)
+    return table
 
 
 def _time(median: float, spread: tuple[float, float]) -> str:

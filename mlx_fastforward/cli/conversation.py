@@ -38,7 +38,7 @@ class Chat:
         self.generation = generation
         self.pending: list[tuple[str, str]] = []  # documents for the next message
         self.interactive = sys.stdin.isatty() and sys.stdout.isatty()
-        self.console = Console(highlight=False, soft_wrap=True)
+        self.console = Console(highlight=False, soft_wrap=not self.interactive)
         self.failed = False
 
     @property

@@ -10,6 +10,7 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
 from .inputs import decoded
+from .tables import show
 
 LONG_PROMPT = 512
 
@@ -113,7 +114,7 @@ def show_compared(console: Console, sparse: Any, dense: Any) -> None:
             f"{r.generation_tps:.1f}",
             f"{r.ffn_sparsity:.0%}",
         )
-    console.print(table)
+    show(table, console)
     console.print(compared(sparse.ttft, dense.ttft))
 
 

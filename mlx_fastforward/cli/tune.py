@@ -10,6 +10,7 @@ from . import options as o
 from .errors import fail, interruptible, one_line_errors
 from .first_use import tuning_bar
 from .models import load_model
+from .tables import say, show
 
 
 def tune(
@@ -55,9 +56,9 @@ def tune(
         for c in choice.candidates:
             error = f"{c.error:.1e}" + ("" if c.correct else ", wrong")
             table.add_row(str(c.block_size), c.strategy, f"{c.share:.2f}", error)
-        Console().print(table)
-        print(tuning.summary(choice))
+        show(table)
+        say(tuning.summary(choice))
         key = tuned.key(engine, tuned.heads_of(net, engine))
-        print(
+        say(
             f"Kept in {tuned.file()}: chat, generate, bench, and load() go by it for: {key}"
         )
