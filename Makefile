@@ -1,10 +1,11 @@
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
-INSTALLED := $(VENV)/.installed
+VERSION := $(shell $(PYTHON) -c 'import sys; print("%d.%d.%d" % sys.version_info[:3])' 2>/dev/null)
+INSTALLED := $(VENV)/.installed-$(VERSION)
 DEV := $(VENV)/.installed-dev
 
-.PHONY: demo test lint format clean
+.PHONY: demo test lint format clean venv python
 
 demo: $(INSTALLED)
 	$(BIN)/mlx_fastforward demo
@@ -22,7 +23,19 @@ format: $(DEV)
 	$(BIN)/isort -q .
 	$(BIN)/black -q .
 
-$(INSTALLED): pyproject.toml
+venv: $(INSTALLED)
+
+# one line before anything is made: Apple's own Python is 3.9
+python:
+	@case "$(VERSION)" in \
+	"") echo "make: $(PYTHON) is no Python; name one of 3.10 or newer: make demo PYTHON=python3.12" >&2; exit 1;; \
+	[012].*|3.[0-9].*) echo "make: Python 3.10 or newer is needed, $(PYTHON) is $(VERSION):" \
+		"make demo PYTHON=python3.12, or get one with uv: uv python install 3.12" >&2; exit 1;; \
+	esac
+
+# a venv of another Python is made anew
+$(INSTALLED): pyproject.toml | python
+	@[ ! -d $(VENV) ] || [ -e $@ ] || rm -rf $(VENV)
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install -qq --upgrade pip
 	$(BIN)/python -m pip install -qq -e .
