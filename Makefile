@@ -5,7 +5,7 @@ VERSION := $(shell $(PYTHON) -c 'import sys; print("%d.%d.%d" % sys.version_info
 INSTALLED := $(VENV)/.installed-$(VERSION)
 DEV := $(VENV)/.installed-dev
 
-.PHONY: demo test lint format clean venv python
+.PHONY: demo test lint format picture clean venv python
 
 demo: $(INSTALLED)
 	$(BIN)/mlx_fastforward demo
@@ -44,6 +44,10 @@ $(INSTALLED): pyproject.toml | python
 $(DEV): $(INSTALLED)
 	$(BIN)/python -m pip install -qq -e '.[dev]'
 	touch $@
+
+# the chat at the top of the README: a real run, its figures are this machine's
+picture: $(INSTALLED)
+	$(BIN)/python -m mlx_fastforward.bench.studies.chat_picture docs/chat.svg
 
 clean:
 	rm -rf $(VENV) build *.egg-info

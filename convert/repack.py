@@ -57,9 +57,9 @@ def repacked(
     made: dict[str, mx.array] = {}
     names = [n for n in tensors if not (bits and W2 in n)]
     for name in names:
-        floats = mx.issubdtype(tensors[name].dtype, mx.floating)
-        cast = dtype is not None and floats and name != "importance"
-        made[name] = tensors[name].astype(dtype) if cast else tensors[name]
+        w = made[name] = tensors[name]
+        if dtype and mx.issubdtype(w.dtype, mx.floating) and name != "importance":
+            made[name] = w.astype(dtype)
     for i, layer in enumerate(found.layers or [] if bits else []):
         assert bits is not None
         w2 = plain_w2(layer).astype(dtype or layer.w1.dtype)

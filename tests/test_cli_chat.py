@@ -237,7 +237,7 @@ def test_ctrl_c_ends_a_script(monkeypatch: pytest.MonkeyPatch, tiny: list[Any]) 
 class Typed:
     """Somebody at a terminal: each line is typed when the one before it was dealt with."""
 
-    def __init__(self, flags: list[Any], monkeypatch: pytest.MonkeyPatch, **more: Any):
+    def __init__(self, flags: list[Any], **more: Any):
         model, tokenizer = load(str(flags[1]))
         attach(model)
         self.chat = Chat(
@@ -248,13 +248,11 @@ class Typed:
             **{"max_tokens": 8, **more},
         )
         self.chat.interactive = True
-        self.monkeypatch = monkeypatch
 
     def type(self, *lines: str) -> None:
         left = iter([*lines, None])
         reader = types.SimpleNamespace(read=lambda: next(left))
-        self.monkeypatch.setattr(chat_commands, "Lines", lambda interactive: reader)
-        chat_commands.run(self.chat)
+        chat_commands.run(self.chat, reader)
 
     @property
     def asked(self) -> list[str]:
@@ -263,8 +261,8 @@ class Typed:
 
 
 @pytest.fixture
-def typed(tiny: list[Any], monkeypatch: pytest.MonkeyPatch) -> Typed:
-    return Typed(tiny, monkeypatch)
+def typed(tiny: list[Any]) -> Typed:
+    return Typed(tiny)
 
 
 def test_ctrl_c_stops_the_answer_not_the_chat(
@@ -334,13 +332,11 @@ def test_another_answer_another_temperature_another_system_prompt(
     assert system == {"role": "system", "content": "Be long."}
 
 
-def test_another_model_goes_on(
-    tiny: list[Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_another_model_goes_on(tiny: list[Any], tmp_path: Path) -> None:
     """It reads the conversation anew; one that cannot be loaded changes nothing."""
     other = models.tiny("qwen2", vocab=4096)
     folder = models.save_folder(other, tmp_path / "other")
-    typed = Typed(tiny, monkeypatch, loader=partial(load_model, lazy=True))
+    typed = Typed(tiny, loader=partial(load_model, lazy=True))
     typed.type("Hello", f"/model {tmp_path / 'none'}", "/model", "Who?")
     before = list(typed.chat.session.messages)
     assert len(before) == 4 and typed.chat.failed
@@ -371,10 +367,10 @@ def test_a_saved_conversation_is_taken_up(
 ) -> None:
     """Without reading it again, where the same model reads in the same way; also after a cut."""
     monkeypatch.setenv("MLX_FASTFORWARD_HOME", str(tmp_path))
-    first = Typed(tiny, monkeypatch)
+    first = Typed(tiny)
     first.type(STORY, "/save story")
     for change, kept in ((None, True), ("model", False), ("dense", False)):
-        later = Typed(tiny, monkeypatch)
+        later = Typed(tiny)
         if change == "model":
             later.chat.model = "another"
         lines = ["/dense"] if change == "dense" else []

@@ -3,7 +3,7 @@
 import contextlib
 import shlex
 from pathlib import Path
-from typing import Callable
+from typing import Any, Callable, Optional
 
 import typer
 
@@ -29,9 +29,9 @@ HELP = """\
 Ctrl-C stops an answer. Alt-Enter starts a new line; a paste may have many."""
 
 
-def run(chat: Chat) -> None:
+def run(chat: Chat, lines: Optional[Any] = None) -> None:
     """Until the end of the input; in a pipe, a problem on the way makes it a failure."""
-    lines = Lines(chat.interactive)
+    lines = lines or Lines(chat.interactive)
     while True:
         chat.tell_pending()
         if (line := lines.read()) is None:

@@ -38,6 +38,7 @@ class Chat:
         self.generation = generation
         self.pending: list[tuple[str, str]] = []  # documents for the next message
         self.interactive = sys.stdin.isatty() and sys.stdout.isatty()
+        self.bar = self.interactive  # while a long prompt is read
         self.console = Console(highlight=False, soft_wrap=not self.interactive)
         self.failed = False
 
@@ -150,7 +151,7 @@ class Chat:
         """Print an answer as it comes; returns its last response, None if nothing was said."""
         last, stopped = None, False
         sampler = sampling(self.session.tokenizer, **self.sampling)
-        with prefill_progress(self.session.model, self.interactive, self.console) as (
+        with prefill_progress(self.session.model, self.bar, self.console) as (
             tick,
             finish,
         ):
@@ -164,12 +165,12 @@ class Chat:
                 with contextlib.closing(responses):
                     for last in responses:
                         finish()
-                        print(last.text, end="", flush=True)
+                        self.console.out(last.text, end="", highlight=False)
             except KeyboardInterrupt:
                 if not self.interactive:
                     raise typer.Exit(130) from None
                 stopped = True
-        print(flush=True)
+        self.console.out("")
         self.tell_end(last, stopped)
         return last
 

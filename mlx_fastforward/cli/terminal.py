@@ -97,8 +97,12 @@ def prefill_progress(
     def within(tokens: int, share: float) -> None:
         bar.update(task, completed=read + tokens * share)
 
+    def stop() -> None:
+        if bar.live.is_started:  # else it would print an empty line
+            bar.stop()
+
     with contextlib.ExitStack() as stack:
-        stack.callback(lambda: bar.live.is_started and bar.stop())
+        stack.callback(stop)
         stack.enter_context(by_layers(model, within, LONG_PROMPT))
         yield tick, stack.close
 
