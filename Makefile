@@ -1,7 +1,8 @@
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
-INSTALLED := $(VENV)/.installed
+VERSION := $(shell $(PYTHON) -c 'import sys; print("%d.%d.%d" % sys.version_info[:3])' 2>/dev/null)
+INSTALLED := $(VENV)/.installed-$(VERSION)
 DEV := $(VENV)/.installed-dev
 
 # For evidence, predictor and publish; no MODEL is the demo model
@@ -18,7 +19,7 @@ WITH = $${MODEL:+--model "$$MODEL"}
 
 CHECKS := build/checks
 
-.PHONY: demo test lint format results evidence predictor longbench publish wheel-test release-version workflows clean
+.PHONY: demo test lint format picture venv python results evidence predictor longbench publish wheel-test release-version workflows clean
 
 demo: $(INSTALLED)
 	$(BIN)/mlx_fastforward demo
@@ -77,7 +78,19 @@ $(CHECKS)/.installed: Makefile
 	$(CHECKS)/bin/python -m pip install -qq check-jsonschema zizmor
 	touch $@
 
-$(INSTALLED): pyproject.toml
+venv: $(INSTALLED)
+
+# one line before anything is made: Apple's own Python is 3.9
+python:
+	@case "$(VERSION)" in \
+	"") echo "make: $(PYTHON) is no Python; name one of 3.10 or newer: make demo PYTHON=python3.12" >&2; exit 1;; \
+	[012].*|3.[0-9].*) echo "make: Python 3.10 or newer is needed, $(PYTHON) is $(VERSION):" \
+		"make demo PYTHON=python3.12, or get one with uv: uv python install 3.12" >&2; exit 1;; \
+	esac
+
+# a venv of another Python is made anew
+$(INSTALLED): pyproject.toml | python
+	@[ ! -d $(VENV) ] || [ -e $@ ] || rm -rf $(VENV)
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install -qq --upgrade pip
 	$(BIN)/python -m pip install -qq -e .
@@ -86,6 +99,10 @@ $(INSTALLED): pyproject.toml
 $(DEV): $(INSTALLED)
 	$(BIN)/python -m pip install -qq -e '.[dev]'
 	touch $@
+
+# the chat at the top of the README: a real run, its figures are this machine's
+picture: $(INSTALLED)
+	$(BIN)/python -m mlx_fastforward.bench.studies.chat_picture docs/chat.svg
 
 clean:
 	rm -rf $(VENV) build dist *.egg-info

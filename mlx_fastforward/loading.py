@@ -11,8 +11,8 @@ from mlx_lm.utils import load_model, sharded_load
 
 from . import ranks
 from .attachment import attach, detach
-from .config import PrefillConfig
-from .errors import ConfigError
+from .config import DeviceSettings, PrefillConfig
+from .errors import ConfigError, check_kind
 from .model.families import Heads
 from .predictors.base import BaseModel
 from .predictors.file import PredictorFile
@@ -25,6 +25,7 @@ def load(
     sparsity: float | str = 0.5,
     *,
     predictor: Optional[str | Path | PredictorFile] = None,
+    device: Optional[DeviceSettings] = None,
     tokenizer_config: Optional[dict[str, Any]] = None,
     model_config: Optional[dict[str, Any]] = None,
     adapter_path: Optional[str] = None,
@@ -42,6 +43,7 @@ def load(
             that the predictor file has verified, 0.5 without such a table.
         predictor: Trained predictors: a folder or repository, or one loaded already; "none" for
             none. Default: the one beside the model, else the user's newest one for it.
+        device: How this device runs it. Default: as tuned, see ``tune``; DeviceSettings() for untuned.
         adapter_path: LoRA weights, as in mlx_lm.
         settings: Further fields of PrefillConfig.
 
@@ -51,6 +53,11 @@ def load(
     Raises:
         ConfigError, PredictorError, UnsupportedModel, and what mlx_lm.load raises.
     """
+    wanted = "a local folder or a Hugging Face repository, as text"
+    check_kind("path_or_hf_repo", path_or_hf_repo, (str, Path), wanted)
+    if predictor is not None:
+        wanted = 'a folder, a repository, "none", or what load_predictor() returns'
+        check_kind("predictor", predictor, (str, Path, PredictorFile), wanted)
     # wrong settings are refused before anything is loaded
     PrefillConfig.from_kwargs(sparsity=resolved(sparsity, None)[0], **settings)
     searching = predictor is None
@@ -59,11 +66,11 @@ def load(
     if ranks.several():
         _check_shared(adapter_path, model_config, revision)
         model, *rest = _load_part(
-            path_or_hf_repo, tokenizer_config, return_config, trust_remote_code
+            str(path_or_hf_repo), tokenizer_config, return_config, trust_remote_code
         )
     else:
         model, *rest = mlx_lm_load(
-            path_or_hf_repo,
+            str(path_or_hf_repo),
             tokenizer_config=tokenizer_config,
             model_config=model_config,
             adapter_path=adapter_path,
@@ -74,10 +81,10 @@ def load(
         )
     assert isinstance(model, nn.Module)
     if searching:
-        predictor = predictor_for(path_or_hf_repo, BaseModel.of(model), revision)
+        predictor = predictor_for(str(path_or_hf_repo), BaseModel.of(model), revision)
     value, chosen = resolved(sparsity, predictor)
     config = PrefillConfig.from_kwargs(sparsity=value, **settings)
-    attach(model, config, predictor=predictor).chosen = chosen
+    attach(model, config, predictor=predictor, device=device).chosen = chosen
     if not lazy:
         mx.eval(model.parameters(), predictor.arrays() if predictor else [])
     return (model, *rest)

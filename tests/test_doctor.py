@@ -14,7 +14,7 @@ import pytest
 from commands import bad, good
 from mlx_lm.models import mamba
 
-from mlx_fastforward import tune
+from mlx_fastforward import tuned
 from mlx_fastforward.cli import first_use
 from mlx_fastforward.config import DeviceSettings
 
@@ -54,11 +54,11 @@ def test_what_is_off_and_why(
     monkeypatch.setattr(first_use, "SMALLEST", 0)
     assert lines(*same)["tuned"].startswith("not yet")
     kept = DeviceSettings(256, "columns", 1024, 512)
-    monkeypatch.setattr(tune, "remembered", lambda key: kept)
+    monkeypatch.setattr(tuned, "remembered", lambda key: kept)
     said = lines(*same)
     assert said["tuned"] == "blocks of 256 tokens, columns, attention by 512 queries"
     assert "prompts below 1,024 tokens" in said["prefill"]
-    monkeypatch.setattr(tune, "remembered", lambda key: DeviceSettings(dense=True))
+    monkeypatch.setattr(tuned, "remembered", lambda key: DeviceSettings(dense=True))
     assert lines(*same)["prefill"].startswith("stock mlx-lm: dense is the fastest")
     said = lines("--model", "somebody/never-downloaded")
     assert said["model"].endswith("not on this machine; chat downloads it")

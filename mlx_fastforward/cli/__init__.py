@@ -11,6 +11,7 @@ from .. import ranks
 from ..version import __version__
 from .bench import bench
 from .bench_report import report
+from .catalogue import models
 from .chat import chat
 from .convert import convert
 from .demo import demo
@@ -79,6 +80,7 @@ app.command()(tune)
 app.command()(train)
 app.command()(convert)
 app.command()(predictors)
+app.command()(models)
 app.command()(upload)
 
 # `bench ...` measures, `bench report ...` shows

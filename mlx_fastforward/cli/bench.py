@@ -16,8 +16,12 @@ from . import options as o
 from .errors import interruptible, one_line_errors
 from .first_use import tuned
 from .inputs import DTYPES, check_choice, numbers
+from .lengths import check_lengths_of
 from .models import dtype_name, public_name, stock_model
 from .outputs import check_files, write, write_json
+from .tables import say, show
+
+DECODED = 32  # tokens that are timed after the prompt
 
 
 def bench(
@@ -103,12 +107,14 @@ def bench(
         net, tokenizer, side = _model(
             model, random, layers, q_bits, dtype, predictor, trust_remote_code
         )
+        if sizes:
+            check_lengths_of("--contexts", sizes, net, DECODED)
         configs = [
             PrefillConfig(s, selector=name, compensator=compensator)
             for name in selectors.split(",")
             for s in numbers("--sparsities", sparsities, float)
         ]
-        blocks = numbers("--block-sizes", block_sizes, int) if block_sizes else None
+        blocks = numbers("--block-sizes", block_sizes, int, 8) if block_sizes else None
         ways = strategies.split(",") if strategies else None
         queries = []
         if attention_blocks:
@@ -219,7 +225,7 @@ def _contexts(net: Any) -> list[int]:
     from ..model.families import context_length
 
     limit = context_length(net) or 4096
-    return [c for c in (512, 1024, 2048, 4096) if c + 32 <= limit] or [limit // 2]
+    return [c for c in (512, 1024, 2048, 4096) if c + DECODED <= limit] or [limit // 2]
 
 
 def _write(
@@ -234,21 +240,26 @@ def _write(
 
 
 def _show(rows: Any, environment: dict[str, Any]) -> None:
+    say(", ".join(f"{k} {v}" for k, v in environment.items()))
+    show(_table(rows))
+
+
+def _table(rows: Any) -> Table:
+    """Sparse against stock mlx-lm."""
     from ..bench.speed.ttft import arm_name
 
-    print(", ".join(f"{k} {v}" for k, v in environment.items()))
     table = Table(
         "context",
         "arm",
         "TTFT",
-        "stock",
-        "x",
-        "ideal",
-        "FFN",
+        "stock TTFT",
+        "times as fast",
+        "by FLOPs",
+        "FFN of stock",
         "GB",
-        "stock",
+        "stock GB",
         "tok/s",
-        "stock",
+        "stock tok/s",
     )
     for r in rows:
         table.add_row(
@@ -264,7 +275,7 @@ def _show(rows: Any, environment: dict[str, Any]) -> None:
             f"{r.decode_tps:.1f}",
             f"{r.stock_decode_tps:.1f}",
         )
-    Console(width=130).print(table)
+    return table
 
 
 def _time(median: float, spread: tuple[float, float]) -> str:

@@ -119,11 +119,11 @@ def _wired() -> str:
 
 def _own() -> Iterator[Line]:
     """What earlier commands left."""
-    from .. import tune
+    from .. import tuned
     from ..predictors.search import home, own_folders
 
     yield "kept", (
-        f"tuned choices in {tune.file()}, {len(own_folders())} predictor files in {home()}"
+        f"tuned choices in {tuned.file()}, {len(own_folders())} predictor files in {home()}"
     )
 
 
@@ -189,13 +189,12 @@ def _predictor(engine: Any) -> str:
 
 def _tuned(net: Any, engine: Any) -> tuple[Any, str]:
     """This device's settings for the engine, and where they come from."""
-    from .. import tune
-    from ..model.families import Heads
+    from .. import tuned
     from .first_use import worth_tuning
 
     if not worth_tuning(engine):
         return engine.device, "not needed: nothing runs sparsely, or FFNs are too small"
-    device = tune.remembered(tune.key(engine, Heads.of(net, max(engine.shapes)[0])))
+    device = tuned.remembered(tuned.key(engine, tuned.heads_of(net, engine)))
     if device is None:
         return engine.device, "not yet: the first chat, generate or tune measures it"
     if device.dense:

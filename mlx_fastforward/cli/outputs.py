@@ -11,12 +11,14 @@ from ..files import replacing
 from .errors import fail
 
 
-def status_line(r: Any) -> str:
-    """One quiet line about an answer. r: Response."""
+def status_line(r: Any, why: Optional[str] = None) -> str:
+    """One quiet line about an answer. r: Response; why: nothing was skipped."""
+    skipped = why or f"{r.ffn_sparsity:.0%} of the prompt's FFN skipped"
     reused = f" (+{r.cached_tokens:,} cached)" if r.cached_tokens else ""
     return (
         f"{r.prompt_tokens:,} prompt tokens{reused} · TTFT {r.ttft:.2f} s · "
-        f"{r.generation_tps:.1f} tok/s · {r.ffn_sparsity:.0%} of the prompt's FFN skipped"
+        f"{skipped} · {r.generation_tokens:,} tokens at "
+        f"{r.generation_tps:.1f} tok/s · peak {r.peak_memory:.2f} GB"
     )
 
 
