@@ -1,0 +1,184 @@
+"""mlx_fastforward serve: mlx-lm's server, with its flags and a few more."""
+
+import argparse
+import logging
+import signal
+import sys
+import types
+from http.server import ThreadingHTTPServer
+from typing import Any, Callable, NoReturn
+
+import typer
+
+from .. import demo
+from .errors import fail, one_line_errors
+from .first_use import tune_first
+from .inputs import sparsity_of
+
+EXAMPLES = """\
+Examples:
+
+  mlx_fastforward serve --model mlx-community/Qwen3-4B-4bit
+  mlx_fastforward serve --sparsity 0.4 --port 8081
+
+Clients: base URL http://127.0.0.1:8080/v1 (OpenAI), http://127.0.0.1:8080 (Anthropic).
+"""
+
+
+def serve(ctx: typer.Context) -> None:
+    """Serve models over HTTP, for editors, agents and web pages."""
+    with one_line_errors():
+        run(parser().parse_args(ctx.args))
+
+
+class Parser(argparse.ArgumentParser):
+    """Says what is wrong as the other commands do."""
+
+    def error(self, message: str) -> NoReturn:
+        fail(f"{message}; see mlx_fastforward serve --help.", 2)
+
+
+class _Built(Exception):
+    pass
+
+
+def their_parser() -> argparse.ArgumentParser:
+    """mlx_lm.server's own parser, which it makes inside its main(): a new flag appears by itself."""
+    from mlx_lm import server
+
+    from ..server.names import renamed
+
+    class Stopped(Parser):
+        def parse_args(self, *args: Any, **kwargs: Any) -> NoReturn:
+            raise _Built(self)
+
+    stand_in = types.SimpleNamespace(ArgumentParser=Stopped)
+    try:
+        renamed(server.main, argparse=stand_in)()
+    except _Built as built:
+        return built.args[0]
+    raise NameError("mlx_lm.server.main no longer parses arguments.")
+
+
+def parser() -> argparse.ArgumentParser:
+    """All flags: mlx-lm's and ours."""
+    all_flags = Parser(
+        prog="mlx_fastforward serve",
+        description=serve.__doc__,
+        epilog=EXAMPLES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        parents=[_without_help(their_parser())],
+        conflict_handler="resolve",
+    )
+    all_flags.set_defaults(model=str(demo.MODEL))
+    group = all_flags.add_argument_group("sparse prefill")
+    add = group.add_argument
+    add(
+        "--sparsity",
+        default="auto",
+        help="Share of FFN neurons that sparse blocks drop, 0 to below 1; auto: the most that was "
+        "verified for this model, 0.5 without such a table",
+    )
+    add(
+        "--predictor",
+        help="Trained predictors: folder or repository. Default: those beside the model, else your "
+        "newest for it; none for none",
+    )
+    add("--no-tune", action="store_true", help="Do not measure this device on first use")
+    add(
+        "--sparse-prefix",
+        action="store_true",
+        help="Also read system prompt and tools sparsely, which every turn reuses",
+    )
+    return all_flags
+
+
+def _without_help(theirs: argparse.ArgumentParser) -> argparse.ArgumentParser:
+    """A parser that can be another's parent."""
+    action = next(a for a in theirs._actions if a.dest == "help")
+    theirs._remove_action(action)
+    for name in action.option_strings:
+        del theirs._option_string_actions[name]
+    return theirs
+
+
+def run(args: argparse.Namespace) -> None:
+    """Load and tune, then serve until Ctrl-C."""
+    args.sparsity = sparsity_of(args.sparsity)
+    from mlx_lm import server
+
+    from ..config import PrefillConfig
+    from ..predictors.verified import resolved
+    from ..server.generator import Generator
+    from ..server.handler import Handler
+    from ..server.prompts import PromptCache
+    from ..server.provider import Provider
+
+    PrefillConfig(sparsity=resolved(args.sparsity, None)[0])
+    logging.basicConfig(
+        level=args.log_level, format="%(asctime)s - %(levelname)s - %(message)s"
+    )
+    check_free(args.host, args.port)
+    provider = Provider(args, lambda model: tune_first(model, None, args.no_tune))
+    generator = Generator(
+        provider, PromptCache(args.prompt_cache_size), args.sparse_prefix
+    )
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    try:
+        provider.loaded.wait()
+        if provider.failure is not None:
+            raise provider.failure
+        started = lambda port: print(banner(args, provider, port), flush=True)
+        server._run_http_server(
+            args.host, args.port, generator, listening(started), Handler
+        )
+    except KeyboardInterrupt:
+        print("mlx_fastforward: stopped.", file=sys.stderr)
+    finally:
+        generator.stop_and_join()
+
+
+def check_free(host: str, port: int) -> None:
+    """Say now, not after loading, that the port is taken."""
+    try:
+        ThreadingHTTPServer((host, port), None).server_close()  # type: ignore[arg-type]
+    except OSError as e:
+        fail(f"cannot listen at {host}:{port}: {e.strerror}; try another --port.")
+
+
+def listening(started: Callable[[int], None]) -> type[ThreadingHTTPServer]:
+    """A server class that tells which port it got."""
+
+    class Server(ThreadingHTTPServer):
+        daemon_threads = True
+        request_queue_size = 128
+
+        def server_activate(self) -> None:
+            super().server_activate()
+            started(self.server_address[1])
+
+    return Server
+
+
+def banner(args: argparse.Namespace, provider: Any, port: int) -> str:
+    """What runs, and where."""
+    from ..attachment import engine_of
+
+    engine = engine_of(provider.model)
+    assert engine is not None
+    mode = "dense (stock mlx-lm)"
+    if engine.device.dense:
+        mode += ", the fastest on this device; --no-tune runs sparsely"
+    if engine.sparse:
+        mode = f"{engine.config.sparsity:.0%} of FFN neurons dropped per {engine.block_size} tokens"
+        mode += f", selector {engine.selector.name}"
+    host = f"[{args.host}]" if ":" in args.host else args.host
+    lines = [
+        "mlx_fastforward serve",
+        f"model    {args.model}",
+        f"prefill  {mode}" + (f" ({engine.chosen})" if engine.chosen else ""),
+        f"url      http://{host}:{port}",
+    ]
+    if engine.predictor is not None:
+        lines.insert(3, f"predictor {engine.predictor}")
+    return "\n".join(lines)

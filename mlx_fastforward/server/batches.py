@@ -1,0 +1,90 @@
+"""mlx-lm's continuous batching, with a plan for each prompt."""
+
+from typing import Any, Callable, Optional
+
+import mlx.nn as nn
+from mlx_lm.generate import BatchGenerator, PromptProcessingBatch
+
+from ..attachment import resumed, switched
+from .requests import Reading
+
+
+class Kept(list):
+    """A prompt cache that knows at which sparsity its tokens were read."""
+
+    def __init__(self, cache: list[Any], read_at: float):
+        super().__init__(cache)
+        self.read_at = read_at
+
+
+def read_chunk(model: nn.Module, reading: Reading, tokens: int, run: Callable) -> None:
+    """Let ``run`` feed a prompt's next tokens to the model, all of its dense part or none."""
+    dense = reading.dense_left() > 0
+    if reading.engine is None or dense:
+        with switched(model, False):
+            run()
+    else:
+        with resumed(model, reading.engine, reading.prompt):
+            run()
+    reading.was_read(tokens, dense)
+
+
+class _Row(PromptProcessingBatch):
+    """The prompt that is being read; decode steps of others are no part of it."""
+
+    reading: Optional[Reading] = None
+
+    def prompt(self, tokens: list[list[int]]) -> None:
+        if not tokens or self.reading is None:
+            return super().prompt(tokens)
+        (row,) = tokens
+        run = lambda: super(_Row, self).prompt([row])
+        read_chunk(self.model, self.reading, len(row), run)
+
+
+class Batches(BatchGenerator):
+    """Reads one prompt at a time, in chunks, and decodes all others between them.
+
+    A plan is a prompt's own: rows of different lengths padded to one shape would have to share it.
+    """
+
+    def __init__(
+        self, next_reading: Callable[[], Reading], model: nn.Module, **settings: Any
+    ):
+        super().__init__(model, **{**settings, "prefill_batch_size": 1})
+        self._next_reading = next_reading
+        self._readings: dict[int, Reading] = {}
+        self._prompt_batch = _Row.empty(
+            model, self.sampler, prefill_step_size=self.prefill_step_size
+        )
+
+    def insert_segments(self, segments: list, *args: Any, **kwargs: Any) -> list[int]:
+        (uid,) = super().insert_segments(segments, *args, **kwargs)
+        self._readings[uid] = self._next_reading()
+        return [uid]
+
+    def _make_batch(self, n: int) -> PromptProcessingBatch:
+        made = super()._make_batch(n)
+        self._prompt_batch.reading = self._readings[made.uids[0]]
+        return made
+
+    def _next(self) -> tuple[list, list]:
+        prompts, answers = super()._next()
+        for r in answers:
+            if r.finish_reason is not None:
+                done = self._readings.pop(r.uid)
+                r.prompt_cache = Kept(r.prompt_cache, done.read_at)
+        return prompts, answers
+
+    def extract_cache(self, uids: Any) -> dict[int, tuple[Kept, list[int]]]:
+        found = super().extract_cache(uids)
+        return {
+            uid: (Kept(cache, self._readings[uid].read_at), tokens)
+            for uid, (cache, tokens) in found.items()
+        }
+
+    def remove(self, uids: Any, *args: Any, **kwargs: Any) -> dict:
+        caches = super().remove(uids, *args, **kwargs)
+        for uid in uids:
+            self._readings.pop(uid, None)
+        return caches
