@@ -2,15 +2,18 @@
 
 import argparse
 import logging
+import os
+import re
 import signal
 import sys
 import types
 from http.server import ThreadingHTTPServer
-from typing import Any, Callable, NoReturn
+from typing import Any, Callable, NoReturn, Optional
 
 import typer
 
 from .. import demo
+from ..errors import ConfigError
 from .errors import fail, one_line_errors
 from .first_use import tune_first
 from .inputs import sparsity_of
@@ -29,6 +32,15 @@ def serve(ctx: typer.Context) -> None:
     """Serve models over HTTP, for editors, agents and web pages."""
     with one_line_errors():
         run(parser().parse_args(ctx.args))
+
+
+LOOPBACK = ("127.0.0.1", "localhost", "::1")
+# Lines that agents put into their system prompts and change every turn.
+DROPPED = (
+    r"^x-anthropic-billing-header:",
+    r"^\s*(<system_warning>)?Token usage: [\d,]+/[\d,]+",
+    r"^\s*<(budget:)?token_budget>",
+)
 
 
 class Parser(argparse.ArgumentParser):
@@ -84,11 +96,28 @@ def parser() -> argparse.ArgumentParser:
         help="Trained predictors: folder or repository. Default: those beside the model, else your "
         "newest for it; none for none",
     )
-    add("--no-tune", action="store_true", help="Do not measure this device on first use")
+    add(
+        "--no-tune", action="store_true", help="Do not measure this device on first use"
+    )
     add(
         "--sparse-prefix",
         action="store_true",
         help="Also read system prompt and tools sparsely, which every turn reuses",
+    )
+    add = all_flags.add_argument_group("server").add_argument
+    add(
+        "--api-key",
+        default=os.environ.get("MLX_FASTFORWARD_API_KEY"),
+        help="Clients must send it (Authorization: Bearer, or x-api-key). Default: the variable "
+        "MLX_FASTFORWARD_API_KEY",
+    )
+    add(
+        "--drop-line",
+        action="append",
+        metavar="PATTERN",
+        help="Lines of system prompts that match are left out: they change every turn and would "
+        "spoil the reuse of what follows. May be repeated; '' for none. Default: billing headers "
+        "and token counters of known agents",
     )
     return all_flags
 
@@ -105,6 +134,7 @@ def _without_help(theirs: argparse.ArgumentParser) -> argparse.ArgumentParser:
 def run(args: argparse.Namespace) -> None:
     """Load and tune, then serve until Ctrl-C."""
     args.sparsity = sparsity_of(args.sparsity)
+    args.drop_line = patterns(args.drop_line)
     from mlx_lm import server
 
     from ..config import PrefillConfig
@@ -118,6 +148,10 @@ def run(args: argparse.Namespace) -> None:
     logging.basicConfig(
         level=args.log_level, format="%(asctime)s - %(levelname)s - %(message)s"
     )
+    if args.host not in LOOPBACK and not args.api_key:
+        logging.warning(
+            f"anybody who reaches {args.host}:{args.port} can use this server: set --api-key."
+        )
     check_free(args.host, args.port)
     provider = Provider(args, lambda model: tune_first(model, None, args.no_tune))
     generator = Generator(
@@ -136,6 +170,16 @@ def run(args: argparse.Namespace) -> None:
         print("mlx_fastforward: stopped.", file=sys.stderr)
     finally:
         generator.stop_and_join()
+
+
+def patterns(given: Optional[list[str]]) -> list[str]:
+    """The value of --drop-line; raises ConfigError."""
+    for pattern in given or []:
+        try:
+            re.compile(pattern)
+        except re.error as e:
+            raise ConfigError(f"--drop-line {pattern!r} is no pattern: {e}.") from None
+    return list(DROPPED) if given is None else [p for p in given if p]
 
 
 def check_free(host: str, port: int) -> None:

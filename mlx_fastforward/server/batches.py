@@ -60,7 +60,8 @@ class Batches(BatchGenerator):
 
     def insert_segments(self, segments: list, *args: Any, **kwargs: Any) -> list[int]:
         (uid,) = super().insert_segments(segments, *args, **kwargs)
-        self._readings[uid] = self._next_reading()
+        self._readings[uid] = reading = self._next_reading()
+        reading.last_token()
         return [uid]
 
     def _make_batch(self, n: int) -> PromptProcessingBatch:

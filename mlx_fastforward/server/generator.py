@@ -3,8 +3,10 @@
 import functools
 import itertools
 import logging
+import re
 import threading
 import time
+import types
 from dataclasses import replace
 from queue import Empty, Queue
 from typing import Any, Callable, Iterator, Optional
@@ -16,6 +18,7 @@ from mlx_lm.generate import stream_generate
 from ..attachment import resumed, switched
 from ..session import common_prefix
 from .batches import Batches, read_chunk
+from .metrics import Metrics
 from .names import renamed
 from .prompts import PromptCache
 from .provider import Provider
@@ -44,6 +47,9 @@ class Generator(server.ResponseGenerator):
     ):
         self.sparse_prefix = sparse_prefix
         self.deaths = 0
+        self.metrics = Metrics(lambda: self.requests.qsize(), lambda: self.deaths)
+        self.volatile = [re.compile(p) for p in provider.cli_args.drop_line]
+        self._counting = threading.Lock()
         self._asked: Optional[Asked] = None  # the generation thread's, in hand
         self._waiting = threading.local()  # the handlers', one request each
         super().__init__(provider, prompt_cache)
@@ -194,13 +200,16 @@ class Generator(server.ResponseGenerator):
             raise
 
         def timed() -> Iterator[Any]:
+            tokens = 0
             try:
-                for response in responses:
+                for tokens, response in enumerate(responses, 1):
                     if not request.report.ttft_s:
                         request.report.ttft_s = time.perf_counter() - start
                     yield response
+                self.metrics.answered(request.report, len(ctx.prompt), tokens)
             finally:
                 request.left.set()
+                ctx.stop()
 
         return ctx, timed()
 
@@ -218,6 +227,31 @@ class Generator(server.ResponseGenerator):
                 or not self.generation_available()
             ):
                 raise ThreadDied("the generation thread died; try again.")
+
+    def drop_lines(self, body: dict[str, Any]) -> None:
+        """Take lines out of system prompts that change every turn: what follows could not be reused."""
+        messages = body.get("messages")
+        for m in messages if isinstance(messages, list) else []:
+            if isinstance(m, dict) and m.get("role") == "system":
+                if isinstance(text := m.get("content"), str):
+                    m["content"] = self._lasting(text)
+                for part in text if isinstance(text, list) else []:
+                    if isinstance(part, dict) and isinstance(part.get("text"), str):
+                        part["text"] = self._lasting(part["text"])
+
+    def _lasting(self, text: str) -> str:
+        lines = text.splitlines(keepends=True)
+        return "".join(l for l in lines if not any(p.search(l) for p in self.volatile))
+
+    def count(self, body: dict[str, Any]) -> int:
+        """Tokens of a chat's prompt for the loaded model."""
+        with self._counting:
+            tokenizer = self.model_provider.own_tokenizer()
+            request = Asked("chat", "", body["messages"], body.get("tools"), None)
+            args = types.SimpleNamespace(
+                chat_template_kwargs=body.get("chat_template_kwargs")
+            )
+            return len(super()._tokenize(tokenizer, request, args)[0])
 
 
 def _feed(parts: list[tuple[Any, list[Any]]], ids: mx.array) -> None:

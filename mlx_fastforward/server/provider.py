@@ -1,5 +1,6 @@
 """mlx-lm's model provider, whose models come back attached."""
 
+import copy
 import threading
 from argparse import Namespace
 from dataclasses import replace
@@ -10,7 +11,7 @@ import mlx.nn as nn
 from mlx_lm.server import ModelProvider
 from mlx_lm.utils import _download
 
-from ..attachment import attach, detach, engine_of
+from ..attachment import attach, engine_of
 from ..build import engine_for
 from ..config import PrefillConfig
 from ..engine import Engine
@@ -37,6 +38,7 @@ class Provider(ModelProvider):
         self.prepare = prepare
         self.predictor: Optional[PredictorFile] = None
         self.engines: dict[float, Engine] = {}
+        self._copied: Optional[tuple[Any, Any]] = None
         self.loaded = threading.Event()  # or failed
         self.failure: Optional[BaseException] = None
 
@@ -105,7 +107,10 @@ class Provider(ModelProvider):
         if adapter is not None and not Path(adapter, "adapters.safetensors").is_file():
             raise LoadProblem(f"{adapter} holds no adapters.safetensors.")
 
-    def stock(self) -> None:
-        """Take the engine out of the loaded model."""
-        if self.model is not None:
-            detach(self.model)
+    def own_tokenizer(self) -> Any:
+        """A copy of the loaded tokenizer, for another thread: two cannot share one."""
+        if self.tokenizer is None:
+            raise LoadProblem("no model is loaded.")
+        if self._copied is None or self._copied[0] is not self.tokenizer:
+            self._copied = (self.tokenizer, copy.deepcopy(self.tokenizer))
+        return self._copied[1]

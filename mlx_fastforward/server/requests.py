@@ -81,6 +81,11 @@ class Reading:
             left = self.total - max(self.done, self.dense)
             self.prompt = self.engine.prompt(left)
 
+    def last_token(self) -> None:
+        """The prompt's last token begins the answer, densely, among other decode steps."""
+        if self.engine is not None and self.prompt is not None:
+            self.engine.count(self.prompt.flops, 1, 1, None)
+
     def dense_left(self) -> int:
         """Tokens that are still to be read densely before the others."""
         return max(0, self.dense - self.done)

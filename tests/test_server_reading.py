@@ -1,0 +1,258 @@
+"""The server's generation thread: plans, batches, caches, sparsity per request, and its death."""
+
+import functools
+import logging
+import threading
+import time
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any, Iterator, Optional
+
+import models
+import numpy as np
+import pytest
+from mlx_lm import server
+from mlx_lm.models.cache import make_prompt_cache
+from mlx_lm.utils import load
+from models import demo_tokenizer
+
+import mlx_fastforward as ff
+from mlx_fastforward.attachment import switched
+from mlx_fastforward.cli.serve import parser, patterns
+from mlx_fastforward.prefill import prefill
+from mlx_fastforward.server.generator import Generator, ThreadDied
+from mlx_fastforward.server.names import renamed
+from mlx_fastforward.server.prompts import PromptCache
+from mlx_fastforward.server.provider import Provider
+from mlx_fastforward.server.requests import Asked, ClientGone
+from mlx_fastforward.session import common_prefix, render
+
+logging.getLogger().setLevel(logging.ERROR)
+STORY = "Keawe was poor, brave, and active; he could read and write. "
+SYSTEM = "Be brief. " * 30
+Said = tuple[list[int], list[float]]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    model = models.tiny("llama", vocab=4096, tie_word_embeddings=False)
+    return models.save_folder(model, tmp_path_factory.mktemp("models") / "tiny")
+
+
+def generator_of(folder: Path, *flags: str, size: int = 20) -> Generator:
+    args = parser().parse_args(["--model", str(folder), "--no-tune", *flags])
+    args.sparsity, args.drop_line = 0.5, patterns(None)
+    made = Generator(Provider(args), PromptCache(size), args.sparse_prefix)
+    assert made.model_provider.loaded.wait(60) and made.is_healthy
+    return made
+
+
+@pytest.fixture
+def serving(folder: Path) -> Iterator[Generator]:
+    made = generator_of(folder)
+    yield made
+    made.stop_and_join()
+
+
+def settings(n: int, seed: Optional[int] = None) -> server.GenerationArguments:
+    return server.GenerationArguments(
+        model=server.ModelDescription("default_model", "default_model", None),  # type: ignore
+        sampling=server.SamplingArguments(0.0, 1.0, 0, 0.0, 0.0, 0.1),
+        logits=server.LogitsProcessorArguments(None, 0.0, 20, 0.0, 20, 0.0, 20),
+        stop_words=[],
+        max_tokens=n,
+        num_draft_tokens=3,
+        logprobs=True,
+        top_logprobs=0,
+        seed=seed,
+        chat_template_kwargs=None,
+    )
+
+
+def chat(text: str, system: Optional[str] = None, **more: Any) -> Asked:
+    messages = [{"role": "user", "content": text}]
+    if system:
+        messages.insert(0, {"role": "system", "content": system})
+    return Asked("chat", "", messages, None, None, **more)
+
+
+def ask(generator: Generator, asked: Asked, n: int = 6, **more: Any) -> Said:
+    _, responses = generator.generate(asked, settings(n, **more))
+    listed = list(responses)
+    return [r.token for r in listed], [r.logprob for r in listed]
+
+
+@functools.cache
+def loaded(folder: Path, sparsity: float) -> Any:
+    return ff.load(str(folder), sparsity, predictor="none")
+
+
+def alone(folder: Path, asked: Asked, n: int = 6) -> tuple[Said, float]:
+    """The same from the library: the system prompt densely, then the rest sparsely."""
+    sparsity = 0.5 if asked.sparsity is None else asked.sparsity
+    model, tokenizer = loaded(folder, sparsity)
+    prompt, cache = render(tokenizer, asked.messages), make_prompt_cache(model)
+    dense = 0
+    if asked.messages[0]["role"] == "system":
+        empty = [asked.messages[0], {"role": "user", "content": ""}]
+        ids = tokenizer.apply_chat_template(empty, add_generation_prompt=False)
+        dense = common_prefix(list(ids), prompt)
+        with switched(model, False):
+            prefill(model, models.mx.array(prompt[:dense]), cache)
+    got = list(
+        ff.stream_generate(model, tokenizer, prompt[dense:], n, prompt_cache=cache)
+    )
+    best = [float(r.logprobs[r.token]) for r in got]
+    return ([r.token for r in got], best), got[0].ffn_sparsity
+
+
+def assert_same(got: Said, wanted: Said) -> None:
+    assert got[0] == wanted[0]
+    np.testing.assert_allclose(got[1], wanted[1], rtol=1e-3, atol=1e-3)
+
+
+def test_answers_in_company_equal_answers_alone(
+    folder: Path, serving: Generator
+) -> None:
+    """Prompts of all lengths, longer than a chunk too, at several sparsities, all at once."""
+    asked = [
+        chat(f"{i}. " + STORY * n, SYSTEM if i % 2 else None, sparsity=s)
+        for i, (n, s) in enumerate(
+            [(50, None), (145, 0.3), (3, None), (60, 0), (45, 0.3), (1, 0)]
+        )
+    ]
+    with ThreadPoolExecutor(len(asked)) as pool:
+        answers = list(pool.map(lambda a: ask(serving, a, 6), asked))
+    for request, answer in zip(asked, answers):
+        wanted, share = alone(folder, request)
+        assert_same(answer, wanted)
+        # the library counts what came after the system prompt, the server all
+        assert (request.report.ffn_sparsity > 0) == (share > 0)
+        if request.messages[0]["role"] == "user":
+            assert request.report.ffn_sparsity == pytest.approx(share)
+        assert request.report.cached_tokens == 0 < request.report.ttft_s
+    shares = [a.report.ffn_sparsity for a in asked]
+    assert [s > 0 for s in shares] == [1, 1, 0, 0, 1, 0]
+
+
+def test_a_request_that_cannot_be_batched_reads_the_same(
+    folder: Path, serving: Generator
+) -> None:
+    request = chat("0. " + STORY * 60, SYSTEM)
+    assert_same(ask(serving, request, seed=1), alone(folder, request)[0])
+    assert request.report.ffn_sparsity > 0.05
+
+
+def test_a_prefix_serves_those_that_read_alike(serving: Generator) -> None:
+    """A dense one serves everybody; what was read sparsely only its own sparsity."""
+
+    def cached(end: str, sparsity: Optional[float], system: str = SYSTEM) -> int:
+        request = chat(STORY * 60 + end, system, sparsity=sparsity)
+        ask(serving, request, 2)
+        return request.report.cached_tokens
+
+    assert cached("a", 0.5) == 0
+    system = cached("b", 0.3)
+    assert 30 < system < 200  # read densely, whatever the sparsity
+    whole = cached("c", None)
+    assert whole > 1000
+    assert cached("d", 0.3) == whole and cached("e", 0) == system
+    assert cached("f", 0) == cached("g", 0.5) == cached("h", 0.7) == whole
+
+
+def test_a_tool_result_at_the_end_keeps_the_prefix(serving: Generator) -> None:
+    """Where mlx-lm keeps no checkpoint of system prompt and tools."""
+    for result in ("first ", "second "):
+        asked = chat("Look it up.", SYSTEM)
+        asked.messages += [
+            {"role": "assistant", "content": "Looking."},
+            {"role": "tool", "content": (result + STORY) * 60},
+        ]
+        ask(serving, asked, 2)
+    again = chat(STORY, SYSTEM, sparsity=0)
+    ask(serving, again, 2)
+    system = again.report.cached_tokens
+    assert system > 30 and asked.report.cached_tokens > system
+    assert asked.report.ffn_sparsity > 0.05
+
+
+def test_the_prefix_can_be_read_sparsely_too(folder: Path) -> None:
+    made = generator_of(folder, "--sparse-prefix")
+    try:
+        request = chat("Who?", STORY * 60)
+        ask(made, request, 2)
+        assert request.report.ffn_sparsity > 0.05
+    finally:
+        made.stop_and_join()
+
+
+def test_the_same_prompt_again_and_one_that_goes_on_from_an_answer(
+    serving: Generator,
+) -> None:
+    """A prompt that is cached whole, which mlx-lm would choke on."""
+    first = ask(serving, chat("Who?"), 4)
+    again = chat("Who?")
+    assert_same(ask(serving, again, 4), first)
+    ids = render(demo_tokenizer(), again.messages) + first[0]
+    text = demo_tokenizer().decode(ids)
+    longer = Asked("text", text, [], None, None)
+    assert len(ask(serving, longer, 4)[0]) == 4
+    with pytest.raises(ValueError, match="empty"):
+        ask(serving, Asked("text", "", [], None, None))
+    assert serving.is_healthy
+
+
+def test_what_a_client_left_behind_is_dropped(serving: Generator) -> None:
+    """Within a chunk, in line or while it is read, and nobody else notices."""
+    gone = threading.Event()
+    long = chat(STORY * 500, gone=gone.is_set)
+    seen: list[int] = []
+
+    def progress(done: int, total: int) -> None:
+        seen.append(done)
+        gone.set()
+
+    waiting = chat("x " + STORY * 500, gone=lambda: True)
+    with pytest.raises(ClientGone):
+        _, responses = serving.generate(long, settings(5), progress)
+        list(responses)
+    with pytest.raises(ClientGone):
+        serving.generate(waiting, settings(5))
+    start = time.perf_counter()
+    assert len(ask(serving, chat("Who?"), 3)[0]) == 3
+    assert time.perf_counter() - start < 5 and seen[-1] <= 3 * 2048
+    assert waiting.report.ttft_s == 0
+
+
+def test_a_dead_thread_fails_its_requests_and_is_replaced(
+    serving: Generator, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def boom(*args: Any) -> None:
+        monkeypatch.undo()
+        raise RuntimeError("boom")
+
+    monkeypatch.setattr(serving, "_make_state_machine", boom)
+    with pytest.raises(ThreadDied):
+        ask(serving, chat("Who?"))
+    assert not serving.is_healthy
+    for _ in range(100):
+        time.sleep(0.05)
+        if serving.is_healthy:
+            break
+    assert serving.is_healthy and serving.deaths == 1
+    assert len(ask(serving, chat("Who?"), 3)[0]) == 3
+
+
+def test_a_model_that_is_not_there_leaves_the_loaded_one(
+    serving: Generator, tmp_path: Path
+) -> None:
+    before = serving.model_provider.model
+    for name, adapter in (("no/such/model", None), ("default_model", str(tmp_path))):
+        with pytest.raises(ff.errors.LoadProblem):
+            serving.model_provider.check(name, adapter)
+    assert serving.model_provider.model is before
+
+
+def test_names_that_mlx_lm_no_longer_uses_are_noticed() -> None:
+    with pytest.raises(NameError, match="no longer uses Batches"):
+        renamed(server.ResponseGenerator._generate, Batches=None)
