@@ -2,6 +2,7 @@
 
 import functools
 import logging
+import os
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
@@ -12,7 +13,7 @@ import models
 import numpy as np
 import pytest
 from mlx_lm import server
-from mlx_lm.models.cache import make_prompt_cache
+from mlx_lm.models.cache import KVCache, make_prompt_cache
 from mlx_lm.utils import load
 from models import demo_tokenizer
 
@@ -20,6 +21,7 @@ import mlx_fastforward as ff
 from mlx_fastforward.attachment import switched
 from mlx_fastforward.cli.serve import parser, patterns
 from mlx_fastforward.prefill import prefill
+from mlx_fastforward.server.disk import DiskCache
 from mlx_fastforward.server.generator import Generator, ThreadDied
 from mlx_fastforward.server.names import renamed
 from mlx_fastforward.server.prompts import PromptCache
@@ -29,6 +31,7 @@ from mlx_fastforward.session import common_prefix, render
 
 logging.getLogger().setLevel(logging.ERROR)
 STORY = "Keawe was poor, brave, and active; he could read and write. "
+CHUNK = 512  # tokens: prompts of several chunks need not be long
 SYSTEM = "Be brief. " * 30
 Said = tuple[list[int], list[float]]
 
@@ -49,7 +52,7 @@ def generator_of(folder: Path, *flags: str, size: int = 20) -> Generator:
 
 @pytest.fixture
 def serving(folder: Path) -> Iterator[Generator]:
-    made = generator_of(folder)
+    made = generator_of(folder, "--prefill-step-size", str(CHUNK))
     yield made
     made.stop_and_join()
 
@@ -99,9 +102,8 @@ def alone(folder: Path, asked: Asked, n: int = 6) -> tuple[Said, float]:
         dense = common_prefix(list(ids), prompt)
         with switched(model, False):
             prefill(model, models.mx.array(prompt[:dense]), cache)
-    got = list(
-        ff.stream_generate(model, tokenizer, prompt[dense:], n, prompt_cache=cache)
-    )
+    more: Any = dict(prompt_cache=cache, prefill_step_size=CHUNK)
+    got = list(ff.stream_generate(model, tokenizer, prompt[dense:], n, **more))
     best = [float(r.logprobs[r.token]) for r in got]
     return ([r.token for r in got], best), got[0].ffn_sparsity
 
@@ -118,7 +120,7 @@ def test_answers_in_company_equal_answers_alone(
     asked = [
         chat(f"{i}. " + STORY * n, SYSTEM if i % 2 else None, sparsity=s)
         for i, (n, s) in enumerate(
-            [(50, None), (145, 0.3), (3, None), (60, 0), (45, 0.3), (1, 0)]
+            [(50, None), (70, 0.3), (3, None), (30, 0), (35, 0.3), (1, 0)]
         )
     ]
     with ThreadPoolExecutor(len(asked)) as pool:
@@ -127,18 +129,18 @@ def test_answers_in_company_equal_answers_alone(
         wanted, share = alone(folder, request)
         assert_same(answer, wanted)
         # the library counts what came after the system prompt, the server all
-        assert (request.report.ffn_sparsity > 0) == (share > 0)
+        assert (request.report.ffn_sparsity != 0) == (share != 0)
         if request.messages[0]["role"] == "user":
             assert request.report.ffn_sparsity == pytest.approx(share)
         assert request.report.cached_tokens == 0 < request.report.ttft_s
     shares = [a.report.ffn_sparsity for a in asked]
-    assert [s > 0 for s in shares] == [1, 1, 0, 0, 1, 0]
+    assert [s != 0 for s in shares] == [1, 1, 0, 0, 1, 0]
 
 
 def test_a_request_that_cannot_be_batched_reads_the_same(
     folder: Path, serving: Generator
 ) -> None:
-    request = chat("0. " + STORY * 60, SYSTEM)
+    request = chat("0. " + STORY * 40, SYSTEM)
     assert_same(ask(serving, request, seed=1), alone(folder, request)[0])
     assert request.report.ffn_sparsity > 0.05
 
@@ -147,7 +149,7 @@ def test_a_prefix_serves_those_that_read_alike(serving: Generator) -> None:
     """A dense one serves everybody; what was read sparsely only its own sparsity."""
 
     def cached(end: str, sparsity: Optional[float], system: str = SYSTEM) -> int:
-        request = chat(STORY * 60 + end, system, sparsity=sparsity)
+        request = chat(STORY * 40 + end, system, sparsity=sparsity)
         ask(serving, request, 2)
         return request.report.cached_tokens
 
@@ -155,7 +157,7 @@ def test_a_prefix_serves_those_that_read_alike(serving: Generator) -> None:
     system = cached("b", 0.3)
     assert 30 < system < 200  # read densely, whatever the sparsity
     whole = cached("c", None)
-    assert whole > 1000
+    assert whole > 700
     assert cached("d", 0.3) == whole and cached("e", 0) == system
     assert cached("f", 0) == cached("g", 0.5) == cached("h", 0.7) == whole
 
@@ -166,7 +168,7 @@ def test_a_tool_result_at_the_end_keeps_the_prefix(serving: Generator) -> None:
         asked = chat("Look it up.", SYSTEM)
         asked.messages += [
             {"role": "assistant", "content": "Looking."},
-            {"role": "tool", "content": (result + STORY) * 60},
+            {"role": "tool", "content": (result + STORY) * 35},
         ]
         ask(serving, asked, 2)
     again = chat(STORY, SYSTEM, sparsity=0)
@@ -179,7 +181,7 @@ def test_a_tool_result_at_the_end_keeps_the_prefix(serving: Generator) -> None:
 def test_the_prefix_can_be_read_sparsely_too(folder: Path) -> None:
     made = generator_of(folder, "--sparse-prefix")
     try:
-        request = chat("Who?", STORY * 60)
+        request = chat("Who?", STORY * 40)
         ask(made, request, 2)
         assert request.report.ffn_sparsity > 0.05
     finally:
@@ -203,25 +205,16 @@ def test_the_same_prompt_again_and_one_that_goes_on_from_an_answer(
 
 
 def test_what_a_client_left_behind_is_dropped(serving: Generator) -> None:
-    """Within a chunk, in line or while it is read, and nobody else notices."""
+    """In line or while it is read, and nobody else notices."""
     gone = threading.Event()
-    long = chat(STORY * 500, gone=gone.is_set)
-    seen: list[int] = []
-
-    def progress(done: int, total: int) -> None:
-        seen.append(done)
-        gone.set()
-
-    waiting = chat("x " + STORY * 500, gone=lambda: True)
-    with pytest.raises(ClientGone):
-        _, responses = serving.generate(long, settings(5), progress)
-        list(responses)
-    with pytest.raises(ClientGone):
-        serving.generate(waiting, settings(5))
-    start = time.perf_counter()
+    left = [chat(STORY * 150, gone=gone.is_set), chat(STORY, gone=lambda: True)]
+    for asked in left:
+        with pytest.raises(ClientGone):
+            _, responses = serving.generate(asked, settings(5), lambda *_: gone.set())
+            list(responses)
     assert len(ask(serving, chat("Who?"), 3)[0]) == 3
-    assert time.perf_counter() - start < 5 and seen[-1] <= 3 * 2048
-    assert waiting.report.ttft_s == 0
+    assert len(serving.prompt_cache) == 1  # nobody else's prompt was read to its end
+    assert not any(asked.report.ttft_s for asked in left)
 
 
 def test_a_dead_thread_fails_its_requests_and_is_replaced(
@@ -256,3 +249,73 @@ def test_a_model_that_is_not_there_leaves_the_loaded_one(
 def test_names_that_mlx_lm_no_longer_uses_are_noticed() -> None:
     with pytest.raises(NameError, match="no longer uses Batches"):
         renamed(server.ResponseGenerator._generate, Batches=None)
+
+
+# Prefixes on disk
+
+
+def disk_of(folder: Path, made: Optional[Generator] = None, gb: float = 1) -> DiskCache:
+    disk = DiskCache(folder, int(gb * 1e9))
+    if made is not None:
+        made.prompt_cache.disk = disk
+        made.prompt_cache.identity = made.model_provider.identity
+    return disk
+
+
+def test_prefixes_survive_a_restart(
+    folder: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """The second process reads the document from disk, and says the same; damage is noticed."""
+    answers, cached = [], []
+    for start, sparsity in enumerate([None, None, 0.3, 0, None]):
+        if start == 4:  # one bit
+            for file in tmp_path.glob("*.safetensors"):
+                raw = bytearray(file.read_bytes())
+                raw[-5] ^= 1
+                file.write_bytes(raw)
+        made = generator_of(folder)
+        disk = disk_of(tmp_path, made)
+        try:
+            asked = chat(STORY * 40, sparsity=sparsity)
+            answers.append(ask(made, asked, 4))
+            cached.append(asked.report.cached_tokens)
+            disk.jobs.join()
+        finally:
+            made.stop_and_join()
+    total = len(render(demo_tokenizer(), asked.messages))
+    assert cached == [0, total - 1, 0, 0, 0]
+    assert_same(answers[1], answers[0])
+    assert_same(answers[4], answers[0])
+    assert "damaged: the checksum is wrong" in caplog.text
+    names = [p.suffix for p in tmp_path.iterdir()]
+    assert sorted(names) == [".json"] * 2 + [".safetensors"] * 2
+    for path in tmp_path.glob("*.json"):
+        path.write_text("{")
+    assert not disk_of(tmp_path).entries and not list(tmp_path.iterdir())
+
+
+def test_the_folder_keeps_to_its_size(tmp_path: Path) -> None:
+    """The least recently used go, then what nobody used for a month; a longer one replaces its start."""
+    cache = [KVCache()]
+    cache[0].update_and_fetch(*[models.mx.ones((1, 1, 400, 64))] * 2)
+    disk = disk_of(tmp_path, gb=6e-4)  # two entries of 0.26 MB
+
+    def save(first: int, more: int = 0) -> None:
+        disk.save("m", [first, *range(399 + more)], cache)
+        disk.jobs.join()
+
+    def first_tokens() -> set[int]:
+        return {int(e.tokens[0]) for e in disk.entries.values()}
+
+    for first in (1, 2):
+        save(first)
+    (old,) = [e for e in disk.entries.values() if e.tokens[0] == 1]
+    assert disk.load(old) is not None  # used again
+    save(3)
+    assert first_tokens() == {1, 3}
+    save(3, 300)
+    assert first_tokens() == {1, 3} and disk.nearest(["m"], [3, *range(600)])[1] == 601
+    assert disk.nearest(["other"], [3, *range(600)])[1] == 0
+    os.utime(old.path, (0, 0))
+    again = disk_of(tmp_path)
+    assert [int(e.tokens[0]) for e in again.entries.values()] == [3]

@@ -8,6 +8,7 @@ import signal
 import sys
 import types
 from http.server import ThreadingHTTPServer
+from pathlib import Path
 from typing import Any, Callable, NoReturn, Optional
 
 import typer
@@ -17,6 +18,7 @@ from ..errors import ConfigError
 from .errors import fail, one_line_errors
 from .first_use import tune_first
 from .inputs import sparsity_of
+from .models import checked_name
 
 EXAMPLES = """\
 Examples:
@@ -112,6 +114,17 @@ def parser() -> argparse.ArgumentParser:
         "MLX_FASTFORWARD_API_KEY",
     )
     add(
+        "--cache-dir",
+        type=Path,
+        help="Keep prompt caches in this folder, too: they survive a restart. Default: off",
+    )
+    add(
+        "--cache-gb",
+        type=float,
+        default=10.0,
+        help="Size of that folder; the least recently used are deleted (default: 10)",
+    )
+    add(
         "--drop-line",
         action="append",
         metavar="PATTERN",
@@ -134,6 +147,7 @@ def _without_help(theirs: argparse.ArgumentParser) -> argparse.ArgumentParser:
 def run(args: argparse.Namespace) -> None:
     """Load and tune, then serve until Ctrl-C."""
     args.sparsity = sparsity_of(args.sparsity)
+    args.model = checked_name(args.model)
     args.drop_line = patterns(args.drop_line)
     from mlx_lm import server
 
@@ -154,9 +168,9 @@ def run(args: argparse.Namespace) -> None:
         )
     check_free(args.host, args.port)
     provider = Provider(args, lambda model: tune_first(model, None, args.no_tune))
-    generator = Generator(
-        provider, PromptCache(args.prompt_cache_size), args.sparse_prefix
-    )
+    disk = disk_cache(args.cache_dir, args.cache_gb)
+    prompts = PromptCache(args.prompt_cache_size, disk, provider.identity)
+    generator = Generator(provider, prompts, args.sparse_prefix)
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
         provider.loaded.wait()
@@ -180,6 +194,20 @@ def patterns(given: Optional[list[str]]) -> list[str]:
         except re.error as e:
             raise ConfigError(f"--drop-line {pattern!r} is no pattern: {e}.") from None
     return list(DROPPED) if given is None else [p for p in given if p]
+
+
+def disk_cache(folder: Optional[Path], gb: float) -> Any:
+    """The folder of --cache-dir, None without one."""
+    from ..server.disk import DiskCache
+
+    if not gb > 0:
+        raise ConfigError(f"--cache-gb must be above 0, got {gb:g}.")
+    if folder is None:
+        return None
+    try:
+        return DiskCache(folder, int(gb * 1e9))
+    except OSError as e:
+        fail(f"--cache-dir {folder}: {e.strerror or e}.")
 
 
 def check_free(host: str, port: int) -> None:

@@ -65,16 +65,16 @@ class Generator(server.ResponseGenerator):
         try:
             self._generate()
         except BaseException as e:
-            logging.exception(f"the generation thread died: {e}")
             self._generation_failed = True
             if self.model_provider.failure is None and not self._stop:
+                logging.exception(f"the generation thread died: {e}")
                 self._restart()
 
     def _restart(self) -> None:
         time.sleep(PAUSE)
         self.deaths += 1
         self.model_provider.reset()  # whatever state it was left in
-        self.prompt_cache = type(self.prompt_cache)(self.prompt_cache.max_size)
+        self.prompt_cache = self.prompt_cache.emptied()
         self.model_provider.loaded.clear()
         self._generation_thread = threading.Thread(target=self._run_generate)
         self._generation_failed = False

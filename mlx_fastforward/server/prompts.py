@@ -1,10 +1,11 @@
 """mlx-lm's prompt cache, where how a prefix was read is part of what it is."""
 
-from typing import Any, Optional
+from typing import Any, Callable, Optional
 
 from mlx_lm.models.cache import LRUPromptCache
 
 from .batches import Kept
+from .disk import WORTH, DiskCache
 from .requests import Reading
 
 
@@ -12,11 +13,25 @@ class PromptCache(LRUPromptCache):
     """A dense prefix serves everybody, a sparse one only requests at its sparsity.
 
     ``reading`` is the request in hand: the generation thread takes one at a time.
+
+    Args:
+        disk: Where prefixes outlive this process.
+        identity: The loaded model's on disk, at a sparsity.
     """
 
-    def __init__(self, max_size: int = 10):
+    def __init__(
+        self,
+        max_size: int = 10,
+        disk: Optional[DiskCache] = None,
+        identity: Callable[[float], str] = str,
+    ):
         super().__init__(max_size)
+        self.disk, self.identity = disk, identity
         self.reading: Optional[Reading] = None
+
+    def emptied(self) -> "PromptCache":
+        """One like it, without what memory holds."""
+        return PromptCache(self.max_size, self.disk, self.identity)
 
     def fetch_nearest_cache(self, model: Any, tokens: list[int]) -> tuple[Any, list]:
         """What is cached of a prompt, never all of it, and the tokens that are left to read."""
@@ -24,6 +39,8 @@ class PromptCache(LRUPromptCache):
         before = tokens[:-1]
         sparsities = {0.0, self.reading.sparsity}
         at = max(sparsities, key=lambda at: self.reach((model, at), before))
+        if self.disk is not None:
+            at = self._from_disk(model, before, sparsities, at)
         cache, _ = super().fetch_nearest_cache((model, at), before)
         if cache is None:
             self.reading.found(0, 0.0)
@@ -32,6 +49,22 @@ class PromptCache(LRUPromptCache):
         done = max(getattr(c, "offset", 0) for c in cache)
         self.reading.found(done, at)
         return Kept(cache, at), tokens[done:]
+
+    def _from_disk(
+        self, model: Any, tokens: list[int], sparsities: set[float], at: float
+    ) -> float:
+        """Load what reaches further than memory does; returns where the nearest prefix is now."""
+        assert self.disk is not None
+        marks = {self.identity(s): s for s in sparsities}
+        while True:
+            entry, n = self.disk.nearest(marks, tokens)
+            if entry is None or n < self.reach((model, at), tokens) + WORTH:
+                return at
+            if (cache := self.disk.load(entry)) is not None:
+                found = marks[entry.identity]
+                kept = Kept(cache, found)
+                super().insert_cache((model, found), entry.tokens.tolist(), kept)
+                return found
 
     def reach(self, key: Any, tokens: list[int]) -> int:
         """How many of the tokens are cached under a key."""
@@ -55,3 +88,5 @@ class PromptCache(LRUPromptCache):
             at = self.reading.read_at
         kept = Kept(prompt_cache, at)
         super().insert_cache((model, at), tokens, kept, cache_type=cache_type)
+        if self.disk is not None:
+            self.disk.save(self.identity(at), tokens, kept)

@@ -21,6 +21,7 @@ from ..predictors.base import BaseModel
 from ..predictors.file import PredictorFile
 from ..predictors.search import named_predictor, predictor_for
 from ..predictors.verified import resolved
+from .disk import fingerprint, identity
 
 Prepare = Callable[[nn.Module], None]
 
@@ -37,6 +38,7 @@ class Provider(ModelProvider):
         super().__init__(cli_args)
         self.prepare = prepare
         self.predictor: Optional[PredictorFile] = None
+        self.marks = "", ""  # of the model, and of it with its predictors
         self.engines: dict[float, Engine] = {}
         self._copied: Optional[tuple[Any, Any]] = None
         self.loaded = threading.Event()  # or failed
@@ -65,7 +67,7 @@ class Provider(ModelProvider):
 
     def reset(self) -> None:
         super().reset()
-        self.engines, self.predictor = {}, None
+        self.engines, self.predictor, self.marks = {}, None, ("", "")
 
     def _attach(self, model_path: str) -> None:
         model, named = self.model, self.cli_args.predictor
@@ -77,6 +79,15 @@ class Provider(ModelProvider):
         config = PrefillConfig.from_kwargs(sparsity=value)
         attach(model, config, predictor=self.predictor).chosen = chosen
         self.prepare(model)
+        extra = self.predictor.arrays() if self.predictor else []
+        self.marks = fingerprint(model), fingerprint(model, extra)
+
+    def identity(self, sparsity: float) -> str:
+        """What a prefix of the loaded model at a sparsity is, on disk."""
+        engine = self.engine(sparsity)
+        if engine is None:
+            return identity(self.marks[0], {})
+        return identity(self.marks[1], engine.settings())
 
     def engine(self, sparsity: Optional[float]) -> Optional[Engine]:
         """The loaded model's engine at a sparsity; None where that is dense.
