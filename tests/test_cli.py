@@ -49,7 +49,7 @@ def rendered(text: str, **more: str) -> list[int]:
 def test_help_lists_the_commands_and_shows_examples_and_flags() -> None:
     whole = good("--help")
     assert run().output.strip() == whole.strip()
-    names = "chat generate demo bench eval inspect tune train convert predictors upload"
+    names = "chat generate serve demo bench eval inspect tune train convert predictors upload"
     for name in names.split():
         assert re.search(rf"^\W*{name} ", whole, re.MULTILINE), name
     for command in ("chat", "generate"):

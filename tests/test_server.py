@@ -42,7 +42,7 @@ class Server:
             text=True,
             env=env,
         )
-        self.banner = ""
+        self.banner, self.model = "", str(folder)
         for line in self.process.stdout:  # type: ignore[union-attr]
             self.banner += line
             if found := re.search(r"^url +(http://127.0.0.1:(\d+))$", line):
@@ -245,6 +245,8 @@ def test_curl(server: Server) -> None:
     status, page = curl("/")
     assert status == "200" and "/v1/chat/completions" in page
     assert not re.findall(r"(?:src|href)\s*=", page)  # nothing from outside
+    listed = server.openai.models.list().data
+    assert server.model in [m.id for m in listed]
     status, body = curl("/v1/models")
     assert (status, json.loads(body)["error"]["code"]) == ("401", 401)
     assert curl("/metrics", "-H", "x-api-key: open sesam")[0] == "401"
@@ -281,7 +283,9 @@ def test_curl(server: Server) -> None:
         ({"max_tokens": 0}, "400 max_tokens must be at least 1"),
         ({"max_tokens": "5"}, "400 max_tokens must be of type int"),
         ({"temperature": -1}, "400 temperature"),
-        ({"model": 3}, "400 requested_model must be of type str"),
+        ({"model": 3}, "400 model must be a text, got 3"),
+        ({"draft_model": []}, "400 draft_model must be a text"),
+        ({"draft_model": "/nowhere"}, "404 /nowhere"),
         ({"model": "no model"}, "404 no model is neither a local folder nor"),
         ({"adapters": "/nowhere"}, "404 /nowhere holds no adapters"),
         ({"logit_bias": {"99999": 1}}, "400 logit_bias: '99999' is no token"),

@@ -1,7 +1,6 @@
 """The server's generation thread: plans, batches, caches, sparsity per request, and its death."""
 
 import functools
-import logging
 import os
 import threading
 import time
@@ -29,7 +28,6 @@ from mlx_fastforward.server.provider import Provider
 from mlx_fastforward.server.requests import Asked, ClientGone
 from mlx_fastforward.session import common_prefix, render
 
-logging.getLogger().setLevel(logging.ERROR)
 STORY = "Keawe was poor, brave, and active; he could read and write. "
 CHUNK = 512  # tokens: prompts of several chunks need not be long
 SYSTEM = "Be brief. " * 30
@@ -42,19 +40,22 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return models.save_folder(model, tmp_path_factory.mktemp("models") / "tiny")
 
 
-def generator_of(folder: Path, *flags: str, size: int = 20) -> Generator:
-    args = parser().parse_args(["--model", str(folder), "--no-tune", *flags])
+@pytest.fixture(scope="module")
+def thread(folder: Path) -> Iterator[Generator]:
+    flags = ["--no-tune", "--prefill-step-size", str(CHUNK)]
+    args = parser().parse_args(["--model", str(folder), *flags])
     args.sparsity, args.drop_line = 0.5, patterns(None)
-    made = Generator(Provider(args), PromptCache(size), args.sparse_prefix)
+    made = Generator(Provider(args), PromptCache())
     assert made.model_provider.loaded.wait(60) and made.is_healthy
-    return made
+    yield made
+    made.stop_and_join()
 
 
 @pytest.fixture
-def serving(folder: Path) -> Iterator[Generator]:
-    made = generator_of(folder, "--prefill-step-size", str(CHUNK))
-    yield made
-    made.stop_and_join()
+def serving(thread: Generator) -> Generator:
+    """Nothing is cached."""
+    thread.prompt_cache = PromptCache(20)
+    return thread
 
 
 def settings(n: int, seed: Optional[int] = None) -> server.GenerationArguments:
@@ -178,14 +179,13 @@ def test_a_tool_result_at_the_end_keeps_the_prefix(serving: Generator) -> None:
     assert asked.report.ffn_sparsity > 0.05
 
 
-def test_the_prefix_can_be_read_sparsely_too(folder: Path) -> None:
-    made = generator_of(folder, "--sparse-prefix")
-    try:
-        request = chat("Who?", STORY * 40)
-        ask(made, request, 2)
-        assert request.report.ffn_sparsity > 0.05
-    finally:
-        made.stop_and_join()
+def test_the_prefix_can_be_read_sparsely_too(
+    serving: Generator, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(serving, "sparse_prefix", True)
+    request = chat("Who?", STORY * 40)
+    ask(serving, request, 2)
+    assert request.report.ffn_sparsity > 0.05
 
 
 def test_the_same_prompt_again_and_one_that_goes_on_from_an_answer(
@@ -224,6 +224,7 @@ def test_a_dead_thread_fails_its_requests_and_is_replaced(
         monkeypatch.undo()
         raise RuntimeError("boom")
 
+    deaths = serving.deaths
     monkeypatch.setattr(serving, "_make_state_machine", boom)
     with pytest.raises(ThreadDied):
         ask(serving, chat("Who?"))
@@ -232,7 +233,7 @@ def test_a_dead_thread_fails_its_requests_and_is_replaced(
         time.sleep(0.05)
         if serving.is_healthy:
             break
-    assert serving.is_healthy and serving.deaths == 1
+    assert serving.is_healthy and serving.deaths == deaths + 1
     assert len(ask(serving, chat("Who?"), 3)[0]) == 3
 
 
@@ -254,18 +255,10 @@ def test_names_that_mlx_lm_no_longer_uses_are_noticed() -> None:
 # Prefixes on disk
 
 
-def disk_of(folder: Path, made: Optional[Generator] = None, gb: float = 1) -> DiskCache:
-    disk = DiskCache(folder, int(gb * 1e9))
-    if made is not None:
-        made.prompt_cache.disk = disk
-        made.prompt_cache.identity = made.model_provider.identity
-    return disk
-
-
 def test_prefixes_survive_a_restart(
-    folder: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+    serving: Generator, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """The second process reads the document from disk, and says the same; damage is noticed."""
+    """What was forgotten is read from disk, and says the same; damage is noticed."""
     answers, cached = [], []
     for start, sparsity in enumerate([None, None, 0.3, 0, None]):
         if start == 4:  # one bit
@@ -273,15 +266,14 @@ def test_prefixes_survive_a_restart(
                 raw = bytearray(file.read_bytes())
                 raw[-5] ^= 1
                 file.write_bytes(raw)
-        made = generator_of(folder)
-        disk = disk_of(tmp_path, made)
-        try:
-            asked = chat(STORY * 40, sparsity=sparsity)
-            answers.append(ask(made, asked, 4))
-            cached.append(asked.report.cached_tokens)
-            disk.jobs.join()
-        finally:
-            made.stop_and_join()
+        disk = DiskCache(tmp_path, 10**9)
+        identity = serving.model_provider.identity
+        serving.prompt_cache = PromptCache(20, disk, identity)
+        asked = chat(STORY * 40, sparsity=sparsity)
+        answers.append(ask(serving, asked, 4))
+        cached.append(asked.report.cached_tokens)
+        ask(serving, chat("Who?"), 1)  # the answer before is kept by now
+        disk.jobs.join()
     total = len(render(demo_tokenizer(), asked.messages))
     assert cached == [0, total - 1, 0, 0, 0]
     assert_same(answers[1], answers[0])
@@ -291,14 +283,14 @@ def test_prefixes_survive_a_restart(
     assert sorted(names) == [".json"] * 2 + [".safetensors"] * 2
     for path in tmp_path.glob("*.json"):
         path.write_text("{")
-    assert not disk_of(tmp_path).entries and not list(tmp_path.iterdir())
+    assert not DiskCache(tmp_path, 1).entries and not list(tmp_path.iterdir())
 
 
 def test_the_folder_keeps_to_its_size(tmp_path: Path) -> None:
     """The least recently used go, then what nobody used for a month; a longer one replaces its start."""
     cache = [KVCache()]
     cache[0].update_and_fetch(*[models.mx.ones((1, 1, 400, 64))] * 2)
-    disk = disk_of(tmp_path, gb=6e-4)  # two entries of 0.26 MB
+    disk = DiskCache(tmp_path, 600_000)  # two entries of 0.26 MB
 
     def save(first: int, more: int = 0) -> None:
         disk.save("m", [first, *range(399 + more)], cache)
@@ -317,5 +309,5 @@ def test_the_folder_keeps_to_its_size(tmp_path: Path) -> None:
     assert first_tokens() == {1, 3} and disk.nearest(["m"], [3, *range(600)])[1] == 601
     assert disk.nearest(["other"], [3, *range(600)])[1] == 0
     os.utime(old.path, (0, 0))
-    again = disk_of(tmp_path)
+    again = DiskCache(tmp_path, 10**9)
     assert [int(e.tokens[0]) for e in again.entries.values()] == [3]

@@ -229,6 +229,9 @@ def listening(started: Callable[[int], None]) -> type[ThreadingHTTPServer]:
             super().server_activate()
             started(self.server_address[1])
 
+        def handle_error(self, request: Any, client_address: Any) -> None:
+            logging.debug("a connection broke", exc_info=True)
+
     return Server
 
 

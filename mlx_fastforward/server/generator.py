@@ -26,6 +26,7 @@ from .requests import Asked, ClientGone, Reading
 
 POLL = 0.2  # seconds between looks at whether client and thread are still there
 PAUSE = 0.5  # seconds between the death of a thread and the next one
+DIED = "the generation thread died; try again."
 Segments = tuple[list[int], list[list[int]], list[str], str, Any]
 
 
@@ -96,6 +97,7 @@ class Generator(server.ResponseGenerator):
         dense = len(segments[0]) if types[0] == "system" else 0
         if not dense and vision is None:
             dense = self._prefix(tokenizer, request, args, prompt)
+            dense = min(dense, len(segments[0]) - 1)
             if dense:
                 segments = [prompt[:dense], segments[0][dense:], *segments[1:]]
                 types = ["system", *types]
@@ -120,7 +122,7 @@ class Generator(server.ResponseGenerator):
             return 0
         probe = replace(request, messages=[*system, {"role": "user", "content": ""}])
         alone = super()._tokenize(tokenizer, probe, args)[0]
-        return min(common_prefix(alone, prompt), len(prompt) - 2)
+        return common_prefix(alone, prompt)
 
     def _serve_single(self, request: Any, stream: Any) -> None:
         run = renamed(
@@ -191,6 +193,8 @@ class Generator(server.ResponseGenerator):
         start = time.perf_counter()
         self._waiting.asked = request
         self._waiting.thread = self._generation_thread
+        if not self.generation_available():
+            raise ThreadDied(DIED)
         try:
             ctx, responses = super().generate(
                 request, generation_args, progress_callback
@@ -226,7 +230,7 @@ class Generator(server.ResponseGenerator):
                 waiting.thread is not self._generation_thread
                 or not self.generation_available()
             ):
-                raise ThreadDied("the generation thread died; try again.")
+                raise ThreadDied(DIED)
 
     def drop_lines(self, body: dict[str, Any]) -> None:
         """Take lines out of system prompts that change every turn: what follows could not be reused."""

@@ -11,9 +11,10 @@ from pathlib import Path
 from typing import Any, Callable, Optional
 from urllib.parse import urlsplit
 
+from huggingface_hub.constants import HF_HUB_CACHE
 from mlx_lm.server import APIHandler
 
-from ..errors import FastForwardError, brief, printable
+from ..errors import LoadProblem, brief, printable
 from . import anthropic
 from .checks import Refused, check_body, parsed
 from .generator import Generator, ThreadDied
@@ -72,7 +73,7 @@ class Handler(APIHandler):
             self.check_key()
             route()
         except (ClientGone, ConnectionError, socket.timeout):
-            self.close_connection = True
+            self.status = 499  # as others log it
             logging.info("the client went away")
         except Refused as e:
             self.refuse(e.status, str(e))
@@ -95,12 +96,12 @@ class Handler(APIHandler):
         generator.drop_lines(body)
         tokenizer = generator.model_provider.tokenizer
         check_body(body, None if tokenizer is None else tokenizer.vocab_size)
-        model, adapter = body["model"], body.get("adapters")
-        if isinstance(model, str) and isinstance(adapter, (str, type(None))):
-            try:
-                generator.model_provider.check(model, adapter)
-            except FastForwardError as e:
-                raise Refused(404, str(e)) from None
+        try:
+            generator.model_provider.check(
+                body["model"], body.get("adapters"), body.get("draft_model")
+            )
+        except LoadProblem as e:
+            raise Refused(404, str(e)) from None
         raw = json.dumps(body).encode()
         self.rfile = io.BytesIO(raw)
         self.headers.replace_header("Content-Length", str(len(raw)))
@@ -122,6 +123,10 @@ class Handler(APIHandler):
         except Exception as e:  # templates raise whatever they like
             raise Refused(400, brief(e)) from None
         self.send("application/json", json.dumps({"input_tokens": tokens}).encode())
+
+    def handle_models_request(self) -> None:
+        Path(HF_HUB_CACHE).mkdir(parents=True, exist_ok=True)  # or it cannot be listed
+        super().handle_models_request()
 
     def handle_health_check(self) -> None:
         generator = self.response_generator
@@ -222,7 +227,7 @@ class Handler(APIHandler):
             if isinstance(cause, (Refused, ClientGone, ThreadDied)):
                 raise cause
             if status_code == 404 and cause is not None:
-                status_code = 404 if isinstance(cause, FastForwardError) else 400
+                status_code = 404 if isinstance(cause, LoadProblem) else 400
             reason = brief(cause) if cause else f"no such route: {self.route}"
             raise Refused(status_code, reason)
         super()._set_completion_headers(status_code)

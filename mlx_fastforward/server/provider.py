@@ -40,6 +40,7 @@ class Provider(ModelProvider):
         self.predictor: Optional[PredictorFile] = None
         self.marks = "", ""  # of the model, and of it with its predictors
         self.engines: dict[float, Engine] = {}
+        self._checked: set[str] = set()
         self._copied: Optional[tuple[Any, Any]] = None
         self.loaded = threading.Event()  # or failed
         self.failure: Optional[BaseException] = None
@@ -108,13 +109,19 @@ class Provider(ModelProvider):
         engine = self.engines[sparsity]
         return engine if engine.sparse else None
 
-    def check(self, model: str, adapter: Optional[str]) -> None:
+    def check(
+        self, model: str, adapter: Optional[str] = None, draft: Optional[str] = None
+    ) -> None:
         """Fetch what a request names before anybody waits for it; raises LoadProblem."""
-        name = self._model_map.get(model, model)
-        with problems(name, LoadProblem):
-            folder = _download(name)
-        if not (Path(folder) / "config.json").is_file():
-            raise LoadProblem(f"{name} holds no config.json; expected a model folder.")
+        names = {self._model_map.get(model, model)}
+        if draft is not None:
+            names.add(self._draft_model_map.get(draft, draft))
+        for name in names - self._checked - {None}:
+            with problems(name, LoadProblem):
+                folder = _download(name)
+            if not (Path(folder) / "config.json").is_file():
+                raise LoadProblem(f"{name} holds no config.json.")
+            self._checked.add(name)
         if adapter is not None and not Path(adapter, "adapters.safetensors").is_file():
             raise LoadProblem(f"{adapter} holds no adapters.safetensors.")
 
