@@ -121,7 +121,7 @@ def test_answers_in_company_equal_answers_alone(
     asked = [
         chat(f"{i}. " + STORY * n, SYSTEM if i % 2 else None, sparsity=s)
         for i, (n, s) in enumerate(
-            [(50, None), (70, 0.3), (3, None), (30, 0), (35, 0.3), (1, 0)]
+            [(32, None), (58, 0.3), (3, None), (30, 0), (32, 0.3), (1, 0)]
         )
     ]
     with ThreadPoolExecutor(len(asked)) as pool:

@@ -38,7 +38,9 @@ class Server:
     def __init__(self, model: str, *flags: str):
         command = [sys.executable, "-m", "mlx_fastforward", "serve", "--port", "0"]
         command += ["--model", model, "--log-level", "ERROR", *flags]
-        self.process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
+        self.process = subprocess.Popen(
+            command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True
+        )
         assert self.process.stdout is not None
         for line in self.process.stdout:
             if found := re.match(r"url +(\S+)", line):
