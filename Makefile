@@ -4,7 +4,7 @@ BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 DEV := $(VENV)/.installed-dev
 
-.PHONY: demo test lint format clean
+.PHONY: demo test test-page lint format clean
 
 demo: $(INSTALLED)
 	$(BIN)/mlx_fastforward demo
@@ -12,6 +12,11 @@ demo: $(INSTALLED)
 
 test: $(DEV)
 	$(BIN)/python -m pytest -q -n auto --dist worksteal
+
+# the server's page in the system's chromium; make test skips it without playwright
+test-page: $(DEV)
+	$(BIN)/python -m pip install -qq -e '.[browser]'
+	$(BIN)/python -m pytest -q tests/test_server_page.py
 
 lint: $(DEV)
 	$(BIN)/black --check -q .

@@ -1,105 +1,24 @@
 """The server in a process of its own, asked by real clients."""
 
 import json
-import os
 import re
-import select
-import signal
 import socket
 import subprocess
-import sys
 import time
 from pathlib import Path
-from typing import Any, Iterator, Optional
+from typing import Any
 
 import anthropic
-import httpx
-import models
-import openai
 import pytest
 from commands import bad, run
+from serving import KEY, Server
 
 from mlx_fastforward.demo import MODEL as DEMO
 
 STORY = "Keawe was poor, brave, and active; he could read and write. "
 FACTS = "The secret code of Felix is 4821. The secret code of Mabel is 7306. "
 MABEL = FACTS + STORY * 4 + "\n\nWhat is the secret code of Mabel?"
-KEY = "open sesame"
 LONG = STORY * 50  # some 750 tokens: long enough to be sparse
-
-
-class Server:
-    """A running server, and clients of it."""
-
-    def __init__(self, folder: Path, *flags: str, key: str = KEY):
-        command = [sys.executable, "-m", "mlx_fastforward", "serve", "--no-tune"]
-        flags = ("--model", str(folder), "--port", "0", "--log-level", "ERROR", *flags)
-        env = {**os.environ, "MLX_FASTFORWARD_API_KEY": key}
-        self.process = subprocess.Popen(
-            [*command, *flags],
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-            env=env,
-        )
-        self.banner, self.model = "", str(folder)
-        for line in self.process.stdout:  # type: ignore[union-attr]
-            self.banner += line
-            if found := re.search(r"^url +(http://127.0.0.1:(\d+))$", line):
-                self.url, self.port = found[1], int(found[2])
-                break
-        else:
-            raise AssertionError(self.process.stderr.read())  # type: ignore[union-attr]
-        headers = {"Authorization": f"Bearer {key}"}
-        self.http = httpx.Client(base_url=self.url, headers=headers, timeout=60)
-        self.openai = openai.OpenAI(
-            base_url=f"{self.url}/v1", api_key=key, max_retries=0, timeout=60
-        )
-        self.anthropic = anthropic.Anthropic(
-            base_url=self.url, api_key=key, max_retries=0, timeout=60
-        )
-
-    def chat(self, text: str = "Who?", **more: Any) -> dict[str, Any]:
-        body = {
-            "messages": [{"role": "user", "content": text}],
-            "max_tokens": 3,
-            **more,
-        }
-        response = self.http.post("/v1/chat/completions", json=body)
-        assert response.status_code == 200, response.text
-        return response.json()
-
-    def refusal(self, content: Any, path: str = "/v1/chat/completions") -> str:
-        """Status and the one line of a request that must be refused."""
-        raw = content if isinstance(content, bytes) else json.dumps(content).encode()
-        response = self.http.post(path, content=raw)
-        error = response.json()["error"]
-        assert error["message"] and "\n" not in error["message"] and error["type"]
-        return f"{response.status_code} {error['message']}"
-
-    def stop(self) -> tuple[int, str]:
-        """What it says when it is asked to stop."""
-        self.process.send_signal(signal.SIGTERM)
-        try:
-            _, err = self.process.communicate(timeout=20)
-        finally:
-            self.process.kill()
-        return self.process.returncode, err
-
-
-@pytest.fixture(scope="session")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    model = models.tiny("llama", vocab=4096, tie_word_embeddings=False)
-    return models.save_folder(model, tmp_path_factory.mktemp("models") / "tiny")
-
-
-@pytest.fixture(scope="session")
-def server(folder: Path) -> Iterator[Server]:
-    """A tiny model with gibberish answers by default; the demo model by its name."""
-    made = Server(folder)
-    yield made
-    code, err = made.stop()
-    assert code == 0 and "Traceback" not in err, err
 
 
 def user(text: str) -> Any:
@@ -109,8 +28,8 @@ def user(text: str) -> Any:
 # Settings
 
 
-def test_what_is_said_at_the_start(server: Server, folder: Path) -> None:
-    assert f"model    {folder}\n" in server.banner
+def test_what_is_said_at_the_start(server: Server) -> None:
+    assert f"model    {server.model}\n" in server.banner
     assert "50% of FFN neurons dropped per 128 tokens, selector probe" in server.banner
     out = run("serve", "--help").output
     for flag in ("--prompt-cache-bytes", "--draft-model", "--sparsity", "--api-key"):

@@ -35,15 +35,9 @@ Said = tuple[list[int], list[float]]
 
 
 @pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    model = models.tiny("llama", vocab=4096, tie_word_embeddings=False)
-    return models.save_folder(model, tmp_path_factory.mktemp("models") / "tiny")
-
-
-@pytest.fixture(scope="module")
-def thread(folder: Path) -> Iterator[Generator]:
+def thread(tiny_folder: Path) -> Iterator[Generator]:
     flags = ["--no-tune", "--prefill-step-size", str(CHUNK)]
-    args = parser().parse_args(["--model", str(folder), *flags])
+    args = parser().parse_args(["--model", str(tiny_folder), *flags])
     args.sparsity, args.drop_line = 0.5, patterns(None)
     made = Generator(Provider(args), PromptCache())
     assert made.model_provider.loaded.wait(60) and made.is_healthy
@@ -115,7 +109,7 @@ def assert_same(got: Said, wanted: Said) -> None:
 
 
 def test_answers_in_company_equal_answers_alone(
-    folder: Path, serving: Generator
+    tiny_folder: Path, serving: Generator
 ) -> None:
     """Prompts of all lengths, longer than a chunk too, at several sparsities, all at once."""
     asked = [
@@ -127,7 +121,7 @@ def test_answers_in_company_equal_answers_alone(
     with ThreadPoolExecutor(len(asked)) as pool:
         answers = list(pool.map(lambda a: ask(serving, a, 6), asked))
     for request, answer in zip(asked, answers):
-        wanted, share = alone(folder, request)
+        wanted, share = alone(tiny_folder, request)
         assert_same(answer, wanted)
         # the library counts what came after the system prompt, the server all
         assert (request.report.ffn_sparsity != 0) == (share != 0)
@@ -139,10 +133,10 @@ def test_answers_in_company_equal_answers_alone(
 
 
 def test_a_request_that_cannot_be_batched_reads_the_same(
-    folder: Path, serving: Generator
+    tiny_folder: Path, serving: Generator
 ) -> None:
     request = chat("0. " + STORY * 40, SYSTEM)
-    assert_same(ask(serving, request, seed=1), alone(folder, request)[0])
+    assert_same(ask(serving, request, seed=1), alone(tiny_folder, request)[0])
     assert request.report.ffn_sparsity > 0.05
 
 

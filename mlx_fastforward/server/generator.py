@@ -144,12 +144,12 @@ class Generator(server.ResponseGenerator):
         """stream_generate for what cannot be batched: a draft model, a seed, quantised caches."""
         asked, reading = self._asked, self.prompt_cache.reading
         assert asked is not None and reading is not None
-        total, cached = reading.total, reading.done
+        left = reading.total - reading.done
 
         def progress(done: int, _: int) -> None:
             if asked.left.is_set():
                 raise ClientGone("the client went away")
-            prompt_progress_callback(min(total, start + done), total - cached)
+            prompt_progress_callback(start + done, left)
 
         start = 0
         parts = [(model, prompt_cache[: len(model.layers)])]
