@@ -1,5 +1,6 @@
 """The server in a process of its own, asked by real clients."""
 
+import io
 import json
 import re
 import socket
@@ -14,6 +15,7 @@ from commands import bad, run
 from serving import KEY, Server
 
 from mlx_fastforward.demo import MODEL as DEMO
+from mlx_fastforward.server.anthropic import Events, message
 
 STORY = "Keawe was poor, brave, and active; he could read and write. "
 FACTS = "The secret code of Felix is 4821. The secret code of Mabel is 7306. "
@@ -146,6 +148,64 @@ def test_anthropic_tools_and_refusals(server: Server) -> None:
         )
     with pytest.raises(anthropic.NotFoundError, match="neither a local folder nor"):
         server.anthropic.messages.create(model="a b", messages=user("?"), max_tokens=1)
+
+
+def test_tool_calls_become_blocks() -> None:
+    """The demo model calls no tools: from what mlx-lm says of one that does."""
+    function = {"name": "look", "arguments": '{"at": "it"}'}
+    call = {"id": "t1", "type": "function", "function": function}
+    usage = {"prompt_tokens": 9, "completion_tokens": 4, "ttft_s": 1, "ffn_sparsity": 0}
+    usage["prompt_tokens_details"] = {"cached_tokens": 3}
+    deltas: list[dict[str, Any]] = [
+        {"reasoning": "So"},
+        {"reasoning": " what"},
+        {"content": "Look"},
+        {"content": "ing."},
+        {"tool_calls": [call, {**call, "id": "t2"}]},
+    ]
+    chunks = [{"choices": [{"delta": d, "finish_reason": None}]} for d in deltas]
+    chunks += [{"choices": [{"delta": {}, "finish_reason": "tool_calls"}]}]
+    chunks += [{"choices": [], "usage": usage}]
+    out = io.BytesIO()
+    events = Events(out, "x")
+    for chunk in chunks:
+        events.write(f"data: {json.dumps(chunk)}\n\n".encode())
+    events.write(b": keepalive 1/2\n\n")
+    events.write(b"data: [DONE]\n\n")
+    parts = out.getvalue().decode().strip().split("\n\n")
+    named = [(p.split("\n")[0][7:], json.loads(p.split("\n")[1][6:])) for p in parts]
+    assert all(name == data["type"] for name, data in named)
+    assert [n for n, _ in named][-3:] == ["message_delta", "message_stop", "ping"]
+    blocks: list[Any] = []
+    for name, data in named:
+        if name == "content_block_start":
+            blocks.append([data["content_block"]["type"], ""])
+            assert data["index"] == len(blocks) - 1
+        elif name == "content_block_delta":
+            (value,) = [v for k, v in data["delta"].items() if k != "type"]
+            blocks[data["index"]][1] += value
+    assert [n for n, _ in named].count("content_block_stop") == 4
+    arguments = function["arguments"]
+    assert blocks == [
+        ["thinking", "So what"],
+        ["text", "Looking."],
+        ["tool_use", arguments],
+        ["tool_use", arguments],
+    ]
+    said = {"content": "Looking.", "reasoning": "So what", "tool_calls": [call]}
+    whole = message(
+        {
+            "model": "x",
+            "choices": [{"message": said, "finish_reason": "tool_calls"}],
+            "usage": usage,
+        }
+    )
+    assert [b["type"] for b in whole["content"]] == ["thinking", "text", "tool_use"]
+    assert whole["content"][2]["input"] == {"at": "it"}
+    assert whole["stop_reason"] == named[-3][1]["delta"]["stop_reason"] == "tool_use"
+    tokens = {"input_tokens": 6, "cache_read_input_tokens": 3, "output_tokens": 4}
+    assert whole["usage"].items() >= tokens.items()
+    assert named[-3][1]["usage"] == whole["usage"]
 
 
 # Health, limits and mistakes

@@ -88,14 +88,14 @@ class Handler(APIHandler):
     def completion(self) -> None:
         """mlx-lm's own way, over a body that was checked."""
         self.body = parsed(self.read_body())
+        self.path = self.route
         self.complete()
 
     def complete(self) -> None:
         body, generator = self.body, self.response_generator
         body.setdefault("model", "default_model")
         generator.drop_lines(body)
-        tokenizer = generator.model_provider.tokenizer
-        check_body(body, None if tokenizer is None else tokenizer.vocab_size)
+        check_body(body, self.vocabulary if body.get("logit_bias") else None)
         try:
             generator.model_provider.check(
                 body["model"], body.get("adapters"), body.get("draft_model")
@@ -106,6 +106,12 @@ class Handler(APIHandler):
         self.rfile = io.BytesIO(raw)
         self.headers.replace_header("Content-Length", str(len(raw)))
         super().do_POST()
+
+    @property
+    def vocabulary(self) -> Optional[int]:
+        """Tokens of the loaded model."""
+        tokenizer = self.response_generator.model_provider.tokenizer
+        return None if tokenizer is None else max(tokenizer.get_vocab().values()) + 1
 
     def messages(self) -> None:
         """Anthropic's messages, as a chat completion and back."""
