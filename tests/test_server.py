@@ -87,7 +87,7 @@ def test_text_completions_logprobs_and_a_seed(server: Server) -> None:
         model="default_model", prompt=STORY, max_tokens=4, seed=1
     )
     assert done.usage and done.usage.completion_tokens == 4
-    got = server.chat(logprobs=True, top_logprobs=2)
+    got = server.chat(logprobs=True, top_logprobs=2, temperature=None, stop=None)
     assert len(got["choices"][0]["logprobs"]["content"]) == 3
 
 

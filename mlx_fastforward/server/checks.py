@@ -15,7 +15,7 @@ class Refused(Exception):
 
 
 def parsed(raw: bytes) -> dict[str, Any]:
-    """A body as JSON; raises Refused."""
+    """A body as JSON, without what is null: clients mean the default; raises Refused."""
 
     def no_number(name: str) -> NoReturn:
         raise ValueError(f"{name} is no JSON number")
@@ -26,7 +26,7 @@ def parsed(raw: bytes) -> dict[str, Any]:
         raise Refused(400, f"the body is not valid JSON: {brief(e)}") from None
     if not isinstance(body, dict):
         raise Refused(400, "the body must be a JSON object.")
-    return body
+    return {k: v for k, v in body.items() if v is not None}
 
 
 def check_body(body: dict[str, Any], vocabulary: Optional[int]) -> None:

@@ -69,6 +69,7 @@ class Handler(APIHandler):
 
     def answer(self, route: Callable[[], None]) -> None:
         """Run a route; whatever goes wrong is one line to the client, and one to the log."""
+        asked_for = self.route
         try:
             self.check_key()
             route()
@@ -82,7 +83,7 @@ class Handler(APIHandler):
         except Exception as e:
             logging.exception("a request failed")
             self.refuse(500, brief(e))
-        counted = self.route if self.status not in (401, 404) else "other"
+        counted = asked_for if self.status not in (401, 404) else "other"
         self.response_generator.metrics.requests.labels(counted, self.status).inc()
 
     def completion(self) -> None:
