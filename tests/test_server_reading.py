@@ -140,6 +140,23 @@ def test_a_request_that_cannot_be_batched_reads_the_same(
     assert request.report.ffn_sparsity > 0.05
 
 
+def test_what_was_read_alone_is_kept_for_those_that_read_alike(
+    serving: Generator,
+) -> None:
+    """A dense system prompt from the cache does not make what follows it dense."""
+    cached = []
+    for text, sparsity, seed in (
+        ("Who?", 0, None),
+        (STORY * 40, 0.5, 1),
+        (STORY * 40, 0, None),
+        (STORY * 40 + "x", 0.5, 1),
+    ):
+        request = chat(text, SYSTEM, sparsity=sparsity)
+        ask(serving, request, 2, seed=seed)
+        cached.append(request.report.cached_tokens)
+    assert cached[0] == 0 < cached[1] == cached[2] < cached[3]
+
+
 def test_a_prefix_serves_those_that_read_alike(serving: Generator) -> None:
     """A dense one serves everybody; what was read sparsely only its own sparsity."""
 

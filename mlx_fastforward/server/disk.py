@@ -11,12 +11,12 @@ import queue
 import threading
 import time
 from dataclasses import dataclass
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any, Iterable, Optional, Sequence
 
 import mlx.core as mx
 import mlx.nn as nn
-import mlx_lm
 import numpy as np
 from mlx.utils import tree_flatten, tree_map
 from mlx_lm.models.cache import (
@@ -34,8 +34,8 @@ OLDEST = 30 * 86400  # seconds without use
 WORTH = 256  # tokens: fewer are read again in no time
 VERSIONS = {
     "format": FORMAT,
-    "mlx": mx.__version__,
-    "mlx_lm": mlx_lm.__version__,
+    "mlx": version("mlx"),
+    "mlx_lm": version("mlx-lm"),
     "mlx_fastforward": __version__,
 }
 

@@ -41,6 +41,7 @@ class Generator(server.ResponseGenerator):
         sparse_prefix: Also read sparsely what every turn begins with: system prompt and tools.
     """
 
+    model_provider: Provider
     prompt_cache: PromptCache
 
     def __init__(
@@ -58,7 +59,7 @@ class Generator(server.ResponseGenerator):
     # The generation thread
 
     def _generate(self) -> None:
-        batches = functools.partial(Batches, lambda: self.prompt_cache.reading)
+        batches = functools.partial(Batches, self.prompt_cache.in_hand)
         run = renamed(server.ResponseGenerator._generate, BatchGenerator=batches)
         run(self)
 
@@ -142,8 +143,8 @@ class Generator(server.ResponseGenerator):
         **kwargs: Any,
     ) -> Iterator[Any]:
         """stream_generate for what cannot be batched: a draft model, a seed, quantised caches."""
-        asked, reading = self._asked, self.prompt_cache.reading
-        assert asked is not None and reading is not None
+        asked, reading = self._asked, self.prompt_cache.in_hand()
+        assert asked is not None
         left = reading.total - reading.done
 
         def progress(done: int, _: int) -> None:
@@ -184,7 +185,7 @@ class Generator(server.ResponseGenerator):
 
     # The handlers' threads
 
-    def generate(
+    def generate(  # type: ignore[override]
         self,
         request: Asked,
         generation_args: Any,

@@ -2,7 +2,7 @@
 
 from typing import Any, Callable, Optional
 
-from mlx_lm.models.cache import LRUPromptCache
+from mlx_lm.models.cache import LRUPromptCache, can_trim_prompt_cache
 
 from .batches import Kept
 from .disk import WORTH, DiskCache
@@ -29,26 +29,30 @@ class PromptCache(LRUPromptCache):
         self.disk, self.identity = disk, identity
         self.reading: Optional[Reading] = None
 
+    def in_hand(self) -> Reading:
+        """What the generation thread is about to read."""
+        assert self.reading is not None
+        return self.reading
+
     def emptied(self) -> "PromptCache":
         """One like it, without what memory holds."""
         return PromptCache(self.max_size, self.disk, self.identity)
 
     def fetch_nearest_cache(self, model: Any, tokens: list[int]) -> tuple[Any, list]:
         """What is cached of a prompt, never all of it, and the tokens that are left to read."""
-        assert self.reading is not None
-        before = tokens[:-1]
-        sparsities = {0.0, self.reading.sparsity}
+        reading, before = self.in_hand(), tokens[:-1]
+        sparsities = {0.0, reading.sparsity}
         at = max(sparsities, key=lambda at: self.reach((model, at), before))
         if self.disk is not None:
             at = self._from_disk(model, before, sparsities, at)
         cache, _ = super().fetch_nearest_cache((model, at), before)
         if cache is None:
-            self.reading.found(0, 0.0)
+            reading.found(0, 0.0)
             return None, tokens
         # empty layers, as an image model may have, do not count
         done = max(getattr(c, "offset", 0) for c in cache)
-        self.reading.found(done, at)
-        return Kept(cache, at), tokens[done:]
+        reading.found(done, at)
+        return list(cache), tokens[done:]
 
     def _from_disk(
         self, model: Any, tokens: list[int], sparsities: set[float], at: float
@@ -71,7 +75,12 @@ class PromptCache(LRUPromptCache):
         found = self._trie.search(key, tokens)
         if found.exact is not None:
             return len(found.exact)
-        return max(len(found.shorter or ()), found.common_prefix if found.longer else 0)
+        most = len(found.shorter or ())
+        if found.longer is not None:
+            longer = self._trie.get(key, found.longer).prompt_cache
+            if can_trim_prompt_cache(longer):
+                most = max(most, found.common_prefix)
+        return most
 
     def insert_cache(
         self,
@@ -84,8 +93,7 @@ class PromptCache(LRUPromptCache):
         if isinstance(prompt_cache, Kept):
             at = prompt_cache.read_at
         else:  # served alone: the request in hand
-            assert self.reading is not None
-            at = self.reading.read_at
+            at = self.in_hand().read_at
         kept = Kept(prompt_cache, at)
         super().insert_cache((model, at), tokens, kept, cache_type=cache_type)
         if self.disk is not None:

@@ -36,6 +36,7 @@ class Provider(ModelProvider):
 
     def __init__(self, cli_args: Namespace, prepare: Prepare = lambda model: None):
         super().__init__(cli_args)
+        self.model: Any  # mlx-lm begins with None
         self.prepare = prepare
         self.predictor: Optional[PredictorFile] = None
         self.marks = "", ""  # of the model, and of it with its predictors
