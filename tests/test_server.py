@@ -80,6 +80,9 @@ def test_sparsity_of_a_request(server: Server) -> None:
         for i, more in enumerate([{"sparsity": 0.7}, {}, {"sparsity": 0}])
     ]
     assert 0.01 < shares[1] < shares[0] and shares[2] == 0
+    again = server.chat("1 " + LONG, cache_prompt=False)["usage"]
+    assert again["ffn_sparsity"] == shares[1]
+    assert again["prompt_tokens_details"]["cached_tokens"] == 0
 
 
 def test_text_completions_logprobs_and_a_seed(server: Server) -> None:
@@ -259,6 +262,7 @@ def test_curl(server: Server) -> None:
         ({"sparsity": True}, "400 sparsity must be a number .* got true"),
         ({"sparsity": "0.5"}, "400 sparsity must be a number"),
         ({"stop": [3]}, "400 stop must be"),
+        ({"cache_prompt": 1}, "400 cache_prompt must be"),
         ({"max_tokens": 0}, "400 max_tokens must be at least 1"),
         ({"max_tokens": "5"}, "400 max_tokens must be of type int"),
         ({"temperature": -1}, "400 temperature"),

@@ -149,6 +149,7 @@ def run(args: argparse.Namespace) -> None:
     args.sparsity = sparsity_of(args.sparsity)
     args.model = checked_name(args.model)
     args.drop_line = patterns(args.drop_line)
+    import mlx.core as mx
     from mlx_lm import server
 
     from ..config import PrefillConfig
@@ -167,6 +168,9 @@ def run(args: argparse.Namespace) -> None:
             f"anybody who reaches {args.host}:{args.port} can use this server: set --api-key."
         )
     check_free(args.host, args.port)
+    if mx.distributed.init().size() > 1:
+        fail("serve runs on one machine; for several use mlx_lm.server.")
+    server.maybe_set_recommended_wired_limit()
     provider = Provider(args, lambda model: tune_first(model, None, args.no_tune))
     disk = disk_cache(args.cache_dir, args.cache_gb)
     prompts = PromptCache(args.prompt_cache_size, disk, provider.identity)

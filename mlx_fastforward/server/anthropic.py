@@ -7,7 +7,15 @@ from typing import Any, Iterator, Optional
 from .checks import Refused, brief_json
 
 STOPS = {"stop": "end_turn", "length": "max_tokens", "tool_calls": "tool_use"}
-SAME = ("max_tokens", "temperature", "top_p", "top_k", "stream", "sparsity")
+SAME = (
+    "max_tokens",
+    "temperature",
+    "top_p",
+    "top_k",
+    "stream",
+    "sparsity",
+    "cache_prompt",
+)
 ERRORS = {401: "authentication_error", 404: "not_found_error", 413: "request_too_large"}
 Event = tuple[str, dict[str, Any]]
 

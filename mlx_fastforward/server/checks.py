@@ -43,6 +43,8 @@ def check_body(body: dict[str, Any], vocabulary: Optional[int]) -> None:
                 400, f"sparsity must be at least 0 and below 1, got {sparsity}."
             )
         body["sparsity"] = round(float(sparsity), 2)
+    if not isinstance(body.get("cache_prompt", True), bool):
+        raise Refused(400, "cache_prompt must be true or false.")
     for name in ("prompt", "model", "adapters", "draft_model"):
         _expect(body, name, str, "a text")
     for name in ("chat_template_kwargs", "role_mapping", "stream_options"):

@@ -105,7 +105,7 @@ class Generator(server.ResponseGenerator):
         engine = self.model_provider.engine(request.sparsity)
         if self.sparse_prefix:
             dense = 0
-        reading = Reading(engine, dense, len(prompt), request.report)
+        reading = Reading(engine, dense, len(prompt), request.report, request.fresh)
         self.prompt_cache.reading, self._asked = reading, request
         return prompt, segments, types, state, vision
 

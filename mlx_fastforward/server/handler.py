@@ -177,8 +177,12 @@ class Handler(APIHandler):
         return self.ask(super().handle_text_completions())
 
     def ask(self, request: Any) -> Asked:
-        sparsity = self.body.get("sparsity")
-        self.asked = Asked(**vars(request), sparsity=sparsity, gone=self.client_gone)
+        self.asked = Asked(
+            **vars(request),
+            sparsity=self.body.get("sparsity"),
+            fresh=not self.body.get("cache_prompt", True),
+            gone=self.client_gone,
+        )
         return self.asked
 
     def client_gone(self) -> bool:

@@ -41,6 +41,9 @@ class PromptCache(LRUPromptCache):
     def fetch_nearest_cache(self, model: Any, tokens: list[int]) -> tuple[Any, list]:
         """What is cached of a prompt, never all of it, and the tokens that are left to read."""
         reading, before = self.in_hand(), tokens[:-1]
+        if reading.fresh:
+            reading.found(0, 0.0)
+            return None, tokens
         sparsities = {0.0, reading.sparsity}
         at = max(sparsities, key=lambda at: self.reach((model, at), before))
         if self.disk is not None:

@@ -39,11 +39,13 @@ class Asked(CompletionRequest):
     """mlx-lm's request, and how its prompt is to be read.
 
     sparsity: What the client asked for, None for the server's own.
+    fresh: Read all of the prompt, whatever is cached.
     gone: Whether the client has left; asked while waiting.
     left: Set when it has: nothing more is done for it.
     """
 
     sparsity: Optional[float] = None
+    fresh: bool = False
     gone: Callable[[], bool] = lambda: False
     left: threading.Event = field(default_factory=threading.Event)
     report: Report = field(default_factory=Report)
@@ -57,6 +59,7 @@ class Reading:
     dense: Tokens from the prompt's start that stay dense: the reused part.
     done: Tokens in the cache.
     total: Tokens of the prompt.
+    fresh: Nothing that is cached may be used.
     read_at: The sparsity of what the cache holds, 0 where all of it is dense.
     """
 
@@ -64,6 +67,7 @@ class Reading:
     dense: int
     total: int
     report: Report
+    fresh: bool = False
     done: int = 0
     read_at: float = 0.0
     prompt: Optional[Prompt] = None
