@@ -59,7 +59,7 @@ class Generator(server.ResponseGenerator):
     # The generation thread
 
     def _generate(self) -> None:
-        batches = functools.partial(Batches, self.prompt_cache.in_hand)
+        batches = functools.partial(Batches, lambda: self.prompt_cache.in_hand())
         run = renamed(server.ResponseGenerator._generate, BatchGenerator=batches)
         run(self)
 

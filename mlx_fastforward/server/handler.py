@@ -37,6 +37,7 @@ class Handler(APIHandler):
     translate = False  # the stream that follows the headers
     headers_sent = False
     status = 0
+    _headers_buffer: list[bytes]
 
     # Routes
 
