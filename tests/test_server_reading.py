@@ -20,6 +20,7 @@ import mlx_fastforward as ff
 from mlx_fastforward.attachment import switched
 from mlx_fastforward.cli.serve import parser, patterns
 from mlx_fastforward.prefill import prefill
+from mlx_fastforward.server.batches import whose_turn
 from mlx_fastforward.server.disk import DiskCache
 from mlx_fastforward.server.generator import Generator, ThreadDied
 from mlx_fastforward.server.names import renamed
@@ -130,6 +131,23 @@ def test_answers_in_company_equal_answers_alone(
         assert request.report.cached_tokens == 0 < request.report.ttft_s
     shares = [a.report.ffn_sparsity for a in asked]
     assert [s != 0 for s in shares] == [1, 1, 0, 0, 1, 0]
+
+
+def test_a_short_prompt_need_not_wait_for_a_long_one(serving: Generator) -> None:
+    long, begun = chat(STORY * 200), threading.Event()
+
+    def read() -> Said:
+        _, responses = serving.generate(long, settings(3), lambda *_: begun.set())
+        listed = list(responses)
+        return [r.token for r in listed], [r.logprob for r in listed]
+
+    with ThreadPoolExecutor(1) as pool:
+        answer = pool.submit(read)
+        assert begun.wait(20)
+        assert len(ask(serving, chat("Who?"), 2)[0]) == 2
+        assert long.report.ttft_s == 0  # it is still being read
+        assert len(answer.result()[0]) == 3
+    assert [whose_turn([9, 3, 5], turn) for turn in range(5)] == [1, 1, 1, 0, 1]
 
 
 def test_a_request_that_cannot_be_batched_reads_the_same(

@@ -42,20 +42,36 @@ class _Row(PromptProcessingBatch):
         read_chunk(self.model, self.reading, len(row), run)
 
 
+def whose_turn(left: list[int], turn: int) -> int:
+    """Which prompt is read next, given the tokens that each has left, oldest first.
+
+    The one with the fewest, so that a short one need not wait for a book; every fourth time the
+    oldest, so that the book is read at all.
+    """
+    return 0 if turn % 4 == 3 else min(range(len(left)), key=lambda i: left[i])
+
+
 class Batches(BatchGenerator):
-    """Reads one prompt at a time, in chunks, and decodes all others between them.
+    """Reads a chunk of one prompt at a time, and lets all others decode in between.
 
     A plan is a prompt's own: rows of different lengths padded to one shape would have to share it.
+    mlx-lm's prompt batch is therefore one row; ``_parked`` are the rows whose turn it is not.
     """
 
     def __init__(
         self, next_reading: Callable[[], Reading], model: nn.Module, **settings: Any
     ):
+        self._most_rows = settings["prefill_batch_size"]
         super().__init__(model, **{**settings, "prefill_batch_size": 1})
+        self._turn = 0
+        self._parked: list[tuple[_Row, list]] = []  # and what is left of it
         self._next_reading = next_reading
         self._readings: dict[int, Reading] = {}
-        self._prompt_batch = _Row.empty(
-            model, self.sampler, prefill_step_size=self.prefill_step_size
+        self._prompt_batch = self._empty_row()
+
+    def _empty_row(self) -> _Row:
+        return _Row.empty(
+            self.model, self.sampler, prefill_step_size=self.prefill_step_size
         )
 
     def insert_segments(self, segments: list, *args: Any, **kwargs: Any) -> list[int]:
@@ -69,7 +85,26 @@ class Batches(BatchGenerator):
         self._prompt_batch.reading = self._readings[made.uids[0]]
         return made
 
+    def _take_turns(self) -> None:
+        """Begin what is new, and go on with one row."""
+        rows = self._parked
+        if len(self._prompt_batch):
+            rows.append((self._prompt_batch, self._currently_processing))
+        while self._unprocessed_sequences and len(rows) < self._most_rows:
+            self._prompt_batch, self._currently_processing = self._empty_row(), []
+            self._prompt_batch.extend(self._make_batch(1))
+            rows.append((self._prompt_batch, self._currently_processing))
+        self._prompt_batch, self._currently_processing = self._empty_row(), []
+        if rows:
+            rows.sort(key=lambda row: row[0].uids[0])
+            left = [total - done for _, ((_, done, total),) in rows]
+            chosen = rows.pop(whose_turn(left, self._turn))
+            self._prompt_batch, self._currently_processing = chosen
+            self._turn += 1
+
     def _next(self) -> tuple[list, list]:
+        if len(self._generation_batch) < self.completion_batch_size:
+            self._take_turns()
         prompts, answers = super()._next()
         for r in answers:
             if r.finish_reason is not None:
@@ -84,8 +119,14 @@ class Batches(BatchGenerator):
             for uid, (cache, tokens) in found.items()
         }
 
+    @property
+    def prompt_cache_nbytes(self) -> int:
+        parked = [c.nbytes for row, _ in self._parked for c in row.prompt_cache]
+        return super().prompt_cache_nbytes + sum(parked)
+
     def remove(self, uids: Any, *args: Any, **kwargs: Any) -> dict:
         caches = super().remove(uids, *args, **kwargs)
+        self._parked = [row for row in self._parked if row[0].uids[0] not in uids]
         for uid in uids:
             self._readings.pop(uid, None)
         return caches
