@@ -11,7 +11,6 @@ export REPO ?=
 OUT ?= build/evidence
 MINUTES ?= 10
 EVAL ?=
-VERIFY ?=
 BENCH ?=
 LONGBENCH ?= --tasks qasper,hotpotqa,gov_report --limit 20
 FF := $(BIN)/mlx_fastforward
@@ -19,7 +18,7 @@ WITH = $${MODEL:+--model "$$MODEL"}
 
 CHECKS := build/checks
 
-.PHONY: demo test lint format picture venv python results evidence predictor longbench publish wheel-test release-version workflows clean
+.PHONY: demo test test-page lint format picture venv python results evidence predictor longbench publish wheel-test release-version workflows clean
 
 demo: $(INSTALLED)
 	$(BIN)/mlx_fastforward demo
@@ -27,6 +26,11 @@ demo: $(INSTALLED)
 
 test: $(DEV)
 	$(BIN)/python -m pytest -q -n auto --dist worksteal
+
+# the server's page in the system's chromium; make test skips it without playwright
+test-page: $(DEV)
+	$(BIN)/python -m pip install -qq -e '.[browser]'
+	$(BIN)/python -m pytest -q tests/test_server_page.py
 
 lint: $(DEV)
 	$(BIN)/black --check -q .
@@ -53,7 +57,6 @@ predictor: $(INSTALLED)
 	mkdir -p $(OUT)
 	$(FF) doctor $(WITH)
 	$(FF) train $(WITH) --minutes $(MINUTES) --out $(OUT)/predictor --overwrite
-	$(FF) eval $(WITH) --predictor $(OUT)/predictor --save $(VERIFY)
 
 longbench: $(INSTALLED)
 	$(BIN)/python -m pip install -qq -e '.[eval]'

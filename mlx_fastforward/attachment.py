@@ -167,11 +167,24 @@ def reading(model: nn.Module, tokens: int) -> Iterator[Prompt]:
     if attached is None:
         yield Prompt(None)
         return
-    before, attached.prompt = attached.prompt, attached.engine.prompt(tokens)
+    prompt = attached.engine.prompt(tokens)
+    with resumed(model, attached.engine, prompt):
+        yield prompt
+
+
+@contextlib.contextmanager
+def resumed(
+    model: nn.Module, engine: Engine, prompt: Optional[Prompt]
+) -> Iterator[None]:
+    """Go on with a prompt of an attached model, under any engine of this model."""
+    attached = _attached(model)
+    assert attached is not None
+    before = attached.engine, attached.prompt
+    attached.engine, attached.prompt = engine, prompt
     try:
-        yield attached.prompt
+        yield
     finally:
-        attached.prompt = before
+        attached.engine, attached.prompt = before
 
 
 @functools.cache

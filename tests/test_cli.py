@@ -49,8 +49,8 @@ def rendered(text: str, **more: str) -> list[int]:
 def test_help_lists_the_commands_and_shows_examples_and_flags() -> None:
     whole = good("--help")
     assert run().output.strip() == whole.strip()
-    names = "chat generate demo doctor bench eval inspect tune train convert predictors"
-    for name in [*names.split(), "models", "upload"]:
+    names = "chat generate serve demo doctor bench eval inspect tune train convert"
+    for name in [*names.split(), "predictors", "models", "upload"]:
         assert re.search(rf"^\W*{name} ", whole, re.MULTILINE), name
     for command in ("chat", "generate"):
         out = good(command, "--help")

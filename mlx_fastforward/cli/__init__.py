@@ -21,6 +21,7 @@ from .eval import evaluate
 from .generate import generate
 from .inspect import inspect
 from .predictors import predictors
+from .serve import serve
 from .train import train
 from .tune import tune
 from .upload import upload
@@ -72,6 +73,11 @@ def _launched(command: str) -> None:
 
 app.command()(chat)
 app.command()(generate)
+# its flags are mlx_lm.server's: argparse reads them, --help too
+app.command(
+    add_help_option=False,
+    context_settings={"allow_extra_args": True, "ignore_unknown_options": True},
+)(serve)
 app.command()(demo)
 app.command()(doctor)
 app.command("eval")(evaluate)
