@@ -307,7 +307,7 @@ def watched_attention(
         )
         for i, m in enumerate(modules)
     ]
-    if len(modules) < len(model.layers) or None in calls:
+    if len(modules) != len(model.layers) or None in calls:
         yield False
         return
 

@@ -94,15 +94,22 @@ class GatedFFN:
     Args:
         mlp: A module that proof.py has found to be one.
         order: Which rows of the input projections belong to a neuron.
+        layer: Of the model, where this FFN is.
     """
 
     def __init__(
-        self, mlp: nn.Module, layout: Layout, order: Order, strategy: str = "chunk"
+        self,
+        mlp: nn.Module,
+        layout: Layout,
+        order: Order,
+        strategy: str = "chunk",
+        layer: int = 0,
     ):
         self.mlp = mlp
         self.layout = layout
         self.order = order
         self.strategy = strategy
+        self.layer = layer
         self._activation = Shell(mlp, layout)
         self._stored: dict[str, Any] = {}
         self._norms: Optional[tuple[list[Any], mx.array]] = None
@@ -110,7 +117,7 @@ class GatedFFN:
 
     def under(self, strategy: str) -> "GatedFFN":
         """The same with another way to take columns of the down projection."""
-        return GatedFFN(self.mlp, self.layout, self.order, strategy)
+        return GatedFFN(self.mlp, self.layout, self.order, strategy, self.layer)
 
     @property
     def down(self) -> nn.Module:

@@ -72,7 +72,7 @@ def _proven(found: list[Found], strategy: str) -> list[GatedFFN]:
         if (kind := _kind(f.module)) not in known:
             known[kind] = order_of(f.module, f.layout)
         if (order := known[kind]) is not None:
-            ffns.append(GatedFFN(f.module, f.layout, order, strategy))
+            ffns.append(GatedFFN(f.module, f.layout, order, strategy, f.layer))
     return ffns
 
 
