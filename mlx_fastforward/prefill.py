@@ -39,9 +39,9 @@ def by_layers(
 ) -> Iterator[None]:
     """Calls of ``least`` tokens are evaluated a layer at a time: what they compute stays the same.
 
-    So ``tick(tokens, share)`` hears how far a chunk is, and Ctrl-C need not wait for its end. One layer
-    always waits in the queue while the one before it runs, so the device does not idle. The last
-    layer is left to mlx-lm, which needs only its keys and values.
+    So ``tick(tokens, share)`` hears how far a chunk is, and Ctrl-C need not wait for its end. On a GPU one
+    layer waits in the queue while the one before it runs, so that it does not idle. The last layer is
+    left to mlx-lm, which needs only its keys and values.
     """
     layers, queued = len(model.layers), None  # type: int, Optional[mx.array]
 
@@ -51,6 +51,10 @@ def by_layers(
         nonlocal queued
         y = own(x, *args, **kwargs)
         if isinstance(y, mx.array) and y.shape[1] >= least:
+            if mx.default_device() == mx.cpu:
+                mx.eval(y)
+                tick(y.shape[1], (i + 1) / layers)
+                return y
             mx.async_eval(y)
             if i and queued is not None:
                 mx.eval(queued)

@@ -277,8 +277,8 @@ def test_ctrl_c_stops_the_answer_not_the_chat(
     shown = capsys.readouterr().out
     assert "50% of FFN neurons dropped per 128 tokens, selector probe" in shown
     waiting = "with your next message: facts.txt (67 characters; /drop)"
-    kept = f"(stopped while reading: your message was not sent)\n{waiting}\n{waiting}"
-    assert kept in shown and shown.count(waiting) == 3
+    kept = f"(stopped while reading: your message was not sent)\n{waiting}"
+    assert kept in shown and shown.count(waiting) == 2
     assert "read densely: shorter than 512 tokens" in shown
     assert len(calls) == 3 and typed.asked == [f"{FACTS}\n\nHello", "Again"]
 

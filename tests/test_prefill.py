@@ -1,5 +1,6 @@
 """Reading layer by layer changes nothing but what is heard of it, and when it can be stopped."""
 
+import mlx.core as mx
 import mlx.nn as nn
 import models
 import pytest
@@ -18,7 +19,7 @@ def classes(model: nn.Module) -> list[type]:
 @pytest.mark.parametrize("name", ["llama", "gemma3", "phi3"])
 @pytest.mark.parametrize("sparse", [False, True])
 def test_the_same_to_the_last_bit(name: str, sparse: bool) -> None:
-    """Each layer but the first says when the one before it is done; the last one is left alone."""
+    """Each layer but the last says when it is done, on a GPU when the next one is queued."""
     model, heard = tiny(name), []
     if sparse:
         attach(model, settings())
@@ -28,7 +29,8 @@ def test_the_same_to_the_last_bit(name: str, sparse: bool) -> None:
         models.assert_close(got, wanted, 0)
         got = models.prefill(model, IDS[:1], got[1])  # a decode step
     models.assert_close(got, models.prefill(model, IDS[:1], wanted[1]), 0)
-    assert heard == [(61, 1 / 4), (61, 2 / 4)] and classes(model) == before
+    done = (1, 2, 3) if mx.default_device() == mx.cpu else (1, 2)
+    assert heard == [(61, n / 4) for n in done] and classes(model) == before
 
 
 def test_a_stop_between_layers() -> None:

@@ -102,8 +102,6 @@ class Chat:
         last = self.stream(self.session.answer, message, ids)
         if last is not None:
             self.pending = []
-        elif self.pending:
-            self.tell_pending()
 
     def tokens(self, message: str) -> list[int]:
         """The conversation with a new message; one that is too long is refused.
