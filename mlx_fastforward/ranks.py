@@ -42,7 +42,8 @@ def agreed(number: int) -> int:
     import mlx.core as mx
 
     mine = number if group().rank() == 0 else 0
-    return int(mx.distributed.all_sum(mx.array(mine, mx.int32), stream=mx.cpu).item())
+    total: Any = mx.distributed.all_sum(mx.array(mine, mx.int32), stream=mx.cpu)
+    return int(total.item())
 
 
 def check_divisible(heads: Any, widths: list[int]) -> None:

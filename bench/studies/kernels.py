@@ -124,9 +124,9 @@ def taken_unpacked(mlp: MLP, groups: mx.array) -> FFN:
 
     def project(linear: Any, x: mx.array) -> mx.array:
         packed = (linear.weight, linear.scales, linear.biases)
-        rows = [mx.take(p, neurons, axis=0) for p in packed]
+        rows: Any = [mx.take(p, neurons, axis=0) for p in packed]
         size: Any = {"group_size": linear.group_size, "bits": linear.bits}
-        return x @ mx.dequantize(*rows, **size, dtype=x.dtype).T
+        return x @ mx.dequantize(*rows, **size).astype(x.dtype).T
 
     def run(x: mx.array) -> mx.array:
         z = swiglu(project(mlp.gate_proj, x), project(mlp.up_proj, x))

@@ -156,7 +156,8 @@ def _memory(net: Any, engine: Any, tokens: int) -> str:
 
     size, (d, f) = float_dtype(net).size, max(engine.shapes)
     heads = Heads.of(net, d)
-    weights = sum(a.nbytes for _, a in tree_flatten(net.parameters()))
+    arrays: Any = tree_flatten(net.parameters())
+    weights = sum(a.nbytes for _, a in arrays)
     windows = [getattr(c, "max_size", tokens) for c in make_prompt_cache(net)]
     kv = sum(min(tokens, w) for w in windows) * 2 * heads.keys * heads.size * size
     more = 2 * d * f * size if engine.sparse else 0  # gather.py: two float copies

@@ -2,7 +2,7 @@
 
 import math
 from dataclasses import dataclass, replace
-from typing import Optional
+from typing import Any, Optional
 
 import mlx.core as mx
 
@@ -70,7 +70,9 @@ class PredictorWeights:
         """What one of ``size`` processes needs, for its own neurons."""
         names = ["w2", "scales", "biases", "bias"]
         found = {n: getattr(self, n) for n in names}
-        cut = {n: columns(w, rank, size) for n, w in found.items() if w is not None}
+        cut: dict[str, Any] = {
+            n: columns(w, rank, size) for n, w in found.items() if w is not None
+        }
         return replace(self, **cut)
 
     def flops(self, block: int, d: int, f: int) -> float:
