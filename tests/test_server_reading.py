@@ -14,19 +14,19 @@ import pytest
 from mlx_lm import server
 from mlx_lm.models.cache import KVCache, make_prompt_cache
 from mlx_lm.utils import load
-from models import demo_tokenizer
+from models import demo_tokenizer, token_ids
 
 import mlx_fastforward as ff
 from mlx_fastforward.attachment import switched
 from mlx_fastforward.cli.serve import parser, patterns
 from mlx_fastforward.prefill import prefill
-from mlx_fastforward.server.batches import whose_turn
+from mlx_fastforward.server.batches import Batches, whose_turn
 from mlx_fastforward.server.disk import DiskCache
 from mlx_fastforward.server.generator import Generator, ThreadDied
 from mlx_fastforward.server.names import renamed
 from mlx_fastforward.server.prompts import PromptCache
 from mlx_fastforward.server.provider import Provider
-from mlx_fastforward.server.requests import Asked, ClientGone
+from mlx_fastforward.server.requests import Asked, ClientGone, Reading, Report
 from mlx_fastforward.session import common_prefix, render
 
 STORY = "Keawe was poor, brave, and active; he could read and write. "
@@ -133,20 +133,38 @@ def test_answers_in_company_equal_answers_alone(
     assert [s != 0 for s in shares] == [1, 1, 0, 0, 1, 0]
 
 
-def test_a_short_prompt_need_not_wait_for_a_long_one(serving: Generator) -> None:
-    long, begun = chat(STORY * 200), threading.Event()
+def test_a_short_prompt_need_not_wait_for_a_long_one() -> None:
+    """Rows take turns, whatever becomes of those whose turn it is not."""
+    model = models.tiny("llama")
+    said: dict[int, list[int]] = {}
+    sizes: dict[str, Any] = dict(
+        prefill_batch_size=2, completion_batch_size=4, prefill_step_size=16
+    )
+    batches = Batches(lambda: Reading(None, 0, 0, Report()), model, **sizes)
 
-    def read() -> Said:
-        _, responses = serving.generate(long, settings(3), lambda *_: begun.set())
-        listed = list(responses)
-        return [r.token for r in listed], [r.logprob for r in listed]
+    def insert(n: int) -> int:
+        return batches.insert_segments([[token_ids(n, seed=n)]], max_tokens=[3])[0]
 
-    with ThreadPoolExecutor(1) as pool:
-        answer = pool.submit(read)
-        assert begun.wait(20)
-        assert len(ask(serving, chat("Who?"), 2)[0]) == 2
-        assert long.report.ttft_s == 0  # it is still being read
-        assert len(answer.result()[0]) == 3
+    def run(calls: int) -> list[int]:
+        """Who finished, in order."""
+        finished = []
+        for _ in range(calls):
+            for r in batches.next()[1]:
+                said.setdefault(r.uid, []).append(r.token)
+                finished += [r.uid] * (r.finish_reason is not None)
+        return finished
+
+    long = insert(200)
+    assert run(3) == []
+    short, third = insert(20), insert(40)
+    assert run(40) == [short, third, long]
+    for uid, n in ((long, 200), (short, 20), (third, 40)):
+        assert said[uid] == models.decode(model, token_ids(n, seed=n), 3)[0]
+    gone, short = insert(100), insert(20)
+    run(1)
+    assert batches.prompt_cache_nbytes > 0
+    batches.remove([gone])
+    assert run(20) == [short] and batches.prompt_cache_nbytes == 0
     assert [whose_turn([9, 3, 5], turn) for turn in range(5)] == [1, 1, 1, 0, 1]
 
 
