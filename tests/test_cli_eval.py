@@ -10,9 +10,10 @@ from commands import bad, good, report
 
 from mlx_fastforward import load, load_predictor, tuned
 from mlx_fastforward.attachment import engine_of
+from mlx_fastforward.bench.eval import verify
 from mlx_fastforward.bench.eval.summaries import Summary
 from mlx_fastforward.bench.eval.tasks import BUILT
-from mlx_fastforward.cli import first_use
+from mlx_fastforward.cli import eval_save, first_use
 from mlx_fastforward.cli.eval import _tasks as asked_tasks
 from mlx_fastforward.cli.eval_tables import verdict
 from mlx_fastforward.config import DeviceSettings
@@ -210,13 +211,15 @@ def test_save_keeps_what_auto_goes_by(
     line = bad(1, "eval", "--save", "--model", tiny, "--prompts", 1)
     assert line.startswith("nothing to verify: prompts of fewer than 512 tokens")
     net = models.tiny("llama", vocab=4096)
-    tiny = models.save_folder(net, tmp_path / "m", max_position_embeddings=1024)
+    tiny = models.save_folder(net, tmp_path / "m", max_position_embeddings=700)
+    monkeypatch.setattr(eval_save, "SEQUENCES", 2)
+    monkeypatch.setattr(verify, "SPARSITIES", (0.5, 0.7))
     said = good("eval", "--save", "--model", tiny, "--prompts", 1)
     (folder,) = (tmp_path / "home" / "predictors").iterdir()
     assert said.rstrip().endswith(f"kept in {folder}") and "planted facts" in said
     file = load_predictor(folder)
     rows = file.details["verified"]["rows"]
-    assert [r["sparsity"] for r in rows] == [0.3, 0.4, 0.5, 0.6, 0.7]
+    assert [r["sparsity"] for r in rows] == [0.5, 0.7]
     assert file.layers is None and {r["facts_dense"] for r in rows} == {0.0}
     model, _ = load(str(tiny), sparsity="auto")
     engine = engine_of(model)

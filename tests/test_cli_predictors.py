@@ -9,7 +9,7 @@ import models
 import predictor_files as files
 import pytest
 from loopback_hub import run
-from mlx_lm.models import gpt2
+from mlx_lm.models import mamba
 
 import mlx_fastforward
 from mlx_fastforward.cli import conversation
@@ -191,8 +191,8 @@ def test_models_in_the_cache(tiny: Path, store: Path) -> None:
     models.save_folder(net, cached("good"))
     models.save_folder(net, cached("half"))
     (cached("half") / "model.safetensors").unlink()
-    args = gpt2.ModelArgs("gpt2", 8, 8, 1, 1, 8, 1e-5, 4096)
-    models.save_folder(gpt2.Model(args), cached("other"))
+    args = mamba.ModelArgs("mamba", 4096, 8, 16, 4, 4, 1, True, True, 4)
+    models.save_folder(mamba.Model(args), cached("other"))
     put(cached("predictor"))
     found = shown()
     assert list(found)[1:] == ["user/good", "user/half", "user/other"]
@@ -204,6 +204,6 @@ def test_models_in_the_cache(tiny: Path, store: Path) -> None:
     wanted = f"memory: about {(size + kv) / 1e9:.2f} GB, weights {size / 1e9:.2f} and"
     assert memory.startswith(wanted) and memory.endswith("for 8,192 tokens")
     assert "the download was not finished" in found["user/half"][1]
-    assert found["user/other"][1].startswith("not usable: model type 'gpt2' is not")
+    assert found["user/other"][1].startswith("not usable: model type 'mamba'")
     mine = put(store / "mine")
     assert shown()["user/good"][2].startswith(f"predictor {mine}; sparsity 50%")

@@ -184,6 +184,8 @@ def test_what_cannot_be_asked_for(flags: Flags, tmp_path: Path) -> None:
     for flag, value in LEAST.items():
         done = CliRunner().invoke(app, [*map(str, ["train", *flags, flag, value])])
         assert done.exit_code == 2 and flag in done.stderr and done.stdout == ""
+    line = bad(2, *flags, "--length", 600, "--dry-run")
+    assert line == "--length: 600 tokens are too many, the model was made for 512."
     missing, file = tmp_path / "no.txt", tmp_path / "file"
     line = bad(1, *flags, "--data", missing)
     assert line.startswith(f"{missing} does not exist; expected ")
@@ -243,7 +245,7 @@ def test_the_advice_for_a_small_disk_fits_it(
     size: float, flags: Flags, tmp_path: Path, monkeypatch: Patch
 ) -> None:
     monkeypatch.setattr(estimate, "free_disk", lambda folder: size)
-    flags += ["--length", 1920]
+    flags += ["--length", 512]
     line = bad(1, *flags, "--tokens", 10**6)
     wanted = r"1,000,000 tokens take \d\.\d GB of disk, 0\.0 GB are free for "
     match = re.match(wanted + rf"{tmp_path / 'out'}; try --tokens (\d+)\.$", line)

@@ -176,7 +176,7 @@ def test_importances_are_one_per_ffn(name: str) -> None:
     """Where layers have none that a prefill runs, or two."""
     model = zoo.tiny(name)
     found = importances(model, [mx.array(token_ids(FIRST, vocab=zoo.VOCAB))], BLOCK)
-    engine = attach(model, settings(), importances=found)
+    engine = attach(model, settings(schedule="auto"), importances=found)
     assert len(found) == len(engine.ffns) and engine.schedule == "layerwise"
 
 

@@ -18,6 +18,7 @@ from ..files import expanded
 from . import options as o
 from .errors import fail, interruptible, one_line_errors
 from .inputs import check_choice
+from .lengths import check_lengths_of
 from .models import load_model, public_name
 from .train_end import DOCUMENTS, conclude, verified
 
@@ -25,6 +26,7 @@ PREDICTORS = ("token-wise", "pooled")
 SCORES = ("relative", "weighted", "plain")
 COMPENSATORS = ("low-rank", "mlp", "none")
 LEAST = 4096  # tokens
+LENGTH = 1920  # of a sequence
 
 
 def train(
@@ -53,7 +55,10 @@ def train(
         float, o.opt("Time for everything, about; 0: no limit.", min=0)
     ] = 0,
     steps: Annotated[int, o.opt("Steps of the predictors, at most.", min=1)] = 4000,
-    length: Annotated[int, o.opt("Tokens per sequence.", min=256)] = 1920,
+    length: Annotated[
+        Optional[int],
+        o.opt("Tokens per sequence. Default: 1920, as the model allows.", min=256),
+    ] = None,
     kind: Annotated[
         str, o.opt("token-wise, or pooled as in the paper.")
     ] = "token-wise",
@@ -102,6 +107,7 @@ def train(
         check_choice("--compensator", compensator, COMPENSATORS)
         from ..attachment import detach
         from ..bench.eval.verify import tokens_read
+        from ..model.families import context_length
         from ..predictors.base import BaseModel
         from ..predictors.file import JSON_NAME
         from ..predictors.search import default_folder
@@ -114,6 +120,8 @@ def train(
             model, sparsity=0.0, predictor="none", trust_remote_code=trust_remote_code
         )
         detach(net)
+        check_lengths_of("--length", [length or 0], net)
+        length = length or min(LENGTH, context_length(net) or LENGTH)
         name = public_name(model)
         base = BaseModel.of(net, name)
         out = expanded(out or default_folder(base))
@@ -158,7 +166,9 @@ def train(
             try:
                 report = run()
             except KeyboardInterrupt:
-                fail(f"stopped; the same command goes on from {out / WORK}.", 130)
+                kept = (out / WORK / "state.json").exists()
+                on = f"the same command goes on from {out / WORK}."
+                fail(f"stopped; {on if kept else 'nothing was done yet.'}", 130)
             except OSError as e:
                 fail(f"{out} cannot be written: {str(e.strerror or e).rstrip('.')}.")
             left = minutes - sum(run.state.seconds.values()) / 60 if minutes else inf
