@@ -17,7 +17,7 @@ import urllib.request
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Optional
 
 import mlx.core as mx
 import numpy as np
@@ -29,6 +29,14 @@ from ..environment import describe
 from ..eval.prose import filler
 
 SYSTEMS = (None, "Answer in one word.", "You find facts in old stories. " * 20)
+TOOL = {
+    "type": "function",
+    "function": {
+        "name": "read_file",
+        "description": "The content of a file.",
+        "parameters": {"type": "object", "properties": {"path": {"type": "string"}}},
+    },
+}
 NAMES = ("Felix", "Mabel", "Keawe", "Kokua", "Lopaka", "Jane", "Harold", "Nora")
 
 
@@ -90,6 +98,8 @@ def requests(n: int, characters: int, seed: int) -> list[dict[str, Any]]:
             messages.insert(0, {"role": "system", "content": system})
         body: dict[str, Any] = {"messages": messages, "max_tokens": rng.choice((4, 12))}
         body["stream"] = rng.random() < 0.5
+        if rng.random() < 0.2:
+            body["tools"] = [TOOL]
         if (sparsity := rng.choice((None, None, 0, 0.3))) is not None:
             body["sparsity"] = sparsity
         made.append(body)
@@ -123,30 +133,41 @@ def main(
     requests_: Annotated[int, typer.Option("--requests")] = 100,
     clients: int = 8,
     characters: Annotated[int, typer.Option(help="Of the longest prompt.")] = 5500,
+    model: Annotated[
+        Optional[str], typer.Option(help="Default: the demo model in float32.")
+    ] = None,
     seed: int = 0,
 ) -> None:
     """Ask twice and compare."""
     print(describe())
     asked = requests(requests_, characters, seed)
     with tempfile.TemporaryDirectory() as folder:
-        model = float32(Path(folder) / "demo")
+        model = model or float32(Path(folder) / "demo")
         server = Server(model)
         serial = [server.ask(body) for body in asked]
         server.close()
         report("in a row", serial)
         server = Server(model)
         server.ask(asked[0])
-        before, start = server.memory(), time.perf_counter()
+        memory, start = [server.memory()], time.perf_counter()
+
+        def ask(i: int) -> tuple[str, dict[str, Any]]:
+            found = server.ask(asked[i])
+            if (i + 1) % max(1, len(asked) // 10) == 0:
+                memory.append(server.memory())
+            return found
+
         with ThreadPoolExecutor(clients) as pool:
-            loaded = list(pool.map(server.ask, asked))
-        seconds, after = time.perf_counter() - start, server.memory()
+            loaded = list(pool.map(ask, range(len(asked))))
+        seconds = time.perf_counter() - start
         server.close()
     report(f"{clients} clients", loaded)
     same = Counter(a == b for (a, _), (b, _) in zip(serial, loaded))[True]
     cached = sum(u["cached_tokens"] > 0 for _, u in loaded)
     print(
         f"{same} of {len(asked)} answers identical to serial ones; {cached} reused a prefix; "
-        f"{seconds:.0f} s; {before:.0f} MB resident before, {after:.0f} MB after"
+        f"{seconds:.0f} s; MB resident, before and after each tenth: "
+        + ", ".join(f"{mb:.0f}" for mb in memory)
     )
 
 
