@@ -1,6 +1,7 @@
 """The one loop that feeds a prompt to a model in chunks."""
 
 import contextlib
+import time
 from typing import Any, Callable, Iterator, Optional
 
 import mlx.core as mx
@@ -35,31 +36,42 @@ def read(model: nn.Module, tokens: mx.array, cache: Any, prompt: int) -> float:
 
 @contextlib.contextmanager
 def by_layers(
-    model: nn.Module, tick: Callable[[int, float], None], least: int = 512
+    model: nn.Module,
+    tick: Callable[[int, float], None],
+    least: int = 512,
+    every: float = 0.1,
 ) -> Iterator[None]:
-    """Calls of ``least`` tokens are evaluated a layer at a time: what they compute stays the same.
+    """Calls of ``least`` tokens are evaluated a few layers at a time: what they compute stays the same.
 
-    So ``tick(tokens, share)`` hears how far a chunk is, and Ctrl-C need not wait for its end. On a GPU one
-    layer waits in the queue while the one before it runs, so that it does not idle. The last layer is
-    left to mlx-lm, which needs only its keys and values.
+    So ``tick(tokens, share)`` hears how far a chunk is, and Ctrl-C need not wait for its end. Where
+    layers are fast, more of them go together, so that a device waits about ``every`` seconds at the most
+    often. On a GPU a layer is in the queue while the one before it is waited for. The last layer is left
+    to mlx-lm, which needs only its keys and values.
     """
-    layers, queued = len(model.layers), None  # type: int, Optional[mx.array]
+    layers, stride, last = len(model.layers), 1, 0.0
+    queued: Optional[mx.array] = None
+    cpu = mx.default_device() == mx.cpu
 
     def around(
         i: int, own: Callable[..., Any], x: Any, *args: Any, **kwargs: Any
     ) -> Any:
-        nonlocal queued
+        nonlocal queued, stride, last
         y = own(x, *args, **kwargs)
-        if isinstance(y, mx.array) and y.shape[1] >= least:
-            if mx.default_device() == mx.cpu:
-                mx.eval(y)
-                tick(y.shape[1], (i + 1) / layers)
-                return y
+        if not isinstance(y, mx.array) or y.shape[1] < least:
+            return y
+        if i == 0:
+            queued, last = None, time.perf_counter()
+        if (i + 1) % stride == 0:
+            before, queued = queued, y
             mx.async_eval(y)
-            if i and queued is not None:
-                mx.eval(queued)
-                tick(y.shape[1], i / layers)
-            queued = y
+            done = y if cpu else before
+            if done is not None:
+                mx.eval(done)
+                tick(y.shape[1], (i + 1 if cpu else i + 1 - stride) / layers)
+                now = time.perf_counter()
+                if now - last < every:
+                    stride *= 2
+                last = now
         return y
 
     with watched(prefilled(model.layers), around):

@@ -24,7 +24,7 @@ def test_the_same_to_the_last_bit(name: str, sparse: bool) -> None:
     if sparse:
         attach(model, settings())
     before, wanted = classes(model), models.prefill(model, IDS)
-    with by_layers(model, lambda n, share: heard.append((n, share)), least=8):
+    with by_layers(model, lambda n, share: heard.append((n, share)), 8, every=0):
         got = models.prefill(model, IDS)
         models.assert_close(got, wanted, 0)
         got = models.prefill(model, IDS[:1], got[1])  # a decode step
@@ -42,3 +42,12 @@ def test_a_stop_between_layers() -> None:
     with pytest.raises(KeyboardInterrupt), by_layers(model, stop, least=8):
         models.prefill(model, IDS)
     assert classes(model) == kinds
+
+
+def test_fast_layers_go_together() -> None:
+    """1, 2, 4 layers between one word and the next, where all are faster than asked for."""
+    model, heard = tiny("llama", num_hidden_layers=9), []
+    with by_layers(model, lambda n, share: heard.append(share), 8, every=60):
+        models.prefill(model, IDS)
+    done = (1, 2, 4, 8) if mx.default_device() == mx.cpu else (1, 2, 4)
+    assert heard == [n / 9 for n in done]
