@@ -89,11 +89,16 @@ class Engine:
     @property
     def sparse(self) -> bool:
         """Whether any prompt would be read sparsely."""
-        return any(map(self.thins, range(len(self.ffns)))) and not self.device.dense
+        return any(map(self.thins, range(len(self.ffns))))
+
+    @property
+    def neurons(self) -> list[Optional[int]]:
+        """``keep``; all None on a device on which no sparse FFN is faster."""
+        return [None] * len(self.keep) if self.device.dense else self.keep
 
     def thins(self, layer: int) -> bool:
         """Whether a layer runs fewer neurons or fewer tokens."""
-        return self.keep[layer] is not None or self.prunes(layer)
+        return self.neurons[layer] is not None or self.prunes(layer)
 
     def prunes(self, layer: int) -> bool:
         """Whether tokens skip this layer's FFN."""
@@ -128,10 +133,10 @@ class Engine:
 
     def settings(self) -> dict[str, Any]:
         """What runs, whatever was asked for."""
-        compensator, any_sparse = self.compensator, any(self.keep) and self.sparse
+        compensator = self.compensator
         return {
-            "sparsity": self.config.sparsity if any_sparse else 0.0,
-            "prune_tokens": self.config.prune_tokens if self.sparse else 0.0,
+            "sparsity": self.config.sparsity if any(self.neurons) else 0.0,
+            "prune_tokens": self.config.prune_tokens,
             "block_size": self.block_size,
             "selector": self.selector.name,
             "compensator": "none" if compensator is None else compensator.name,
@@ -234,7 +239,7 @@ class Engine:
         if plan is not None and (stay := self.survivors(plan)) is not None:
             pruned = [self.prunes(i) for i in range(len(self.ffns))]
             skipping = Skipping(stay, pruned, self.pruner)
-        parts = (self.shapes, self.keep, self.selector, self.compensator)
+        parts = (self.shapes, self.neurons, self.selector, self.compensator)
         count_call(count, (batch, new), plan, *parts, skipping)
 
     def drop_unsupported(self) -> None:
@@ -279,7 +284,7 @@ class Engine:
 
     def run(self, call: Call, layer: int, x: mx.array) -> mx.array:
         """The FFN of all of a call's tokens, sparse where the layer is."""
-        if self.keep[layer] is None:
+        if self.neurons[layer] is None:
             return self.ffns[layer].activations_and_output(x)[1]
         inputs, exact = self.run_dense(call, layer, x)
         neurons = self.choose(layer, inputs)

@@ -86,7 +86,15 @@ def test_recall_is_the_share_of_the_oracles_neurons() -> None:
 
 
 BENCH = ["bench", "-n", 1]
-KEYS = ["context", "sparsity", "selector", "block_size", "strategy", "attention_block"]
+KEYS = [
+    "context",
+    "sparsity",
+    "prune_tokens",
+    "selector",
+    "block_size",
+    "strategy",
+    "attention_block",
+]
 
 
 @pytest.fixture(scope="module")
@@ -116,10 +124,11 @@ def test_the_table_the_picture_and_the_environment(
     """Without --contexts it is half of what this model allows."""
     png = tmp_path / "bench.png"
     args = ["--model", folder, "--block-sizes", 8, "--png", png]
+    args += ["--prune-tokens", 0.25]
     done, found = report(tmp_path, *BENCH, *args)
     assert {"100", "probe", "50%,", "8,", "chunk"} <= set(done.stdout.split())
     assert png.read_bytes().startswith(b"\x89PNG")
-    assert arms(found) == [(100, 0.5, "probe", 8, "chunk", 0)]
+    assert arms(found) == [(100, 0.5, 0.25, "probe", 8, "chunk", 0)]
     assert found["rows"][0]["ffn_flops_skipped"] > 0.1
     assert {"device", "blas", "mlx", "mlx_lm", "dtype"} <= set(found["environment"])
     assert found["environment"]["model"] == "tiny, 4 layers"
@@ -156,6 +165,7 @@ def test_the_predictor_beside_the_model_and_what_tuning_found(
         (["--dtype", "int8"], 2, "--dtype must be one of float32, float16, bfloat16"),
         (["--contexts", "many"], 2, "--contexts must be numbers with commas"),
         (["--contexts", "0"], 2, "--contexts must be at least 1"),
+        (["--prune-tokens", "1"], 2, "prune_tokens must be at least 0 and below 1"),
         (["--selectors", "magic"], 2, "selector must be one of "),
         (["--strategies", "fast"], 2, "strategy must be one of chunk, columns"),
         (["--json", "no/such/a.json"], 1, "no/such/a.json cannot be written: no such"),

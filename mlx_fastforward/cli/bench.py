@@ -44,6 +44,7 @@ def bench(
         o.opt("Prompt tokens. Default: 512,1024,2048,4096, as the model allows."),
     ] = None,
     sparsities: Annotated[str, o.opt("Shares of FFN neurons dropped.")] = "0.5",
+    prune_tokens: o.PruneShares = "0",
     block_sizes: Annotated[Optional[str], o.opt("Default: the tuned one.")] = None,
     selectors: Annotated[
         str, o.opt("auto, trained, probe, first-block, oracle.")
@@ -89,9 +90,10 @@ def bench(
             model, random, layers, q_bits, dtype, predictor, trust_remote_code
         )
         configs = [
-            PrefillConfig(s, selector=name, compensator=compensator)
+            PrefillConfig(s, selector=name, compensator=compensator, prune_tokens=share)
             for name in selectors.split(",")
             for s in numbers("--sparsities", sparsities, float)
+            for share in numbers("--prune-tokens", prune_tokens, float)
         ]
         blocks = numbers("--block-sizes", block_sizes, int) if block_sizes else None
         ways = strategies.split(",") if strategies else None

@@ -42,6 +42,7 @@ def chat(
     adapter_path: o.AdapterPath = None,
     trust_remote_code: o.TrustRemoteCode = False,
     sparsity: o.AutoSparsity = "auto",
+    prune_tokens: o.PruneTokens = 0.0,
     block_size: o.BlockSize = None,
     no_tune: o.NoTune = False,
     selector: o.Selector = "auto",
@@ -76,6 +77,7 @@ def chat(
         net, tokenizer = load_model(
             model,
             sparsity=share,
+            prune_tokens=prune_tokens,
             block_size=block_size,
             selector=selector,
             predictor=predictor,
@@ -157,9 +159,11 @@ class Chat:
         if engine.device.dense:
             mode += ", the fastest on this device; --no-tune runs sparsely"
         if engine.sparse:
-            share, tokens = engine.config.sparsity, engine.block_size
+            share, tokens = engine.settings()["sparsity"], engine.block_size
             mode = f"{share:.0%} of FFN neurons dropped per {tokens} tokens"
             mode += f", selector {engine.selector.name}"
+            if skip := engine.config.prune_tokens:
+                mode += f"; {skip:.0%} of the tokens skip FFNs"
             if engine.share < 1:
                 mode += f"; within reach: {engine.share:.0%} of the FFN FLOPs"
         self.console.print(Text("mlx_fastforward chat", style="bold"))

@@ -42,6 +42,7 @@ def generate(
     adapter_path: o.AdapterPath = None,
     trust_remote_code: o.TrustRemoteCode = False,
     sparsity: o.AutoSparsity = "auto",
+    prune_tokens: o.PruneTokens = 0.0,
     block_size: o.BlockSize = None,
     no_tune: o.NoTune = False,
     selector: o.Selector = "auto",
@@ -101,6 +102,7 @@ def generate(
             adapter_path=adapter_path,
             trust_remote_code=trust_remote_code,
             sparsity=share,
+            prune_tokens=prune_tokens,
             block_size=block_size,
             selector=selector,
         )
