@@ -5,6 +5,7 @@ python -m mlx_fastforward.bench.studies.pruning --prompts 6
 Attention is that of the last tokens of what is read: --separate lets it see each question.
 """
 
+import time
 from dataclasses import dataclass, field, replace
 from typing import Annotated, Any, Iterator, Optional
 
@@ -178,24 +179,31 @@ def main(
     length: int = 1900,
     prompts: int = 6,
     seed: int = 0,
-    only: Annotated[str, typer.Option(help="Arms whose name holds this.")] = "",
+    only: Annotated[str, typer.Option(help="Arms whose names hold one of these.")] = "",
     separate: Annotated[
         bool, typer.Option(help="Every question a prompt of its own, for attention.")
     ] = False,
+    minutes: Annotated[float, typer.Option(help="Then it ends early.")] = 1e9,
     model: Optional[str] = None,
 ) -> None:
     """FFN FLOPs skipped, KL of prose, KL of answers, facts found."""
     from ...cli.models import stock_model
 
     net, tokenizer, side = stock_model(model, "float32")
-    documents = build(tokenizer, [PROSE, FACTS], [length], prompts, seed)
+    start = time.monotonic()
+    prose, facts = (
+        build(tokenizer, [task], [length], prompts, seed) for task in (PROSE, FACTS)
+    )
+    documents = [d for pair in zip(prose, facts) for d in pair]
     documents = list(alone(documents)) if separate else documents
     tap = Tap()
-    chosen = [arm for arm in arms(tap) if only in arm.label]
+    chosen = [a for a in arms(tap) if any(o in a.label for o in only.split(","))]
     records: list[Record] = []
     with watched_attention(net, tap):
         for document in track(documents, console=Console(stderr=True)):
             records += evaluate(net, tokenizer, [document], chosen, side, max_tokens=12)
+            if records[-1].task == FACTS and time.monotonic() - start > 60 * minutes:
+                break
     print(", ".join(f"{k} {v}" for k, v in describe().items()))
     first = [r for r in records if r.arm == chosen[0].label]
     dense = [r.score_dense for r in first if r.score_dense is not None]

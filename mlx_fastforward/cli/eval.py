@@ -43,8 +43,8 @@ def evaluate(
     tasks: Annotated[
         Optional[str],
         o.opt(
-            "continuation, needle, key-value, quote, chat, qa. Default: all, qa with --data. "
-            "Or LongBench's or MMLU's."
+            "continuation, needle, key-value, quote, chat: the default; qa with --data; hard ones: "
+            "counting, several, table, code, json. Or LongBench's or MMLU's."
         ),
     ] = None,
     longbench: Annotated[
