@@ -146,9 +146,9 @@ def test_the_predictor_beside_the_model_and_what_tuning_found(
     monkeypatch.setattr(first_use, "SMALLEST", 0)
     monkeypatch.setattr(tune, "remembered", lambda key: device)
     found = report(tmp_path, *args)[1]
-    assert arms(found) == [(96, 0.5, "trained", 16, "columns", 32)]
+    assert arms(found) == [(96, 0.5, 0, "trained", 16, "columns", 32)]
     found = report(tmp_path, *args, "--predictor", "none", "--no-tune")[1]
-    assert arms(found) == [(96, 0.5, "probe", 128, "chunk", 0)]
+    assert arms(found) == [(96, 0.5, 0, "probe", 128, "chunk", 0)]
     device = DeviceSettings(dense=True)
     done, found = report(tmp_path, *args)
     assert found["rows"][0]["sparsity"] == 0 and "tuned: dense" in done.stdout

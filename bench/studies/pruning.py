@@ -6,7 +6,7 @@ Attention is that of the last tokens of what is read: --separate lets it see eac
 """
 
 import time
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field, fields, replace
 from typing import Annotated, Any, Iterator, Optional
 
 import mlx.core as mx
@@ -17,7 +17,7 @@ from rich.progress import track
 
 from ...attachment import watched_attention
 from ...config import PrefillConfig
-from ...engine import Engine
+from ...engine import Call, Engine
 from ...model.ffn import GatedFFN
 from ...neurons.compensators import Compensator
 from ...predictors.file import PredictorFile
@@ -27,6 +27,7 @@ from ..eval.arms import Arm
 from ..eval.evaluation import Record, evaluate
 from ..eval.summaries import summary
 from ..eval.tasks import Document, build
+from ..speed.ttft import ideal
 
 LAST = 64  # queries whose attention says who matters
 PROSE, FACTS = "continuation", "key-value"
@@ -78,6 +79,29 @@ class Oracle(Pruner):
         return 0.0
 
 
+@dataclass
+class Sampled(Pruner):
+    """What some of the neurons add beyond their guesses: one in ``every`` speaks for the others."""
+
+    ffns: list[GatedFFN]
+    compensator: Optional[Compensator]
+    every: int
+
+    def score(self, layer: int, x: mx.array, valid: Optional[mx.array]) -> mx.array:
+        ffn = self.ffns[layer]
+        some = mx.arange(self.every // 2, ffn.shape[1], self.every)
+        z = ffn.kept_activations(x.reshape(-1, x.shape[-1]), some)
+        if self.compensator is not None:
+            guess: Any = self.compensator(layer, x)
+            phi = guess.phi.reshape(len(z), -1)
+            z = z - phi @ mx.take(guess.u, some, axis=0).T.astype(z.dtype)
+        z = z.astype(mx.float32) * mx.take(ffn.down_norms(), some)
+        return mx.sum(mx.square(z), axis=-1).reshape(x.shape[:2])
+
+    def flops(self, tokens: int, d: int) -> float:
+        return 4.0 * tokens * d * (self.ffns[1].shape[1] // self.every)
+
+
 class OutOfReach(CentredNorm):
     """What of a token's FFN input the compensator's directions do not see."""
 
@@ -113,26 +137,43 @@ class Tap:
         return own(q, k, v, **more)
 
 
+class Mean(Engine):
+    """Tokens that skip get the mean output of those who stay: needs no weights."""
+
+    def forward(self, call: Call, layer: int, x: mx.array) -> mx.array:
+        if call.survivors is None or not self.prunes(layer):
+            return self.run(call, layer, x)
+        kept = self.who_stays(call, layer, x)
+        y = self.run(call.of(kept), layer, kept.take(x))
+        mean = mx.mean(y, axis=1, keepdims=True)
+        rest = mx.broadcast_to(mean, (len(x), x.shape[1] - kept.count, x.shape[2]))
+        return kept.put(y, rest)
+
+
 @dataclass(frozen=True)
 class Variant(Arm):
-    """Settings, with another importance and perhaps nothing instead of the FFN."""
+    """Settings, with another importance and perhaps something else instead of the FFN."""
 
     importance: str = "norm"
     tap: Tap = field(default_factory=Tap)
-    estimate: bool = True
+    instead: str = "estimate"
 
     def engine(
         self, model: nn.Module, predictor: Optional[PredictorFile]
     ) -> Optional[Engine]:
         engine = super().engine(model, predictor)
         assert engine is not None
-        if not self.estimate:
+        if self.instead != "estimate":
             engine = replace(engine, compensator=None)
+        if self.instead == "mean":
+            engine = Mean(**{f.name: getattr(engine, f.name) for f in fields(engine)})
         pruners: dict[str, Any] = {
             "norm": CentredNorm,
             "random": Random,
             "attention": lambda: Attention(self.tap.received, engine.edge),
             "oracle": lambda: Oracle(engine.ffns, engine.compensator),
+            "sampled": lambda: Sampled(engine.ffns, engine.compensator, 16),
+            "few sampled": lambda: Sampled(engine.ffns, engine.compensator, 64),
             "out of reach": lambda: OutOfReach(engine.compensator),
         }
         return replace(engine, pruner=pruners[self.importance]())
@@ -147,12 +188,21 @@ def arms(tap: Tap) -> Iterator[Variant]:
         yield Variant(f"neurons {sparsity:.0%}, tokens {share:.0%}", config)
     for share in (0.25, 0.5):
         config = PrefillConfig(0.0, prune_tokens=share)
-        for name in ("norm", "attention", "random", "oracle", "out of reach"):
+        for name in (
+            "norm",
+            "attention",
+            "random",
+            "oracle",
+            "out of reach",
+            "sampled",
+            "few sampled",
+        ):
             said = f"tokens {share:.0%} by {name}"
             yield Variant(said, config, importance=name, tap=tap)
             if name in ("norm", "random"):
-                plain = f"{said}, nothing instead"
-                yield Variant(plain, config, importance=name, tap=tap, estimate=False)
+                for instead in ("nothing", "mean"):
+                    other = f"{said}, {instead} instead"
+                    yield Variant(other, config, importance=name, instead=instead)
 
 
 def alone(documents: list[Document]) -> Iterator[Document]:
@@ -162,7 +212,8 @@ def alone(documents: list[Document]) -> Iterator[Document]:
             yield replace(d, questions=[question], prompts=[prompt])
 
 
-def line(label: str, records: list[Record]) -> str:
+def line(label: str, records: list[Record], speed: float) -> str:
+    """Name, FFN FLOPs skipped, speed-up by FLOPs, KL of prose, KL of answers, facts."""
     own = [r for r in records if r.arm == label]
     prose, facts = (
         summary([r for r in own if r.task == task], task) for task in (PROSE, FACTS)
@@ -170,7 +221,7 @@ def line(label: str, records: list[Record]) -> str:
     low, high = prose.kl_bounds or (prose.kl, prose.kl)
     found = round((facts.score_sparse or 0) * facts.scored)
     return (
-        f"{label:42} {prose.ffn_sparsity:6.1%}  {prose.kl:.4f} ({low:.4f}-{high:.4f})  "
+        f"{label:42} {prose.ffn_sparsity:6.1%}  {speed:.2f}  {prose.kl:.4f} ({low:.4f}-{high:.4f})  "
         f"{facts.kl:.4f}  {found} of {facts.scored}"
     )
 
@@ -186,7 +237,7 @@ def main(
     minutes: Annotated[float, typer.Option(help="Then it ends early.")] = 1e9,
     model: Optional[str] = None,
 ) -> None:
-    """FFN FLOPs skipped, KL of prose, KL of answers, facts found."""
+    """A line per arm: FFN FLOPs skipped, speed-up by FLOPs, KL of prose and answers, facts."""
     from ...cli.models import stock_model
 
     net, tokenizer, side = stock_model(model, "float32")
@@ -209,7 +260,9 @@ def main(
     dense = [r.score_dense for r in first if r.score_dense is not None]
     print(f"dense: {sum(dense):.0f} of {len(dense)} facts")
     for arm in chosen:
-        print(line(arm.label, records))
+        engine = arm.engine(net, side)
+        assert engine is not None
+        print(line(arm.label, records, ideal(net, engine, length)))
 
 
 if __name__ == "__main__":
