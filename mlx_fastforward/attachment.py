@@ -215,7 +215,7 @@ def _sparse_mlp(base: type) -> type:
     def run(self: Any, x: mx.array) -> mx.array:
         attached, layer = self._fastforward.attached, self._fastforward.layer
         call, d = attached.call, x.shape[-1]
-        if call is None or attached.engine.keep[layer] is None:
+        if call is None or not attached.engine.thins(layer):
             return base.__call__(self, x)
         rows, odd = divmod(x.size // d, call.split.plan.tokens)
         if odd:  # not the tokens of the call

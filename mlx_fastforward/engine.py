@@ -15,8 +15,9 @@ from .model.caches import Cache, Memory, is_empty, memory_of, valid_tokens
 from .model.ffn import Estimate, GatedFFN
 from .neurons.compensators import Compensator
 from .neurons.selectors import Selector, SelectorInputs, at_least_one, top_neurons
-from .tokens.flops import FlopCount, Shapes, count_call
+from .tokens.flops import FlopCount, Shapes, Skipping, count_call
 from .tokens.plan import CHUNK, Plan, plan_call, shortest_sparse
+from .tokens.pruning import FIRST, CentredNorm, Kept, Pruner, keep_best, survivors
 from .tokens.split import TokenSplit
 
 # Larger blocks do not need a larger dense head: 128 tokens are the paper's block. What follows a
@@ -26,11 +27,21 @@ EDGE, TAIL = 128, 256
 
 @dataclass
 class Call:
-    """One call of the model: what its layers share."""
+    """One call of the model: what its layers share.
+
+    survivors: How those are split who do not skip the FFN; None where nobody skips it.
+    """
 
     split: TokenSplit
     memory: Memory
     valid: Optional[mx.array] = None
+    survivors: Optional[TokenSplit] = None
+
+    def of(self, kept: Kept) -> "Call":
+        """The call of those who stay."""
+        assert self.survivors is not None
+        valid = None if self.valid is None else kept.take(self.valid)
+        return Call(self.survivors, self.memory, valid)
 
 
 @dataclass
@@ -73,11 +84,26 @@ class Engine:
     chosen: Optional[str] = None
     share: float = 1.0
     left_dense: Optional[str] = None
+    pruner: Pruner = CentredNorm()
 
     @property
     def sparse(self) -> bool:
         """Whether any prompt would be read sparsely."""
-        return any(self.keep) and not self.device.dense
+        return any(map(self.thins, range(len(self.ffns))))
+
+    @property
+    def neurons(self) -> list[Optional[int]]:
+        """``keep``; all None on a device on which no sparse FFN is faster."""
+        return [None] * len(self.keep) if self.device.dense else self.keep
+
+    def thins(self, layer: int) -> bool:
+        """Whether a layer runs fewer neurons or fewer tokens."""
+        return self.neurons[layer] is not None or self.prunes(layer)
+
+    def prunes(self, layer: int) -> bool:
+        """Whether tokens skip this layer's FFN."""
+        last = len(self.ffns) - 1  # a prefill never runs it
+        return self.config.prune_tokens > 0 and FIRST <= layer < last
 
     @property
     def block_size(self) -> int:
@@ -109,7 +135,8 @@ class Engine:
         """What runs, whatever was asked for."""
         compensator = self.compensator
         return {
-            "sparsity": self.config.sparsity if self.sparse else 0.0,
+            "sparsity": self.config.sparsity if any(self.neurons) else 0.0,
+            "prune_tokens": self.config.prune_tokens,
             "block_size": self.block_size,
             "selector": self.selector.name,
             "compensator": "none" if compensator is None else compensator.name,
@@ -169,7 +196,16 @@ class Engine:
     ) -> Call:
         """A call under a plan, for those who measure single layers too."""
         split = TokenSplit(plan, self.selector.probe_every)
-        return Call(split, memory or [{} for _ in self.ffns], valid)
+        stay = self.survivors(plan)
+        kept = stay and TokenSplit(stay, self.selector.probe_every)
+        return Call(split, memory or [{} for _ in self.ffns], valid, kept)
+
+    def survivors(self, plan: Plan) -> Optional[Plan]:
+        """The plan of those who do not skip the FFN; a decode step's token never does."""
+        if not self.config.prune_tokens or plan.tokens == 1:
+            return None
+        unit = self.selector.unit(self.block_size)
+        return survivors(plan, self.config.prune_tokens, self.block_size, unit)
 
     def plan(self, new: int, empty: bool, after: Optional[int]) -> Optional[Plan]:
         """plan_call() under this engine's settings."""
@@ -199,8 +235,12 @@ class Engine:
         self, count: FlopCount, batch: int, new: int, plan: Optional[Plan]
     ) -> None:
         """count_call() under this engine's settings."""
-        parts = (self.shapes, self.keep, self.selector, self.compensator)
-        count_call(count, (batch, new), plan, *parts)
+        skipping = None
+        if plan is not None and (stay := self.survivors(plan)) is not None:
+            pruned = [self.prunes(i) for i in range(len(self.ffns))]
+            skipping = Skipping(stay, pruned, self.pruner)
+        parts = (self.shapes, self.neurons, self.selector, self.compensator)
+        count_call(count, (batch, new), plan, *parts, skipping)
 
     def drop_unsupported(self) -> None:
         """Keep layers dense whose projections cannot be sliced, and say so once."""
@@ -215,6 +255,37 @@ class Engine:
 
     def forward(self, call: Call, layer: int, x: mx.array) -> mx.array:
         """The FFN of one layer under a call's plan. x: (B, L, d) -> (B, L, d)."""
+        if call.survivors is None or not self.prunes(layer):
+            return self.run(call, layer, x)
+        kept = self.who_stays(call, layer, x)
+        y = self.run(call.of(kept), layer, kept.take(x))
+        return kept.put(y, self.without_ffn(layer, kept.others(x)))
+
+    def who_stays(self, call: Call, layer: int, x: mx.array) -> Kept:
+        """The tokens that do not skip a layer's FFN. Padding goes first."""
+        plan, valid = call.split.plan, call.valid
+        assert call.survivors is not None
+        middle = slice(plan.start, plan.stop)
+        if valid is not None:
+            valid = valid[:, middle]
+        scores = self.pruner.score(layer, x[:, middle], valid)
+        if valid is not None:
+            scores = mx.where(valid > 0, scores, -mx.inf)
+        return keep_best(scores, plan, call.survivors.plan.tokens)
+
+    def without_ffn(self, layer: int, x: mx.array) -> mx.array:
+        """What tokens (B, n, d) get that skip the FFN: the compensator's estimate, or nothing."""
+        ffn, compensator = self.ffns[layer], self.compensator
+        if compensator is None or not compensator.whole or ffn.unsupported():
+            return mx.zeros_like(x)
+        guess = compensator(layer, x)
+        assert isinstance(guess, Estimate)
+        return ffn.guessed(guess, x.dtype)
+
+    def run(self, call: Call, layer: int, x: mx.array) -> mx.array:
+        """The FFN of all of a call's tokens, sparse where the layer is."""
+        if self.neurons[layer] is None:
+            return self.ffns[layer].activations_and_output(x)[1]
         inputs, exact = self.run_dense(call, layer, x)
         neurons = self.choose(layer, inputs)
         return self.apply(call, layer, inputs.blocks, exact, neurons, self.compensator)

@@ -184,10 +184,19 @@ def idle(model: nn.Module) -> bool:
 class OracleMLP(nn.Module):
     """A layer's FFN under the per-block oracle, in float64 and from the equations.
 
-    Everything is computed densely; in each sparse block only the K best neurons count.
+    Everything is computed densely; in each sparse block only the K best neurons count. ``stay``
+    tokens of start..stop run, those farthest from their mean; the others get nothing.
     """
 
-    def __init__(self, mlp: nn.Module, gelu: bool, start: int, stop: int, keep: int):
+    def __init__(
+        self,
+        mlp: nn.Module,
+        gelu: bool,
+        start: int,
+        stop: int,
+        keep: Optional[int],
+        stay: Optional[int] = None,
+    ):
         super().__init__()
         self.act = reference.gelu_tanh if gelu else reference.silu
         names = ["gate_proj", "up_proj", "down_proj"]
@@ -198,14 +207,23 @@ class OracleMLP(nn.Module):
         if len(w) == 2:
             w, b = [*np.split(w[0], 2), w[1]], [None, None, b[1]]
         self.weights, self.biases = (tuple(w), tuple(b))
-        self.sparse = range(start, stop, BLOCK)
+        self.middle = start, stop
         self.keep = keep
+        self.stay = stop - start if stay is None else stay
 
     def __call__(self, x: mx.array) -> mx.array:
         rows = [self._row(row) for row in float64(x)]
         return mx.array(np.stack(rows).astype(np.float32))
 
     def _row(self, x: np.ndarray) -> np.ndarray:
+        start, stop = self.middle
+        stay = reference.top_k(reference.far_from_mean(x[start:stop]), self.stay)
+        places = [*range(start), *(start + i for i in stay), *range(stop, len(x))]
+        y = np.zeros_like(x)
+        y[places] = self._sparse(x[places], range(start, start + self.stay, BLOCK))
+        return y
+
+    def _sparse(self, x: np.ndarray, blocks: range) -> np.ndarray:
         gate, up, down = self.weights
         gate_bias, up_bias, _ = self.biases
 
@@ -215,7 +233,7 @@ class OracleMLP(nn.Module):
             )
 
         y = run(x, None)
-        for i in self.sparse:
+        for i in blocks if self.keep else ():
             block = x[i : i + BLOCK]
             z = reference.activations(block, gate, up, self.act, gate_bias, up_bias)
             scores = reference.weighted(z, down)
@@ -224,16 +242,24 @@ class OracleMLP(nn.Module):
 
 
 def by_hand(
-    model: nn.Module, name: str, start: int, stop: int, keep: int | Sequence[int]
+    model: nn.Module,
+    name: str,
+    start: int,
+    stop: int,
+    keep: int | Sequence[Optional[int]],
+    stay: Optional[int] = None,
 ) -> nn.Module:
     """A copy of a plain model that prefills tokens start..stop sparsely, by itself.
 
-    The last layer stays dense; ``keep`` may be a number per layer.
+    The last layer stays dense; ``keep`` may be a number per layer, None for a dense one. ``stay``
+    of the tokens do not skip the FFN, in all layers but the first.
     """
     model = copy.deepcopy(model)
     for i, layer in enumerate(model.layers[:-1]):
         most = keep if isinstance(keep, int) else keep[i]
-        layer.mlp = OracleMLP(layer.mlp, "gemma" in name, start, stop, most)
+        layer.mlp = OracleMLP(
+            layer.mlp, "gemma" in name, start, stop, most, stay if i else None
+        )
     return model
 
 

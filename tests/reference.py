@@ -78,6 +78,13 @@ def token_wise(x: Array, w1: Array, w2: Array, bias: Array) -> Array:
     return np.concatenate([hidden.mean(axis=0), rms]) @ w2 + bias
 
 
+def far_from_mean(x: Array, real: Optional[Array] = None) -> Array:
+    """Squared distance of each token's FFN input from their mean; padding is nearest. -> (m,)."""
+    real = np.ones(len(x)) if real is None else real
+    mean = x[real > 0].mean(axis=0)
+    return np.where(real > 0, ((x - mean) ** 2).sum(axis=1), -np.inf)
+
+
 def top_k(scores: Array, k: int) -> list[int]:
     """The k largest of one block's scores, as ascending indices."""
     return sorted(np.argsort(-scores, kind="stable")[:k].tolist())

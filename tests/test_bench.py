@@ -87,7 +87,15 @@ def test_recall_is_the_share_of_the_oracles_neurons() -> None:
 
 
 BENCH = ["bench", "-n", 1]
-KEYS = ["context", "sparsity", "selector", "block_size", "strategy", "attention_block"]
+KEYS = [
+    "context",
+    "sparsity",
+    "prune_tokens",
+    "selector",
+    "block_size",
+    "strategy",
+    "attention_block",
+]
 
 
 @pytest.fixture(scope="module")
@@ -117,10 +125,11 @@ def test_the_table_the_picture_and_the_environment(
     """Without --contexts it is half of what this model allows."""
     png = tmp_path / "bench.png"
     args = ["--model", folder, "--block-sizes", 8, "--png", png]
+    args += ["--prune-tokens", 0.25]
     done, found = report(tmp_path, *BENCH, *args)
     assert re.search(r"^100 +probe 50%, block 8, chunk +\d", done.stdout, re.M)
     assert png.read_bytes().startswith(b"\x89PNG")
-    assert arms(found) == [(100, 0.5, "probe", 8, "chunk", 0)]
+    assert arms(found) == [(100, 0.5, 0.25, "probe", 8, "chunk", 0)]
     assert found["rows"][0]["ffn_flops_skipped"] > 0.1
     assert {"device", "blas", "mlx", "mlx_lm", "dtype"} <= set(found["environment"])
     assert found["environment"]["model"] == "tiny, 4 layers"
@@ -138,9 +147,9 @@ def test_the_predictor_beside_the_model_and_what_tuning_found(
     monkeypatch.setattr(first_use, "SMALLEST", 0)
     monkeypatch.setattr(tuned, "remembered", lambda key: device)
     found = report(tmp_path, *args)[1]
-    assert arms(found) == [(96, 0.5, "trained", 16, "columns", 32)]
+    assert arms(found) == [(96, 0.5, 0, "trained", 16, "columns", 32)]
     found = report(tmp_path, *args, "--predictor", "none", "--no-tune")[1]
-    assert arms(found) == [(96, 0.5, "probe", 128, "chunk", 0)]
+    assert arms(found) == [(96, 0.5, 0, "probe", 128, "chunk", 0)]
     device = DeviceSettings(dense=True)
     done, found = report(tmp_path, *args)
     assert found["rows"][0]["sparsity"] == 0 and "tuned: dense" in done.stdout
@@ -159,6 +168,7 @@ def test_the_predictor_beside_the_model_and_what_tuning_found(
         (["--contexts", "96,2017"], 2, "--contexts: 2,017 tokens are too many, the mo"),
         (["--block-sizes", "0"], 2, "--block-sizes must be at least 8, got '0'."),
         (["--contexts", "0"], 2, "--contexts must be at least 1"),
+        (["--prune-tokens", "1"], 2, "prune_tokens must be at least 0 and below 1"),
         (["--selectors", "magic"], 2, "selector must be one of "),
         (["--strategies", "fast"], 2, "strategy must be one of chunk, columns"),
         (["--json", "no/such/a.json"], 1, "no/such/a.json cannot be written: no such"),

@@ -78,6 +78,7 @@ def test_generate_with_the_demo_model() -> None:
     assert got["settings"] == {
         "model": "demo",
         "sparsity": 0.4,
+        "prune_tokens": 0.0,
         "block_size": 16,
         "selector": "trained",
         "compensator": "low-rank",

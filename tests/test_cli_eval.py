@@ -129,6 +129,11 @@ def test_what_arms_run_with_and_are_called(tmp_path: Path) -> None:
     assert alone == ["probe 50%"] and found["settings"]["predictor"] == "none"
     assert found["environment"]["dtype"] == "float16"
     more = ["--selectors", "oracle", "--compensators", "none", "--sparse-decode"]
+    shares = ["--predictor", "none", "--sparsities", "0,0.5", "--prune-tokens", "0,0.4"]
+    wanted = ["probe 0%", "probe 0% tokens 40%", "probe 50%", "probe 50% tokens 40%"]
+    assert labels(*shares) == wanted
+    skipped = [r["ffn_sparsity"] for r in found["records"]]
+    assert 0 == skipped[0] < skipped[1] < skipped[3] and skipped[2] < skipped[3]
     wanted = ["oracle 50% block 8", "oracle 50% block 16"]
     assert labels("--block-sizes", "8,16", *more) == wanted
     assert all(a["sparse_decode"] for a in found["arms"])

@@ -16,6 +16,8 @@ WHOLE = "a whole number"
 BAD: dict[tuple[str, str], list[Any]] = {
     ("sparsity", "at least 0 and below 1"): [-0.01, 1, 50, float("nan")],
     ("sparsity", "a number"): ["0.5", None, True],
+    ("prune_tokens", "at least 0 and below 1"): [-0.01, 1, float("nan")],
+    ("prune_tokens", "a number"): ["0.5", None, True],
     ("block_size", "at least 8"): [7, -128],
     ("block_size", WHOLE): [128.0, "128", True],
     ("shortest", WHOLE): [2.5],

@@ -57,6 +57,12 @@ def test_some_scores_by_hand() -> None:
     assert scores.f1("cat cat", ["cat"]) == pytest.approx(2 / 3)
     assert scores.exact("The Lantern.", ["lantern"]) == 1
     assert scores.exact("a lantern it is", ["lantern"]) == 0
+    assert scores.share("4821, then 17", ["17", "18", "4821", "1"]) == 0.5
+    assert scores.verbatim('so:\n  a =  f("b")', ['a = f("b")']) == 1
+    assert scores.verbatim("a = f('b')", ['a = f("b")']) == 0
+    wanted = ['{"code": "0017", "word": "lamp"}']
+    assert scores.fields('It is {"code": "0017", "word": "oil"}.', wanted) == 0.5
+    assert scores.fields('{"code": 17, "word": "lamp"', wanted) == 0  # not closed
     assert scores.first_line("\n 4821 \n\nWhat else?") == "4821"
 
 

@@ -9,8 +9,10 @@ import models
 import pytest
 from mlx_lm.utils import load_tokenizer
 
+from mlx_fastforward.bench.eval.planted import HARD
 from mlx_fastforward.bench.eval.prose import HELD_OUT, MARK
 from mlx_fastforward.bench.eval.qa import read_data
+from mlx_fastforward.bench.eval.scores import RULES, found
 from mlx_fastforward.bench.eval.tasks import (
     BUILT,
     FOLLOWING,
@@ -95,6 +97,37 @@ def test_quotes_are_sentences_of_the_text(documents: Documents) -> None:
             assert 4 <= len(begun.split()) <= 6
             assert f"{begun} {q.answers[0]}" in " ".join(d.text.split())
             assert q.answers[0].rstrip("\"'”’)")[-1] in ".!?" and q.depth is not None
+
+
+def test_hard_questions_can_be_answered_from_the_text() -> None:
+    """By looking for what is asked about, with nothing but the text and the question."""
+    made = build(TOKENIZER, list(HARD), [256, 600], 4)
+    assert [d.length for d in made] == 5 * ([256] * 4 + [600] * 4)
+    for d in made:
+        (q,) = d.questions
+        lines, asked = d.text.splitlines(), q.text
+        codes = dict(re.findall(r"secret code of (\w+) is (\d{4})\.", d.text))
+        if d.task == "counting":
+            who = re.findall(r"did (\w+) buy", asked)[0]
+            wanted = str(sum(f"{who} bought a " in line for line in lines))
+            assert q.answers[0] == wanted
+        elif d.task == "several":
+            wanted = " and ".join(
+                codes[n] for n in re.findall("[A-Z][a-z]+", asked)[1:]
+            )
+        elif d.task == "table":
+            who = re.findall(r"row of (\w+)", asked)[0]
+            (wanted,) = [line for line in lines if line.startswith(f"| {who} ")]
+        elif d.task == "code":
+            name = re.findall(r"sets (\w+)", asked)[0]
+            (wanted,) = [line for line in lines if line.strip().startswith(name)]
+        else:
+            who = re.findall(r"word of (\w+)\?", asked)[0]
+            (word,) = re.findall(rf"favourite word of {who} is (\w+)\.", d.text)
+            wanted = f'Here: {{"word": "{word}", "code": "{codes[who]}"}}'
+        rule = RULES.get(d.task, found)
+        assert rule(wanted, q.answers) == 1 and rule("none", q.answers) == 0, d.id
+        assert d.task == q.kind and (q.depth is None) != (d.task in ("table", "code"))
 
 
 def test_what_follows_a_continuation_is_the_book(documents: Documents) -> None:

@@ -50,6 +50,8 @@ def label(engine: Engine, block: bool = False) -> str:
     if engine.compensator is not None:
         parts += ["+", engine.compensator.name]
     parts.append(f"{100 * engine.config.sparsity:g}%")
+    if share := engine.config.prune_tokens:
+        parts.append(f"tokens {100 * share:g}%")
     if block:
         parts.append(f"block {engine.block_size}")
     return " ".join(parts)

@@ -32,8 +32,7 @@ class Record:
             of a continuation.
         top1: Share of these tokens where both would say the same next.
         nll_dense, nll_sparse: Nats per true token of a continuation.
-        score_dense, score_sparse: 0 to 1; token F1 for quote and qa, else whether the value stands
-            in the answer.
+        score_dense, score_sparse: 0 to 1, by the task's rule (scores.RULES).
         exact_dense, exact_sparse: 1 where the whole answer is right.
         ffn_sparsity: Share of the FFN FLOPs of the document's first prompt that was skipped.
     """
@@ -137,9 +136,11 @@ def _record(
     if document.following:
         nll = [_nll(x, document.following) for x in (p, q)]
         return replace(record, nll_dense=nll[0], nll_sparse=nll[1])
-    rule = scores.f1 if document.task in ("quote", "qa") else scores.found
+    rule = scores.RULES.get(document.task, scores.found)
     score = [rule(t, question.answers) for t in texts]
     exact = [scores.exact(t, question.answers) for t in texts]
+    if document.task in ("several", "json"):
+        exact = [float(s == 1) for s in score]
     return replace(
         record,
         score_dense=score[0],

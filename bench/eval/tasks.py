@@ -13,32 +13,17 @@ from typing import Any, Iterator, Optional, Sequence
 from ...errors import ConfigError
 from ...generation import encode_prompt
 from ...session import render as render_template
-from ...train.facts import CODE, NAMES, QUOTE, WORD, WORDS, asked, planted
+from ...train.facts import QUOTE
+from .planted import HARD, Question, single
 from .prose import HELD_OUT, filler, fit, passages, sentence_ends
 from .qa import Asked, read_data
 
 BUILT = ("continuation", "needle", "key-value", "quote", "chat")
-TASKS = (*BUILT, "qa")
+TASKS = (*BUILT, *HARD, "qa")
 FOLLOWING = 64  # true tokens after a continuation's prompt
 ROOM = 148  # tokens of the context that are left for answers and follow-up questions
 SHORTEST = 256  # a shorter prompt does not hold the facts and the question
-DEPTHS = (0.5, 0.25, 0.75, 0.0, 1.0)  # the end and the beginning are read densely
 TEMPLATE = {"enable_thinking": False}  # thoughts would not end within --max-tokens
-
-
-@dataclass(frozen=True)
-class Question:
-    """What is asked, and the answers that are right.
-
-    Args:
-        kind: secret code, favourite word, prose, quote or qa.
-        depth: Where in the document the answer stands, 0 to 1; None if unknown.
-    """
-
-    text: str
-    answers: list[str]
-    kind: str
-    depth: Optional[float] = None
 
 
 @dataclass(frozen=True)
@@ -136,21 +121,11 @@ def plant(text: str, facts: list[tuple[float, str]]) -> str:
 def _planted(
     tokenizer: Any, task: str, length: int, i: int, rng: random.Random
 ) -> Document:
-    """needle: one fact at a given depth; key-value: three to six anywhere; chat: three."""
-    if task == "needle":
-        depths = [DEPTHS[i % len(DEPTHS)]]
+    """Prose with facts in it, and the questions about them."""
+    if task in HARD:
+        facts, questions = HARD[task](rng)
     else:
-        count = 3 if task == "chat" else rng.randint(3, 6)
-        depths = [round(rng.random(), 3) for _ in range(count)]
-    kind = rng.choice((CODE, WORD))
-    if kind == CODE:
-        values = [f"{code:04}" for code in rng.sample(range(10_000), len(depths))]
-    else:
-        values = rng.sample(WORDS, len(depths))
-    facts, questions = [], []
-    for name, value, depth in zip(rng.sample(NAMES, len(depths)), values, depths):
-        facts.append((depth, planted(kind, name, value)))
-        questions.append(Question(asked(kind, name), [value], kind, depth))
+        facts, questions = single(task, i, rng)
     prose = filler(rng, 8 * length)
     first = questions[:1] if task == "chat" else questions
     text = fit(

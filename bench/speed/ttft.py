@@ -40,6 +40,7 @@ class Row:
 
     context: int
     sparsity: float
+    prune_tokens: float
     block_size: int
     selector: str
     strategy: str
@@ -164,6 +165,7 @@ def row(
     return Row(
         context,
         settings["sparsity"],
+        settings["prune_tokens"],
         settings["block_size"],
         settings["selector"],
         settings["strategy"],
@@ -187,13 +189,14 @@ def row(
 
 def arm_name(row: Row) -> str:
     """Short, for tables and pictures."""
-    if not row.sparsity:
+    if not row.sparsity and not row.prune_tokens:
         return "tuned: dense"
-    parts = [
-        f"{row.selector} {row.sparsity:.0%}",
-        f"block {row.block_size}",
-        row.strategy,
-    ]
+    parts = []
+    if row.sparsity:
+        parts.append(f"{row.selector} {row.sparsity:.0%}")
+    if row.prune_tokens:
+        parts.append(f"tokens {row.prune_tokens:.0%}")
+    parts += [f"block {row.block_size}", row.strategy]
     if row.attention_block:
         parts.append(f"attention by {row.attention_block}")
     return ", ".join(parts)

@@ -51,6 +51,7 @@ def bench(
         o.opt("Prompt tokens. Default: 512,1024,2048,4096, as the model allows."),
     ] = None,
     sparsities: Annotated[str, o.opt("Shares of FFN neurons dropped.")] = "0.5",
+    prune_tokens: o.PruneShares = "0",
     block_sizes: Annotated[Optional[str], o.opt("Default: the tuned one.")] = None,
     selectors: Annotated[
         str, o.opt("auto, trained, probe, first-block, oracle.")
@@ -110,9 +111,10 @@ def bench(
         if sizes:
             check_lengths_of("--contexts", sizes, net, DECODED)
         configs = [
-            PrefillConfig(s, selector=name, compensator=compensator)
+            PrefillConfig(s, selector=name, compensator=compensator, prune_tokens=share)
             for name in selectors.split(",")
             for s in numbers("--sparsities", sparsities, float)
+            for share in numbers("--prune-tokens", prune_tokens, float)
         ]
         blocks = numbers("--block-sizes", block_sizes, int, 8) if block_sizes else None
         ways = strategies.split(",") if strategies else None

@@ -25,6 +25,7 @@ def chat(
     adapter_path: o.AdapterPath = None,
     trust_remote_code: o.TrustRemoteCode = False,
     sparsity: o.AutoSparsity = "auto",
+    prune_tokens: o.PruneTokens = 0.0,
     block_size: o.BlockSize = None,
     no_tune: o.NoTune = False,
     selector: o.Selector = "auto",
@@ -59,6 +60,7 @@ def chat(
         load = partial(
             load_model,
             sparsity=share,
+            prune_tokens=prune_tokens,
             block_size=block_size,
             selector=selector,
             trust_remote_code=trust_remote_code,

@@ -222,8 +222,10 @@ def banner(chat: Chat) -> None:
     if engine.device.dense:
         mode += ", the fastest on this device; --no-tune runs sparsely"
     if engine.sparse:
-        mode = f"{engine.config.sparsity:.0%} of FFN neurons dropped per "
+        mode = f"{engine.settings()['sparsity']:.0%} of FFN neurons dropped per "
         mode += f"{engine.block_size} tokens, selector {engine.selector.name}"
+        if skip := engine.config.prune_tokens:
+            mode += f"; {skip:.0%} of the tokens skip FFNs"
         if engine.share < 1:
             mode += f"; within reach: {engine.share:.0%} of the FFN FLOPs"
     chat.console.print(Text("mlx_fastforward chat", style="bold"))

@@ -29,6 +29,7 @@ def evaluate(
     ] = "auto",
     compensators: Annotated[str, o.opt("auto, none, mlp, low-rank.")] = "auto",
     sparsities: Annotated[str, o.opt("Shares of FFN neurons dropped.")] = "0.5",
+    prune_tokens: o.PruneShares = "0",
     block_sizes: Annotated[
         Optional[str],
         o.opt(
@@ -42,8 +43,8 @@ def evaluate(
     tasks: Annotated[
         Optional[str],
         o.opt(
-            "continuation, needle, key-value, quote, chat, qa. Default: all, qa with --data. "
-            "Or LongBench's or MMLU's."
+            "continuation, needle, key-value, quote, chat: the default; qa with --data; hard ones: "
+            "counting, several, table, code, json. Or LongBench's or MMLU's."
         ),
     ] = None,
     longbench: Annotated[
@@ -95,6 +96,8 @@ def evaluate(
 
       mlx_fastforward eval --sparsities 0.3,0.5 --tasks key-value,chat --lengths 1900 --prompts 32
 
+      mlx_fastforward eval --sparsities 0,0.5 --prune-tokens 0.1,0.25
+
       mlx_fastforward eval --data questions.jsonl --tasks qa
     """
     with one_line_errors(), interruptible():
@@ -110,10 +113,12 @@ def evaluate(
                 compensator=compensator,
                 schedule=schedule,
                 sparse_decode=sparse_decode,
+                prune_tokens=share,
             )
             for selector in selectors.split(",")
             for compensator in compensators.split(",")
             for sparsity in numbers("--sparsities", sparsities, float)
+            for share in numbers("--prune-tokens", prune_tokens, float)
             for block in blocks
         ]
         benchmark = chosen(longbench, mmlu, limit, lengths, png)

@@ -77,7 +77,8 @@ def _table(title: str, *columns: str) -> Table:
 
 
 def _scores(found: Any) -> Table:
-    title = "Scores: share of answers that hold the value; quote and qa: token F1"
+    title = "Scores: share of answers that hold the value; quote and qa: token F1; "
+    title += "table and code: copied exactly"
     names = ("dense", "sparse", "difference", "95 % interval", "exact")
     table = _table(title, "arm", "task", "questions", *names)
     for arm, s in _named(table, found):

@@ -12,6 +12,7 @@ from ..model.families import Heads, Mixer, prefilled
 from ..neurons.compensators import Compensator
 from ..neurons.selectors import Selector
 from .plan import Plan
+from .pruning import Pruner
 from .split import TokenSplit
 
 Shapes = Sequence[tuple[int, int]]  # (d, f) of every layer's FFN
@@ -31,6 +32,21 @@ class FlopCount:
     def sparsity(self) -> float:
         """Share of the dense FFN FLOPs that was skipped; selection and compensation are paid."""
         return 1 - self.run / self.dense if self.dense else 0.0
+
+
+@dataclass(frozen=True)
+class Skipping:
+    """Tokens of a call that skip FFNs.
+
+    Args:
+        survivors: The plan of those who stay.
+        layers: Whether tokens skip it, for every layer.
+        pruner: Who scores them.
+    """
+
+    survivors: Plan
+    layers: Sequence[bool]
+    pruner: Pruner
 
 
 def dense_ffn(tokens: int, d: int, f: int) -> float:
@@ -62,6 +78,7 @@ def count_call(
     keep: Sequence[Optional[int]],
     selector: Selector,
     compensator: Optional[Compensator],
+    skipping: Optional[Skipping] = None,
 ) -> None:
     """Add one call to a count.
 
@@ -69,18 +86,24 @@ def count_call(
         tokens: Rows of the call, and tokens per row.
         plan: None where the call ran densely.
         keep: Neurons that each layer keeps, None for a dense layer.
+        skipping: None where every token stays.
     """
     batch, new = tokens
     for layer, ((d, f), kept) in enumerate(prefilled(list(zip(shapes, keep)))):
-        whole = batch * dense_ffn(new, d, f)
-        count.dense += whole
-        count.run += whole
-        if plan is None or kept is None:
+        count.dense += batch * dense_ffn(new, d, f)
+        here, stay = plan, new
+        if plan is not None and skipping is not None and skipping.layers[layer]:
+            here, stay = skipping.survivors, skipping.survivors.tokens
+            count.run += batch * skipping.pruner.flops(plan.stop - plan.start, d)
+            if compensator is not None and compensator.whole:
+                count.run += batch * compensator.flops(layer, new - stay, d, 0)
+        count.run += batch * dense_ffn(stay, d, f)
+        if here is None or kept is None:
             continue
-        split = TokenSplit(plan, selector.probe_every)
+        split = TokenSplit(here, selector.probe_every)
         saved = dense_ffn(split.sparse_tokens, d, f - kept)
         paid = overhead(split, layer, d, f, kept, selector, compensator)
-        count.run += batch * plan.blocks * (paid - saved)
+        count.run += batch * here.blocks * (paid - saved)
 
 
 def other_than_ffn(layers: Sequence[Mixer], heads: Heads, tokens: int) -> float:

@@ -80,13 +80,13 @@ def plan_call(
     room = new - head - least_tail
     if room < max(2, min(block_size, edge)):
         return None
-    blocks, length = _cut(room, block_size, unit)
+    blocks, length = cut(room, block_size, unit)
     if length < 1:
         return None
     return Plan(head, blocks, length, new - head - blocks * length)
 
 
-def _cut(room: int, block_size: int, unit: int) -> tuple[int, int]:
+def cut(room: int, block_size: int, unit: int) -> tuple[int, int]:
     """How many equal blocks, and how long: of about ``block_size``, and leaving little over."""
     near = max(1, (2 * room + block_size) // (2 * block_size))
     cuts = [(n, room // n // unit * unit) for n in (near, max(1, room // block_size))]
