@@ -44,9 +44,7 @@ def engine_for(
     given = importances is not None
     if importances is None and predictor is not None:
         importances = predictor.importances
-    schedule = _schedule(config, predictor, importances)
-    if given and config.schedule == "auto":
-        schedule = "layerwise"
+    schedule = _schedule(config, predictor, importances, given)
     engine = Engine(
         config,
         ffns,
@@ -67,12 +65,17 @@ def _schedule(
     config: PrefillConfig,
     predictor: Optional[PredictorFile],
     importances: Optional[Sequence[float]],
+    given: bool,
 ) -> str:
-    """What "auto" means here; raises ConfigError where a schedule lacks what it needs."""
+    """What "auto" means here; raises ConfigError where a schedule lacks what it needs.
+
+    Args:
+        given: The importances were handed over, to be used.
+    """
     curves = None if predictor is None else predictor.curves
     if config.schedule == "measured" and curves is None:
         raise ConfigError(
-            "schedule measured needs a predictor file with curves, as eval --save "
+            "schedule measured needs a predictor file with curves, as train and eval --save "
             "measure them; use schedule auto, first-dense or uniform."
         )
     if config.schedule == "layerwise" and importances is None:
@@ -82,9 +85,9 @@ def _schedule(
         )
     if config.schedule != "auto":
         return config.schedule
-    if curves is not None:
-        return "measured"
-    return "uniform" if importances is None else "layerwise"
+    if given:
+        return "layerwise"
+    return "first-dense" if curves is None else "measured"
 
 
 def _budgets(

@@ -52,8 +52,8 @@ class PrefillConfig:
         selector: "auto" takes the trained predictor if there is one, else "probe".
         compensator: "auto" takes the predictor's if there is one.
         schedule: Neurons per layer: "measured" by what their loss costs, "layerwise" by attention
-            (algorithm 1), "first-dense" or "uniform". "auto" is the first of measured, layerwise and
-            uniform for which what it needs is known.
+            (algorithm 1), "first-dense" or "uniform". "auto" is measured where a predictor file
+            has what that needs, else first-dense.
         dense_head: Keep the first block (128 tokens at most) of an empty cache dense: attention sinks.
         dense_tail: Keep the end of the prompt dense: 256 tokens, one block where blocks are smaller
             than 128.

@@ -98,8 +98,9 @@ def tiny(
 
 
 def settings(**more: Any) -> PrefillConfig:
-    """Half of the neurons, blocks of eight tokens."""
-    return PrefillConfig(**{"sparsity": 0.5, "block_size": BLOCK, **more})
+    """Half of the neurons in every layer, blocks of eight tokens."""
+    usual = {"sparsity": 0.5, "block_size": BLOCK, "schedule": "uniform"}
+    return PrefillConfig(**{**usual, **more})
 
 
 def token_ids(n: int, seed: int = 0, vocab: int = VOCAB) -> list[int]:

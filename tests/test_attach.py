@@ -123,7 +123,8 @@ def test_layers_of_other_widths() -> None:
         engine = attach(model, settings(selector=selector))
         assert_sparse(model, plain)
         assert_whole(model, engine, plain)
-    engine = attach(model, settings(selector="first-block"), importances=[4, 1, 1, 9])
+    given = settings(selector="first-block", schedule="auto")
+    engine = attach(model, given, importances=[4, 1, 1, 9])
     assert engine.keep == [None, 48, 32, None]  # (0.5 * 3 - 1) / 2 = 1/4 each
 
 

@@ -159,7 +159,7 @@ def test_curves_of_a_file_make_the_budgets(folder: Path) -> None:
     model = tiny("llama")
     auto = PrefillConfig(0.5, 8)
     before = engine_for(model, auto, load_predictor(folder))
-    assert before.schedule == "uniform" and before.keep[0] == FFN // 2
+    assert before.schedule == "first-dense" and before.keep[0] is None
     update_predictor(folder, curves=asdict(CURVES))
     predictor = load_predictor(folder)
     assert predictor.curves == CURVES
@@ -226,7 +226,7 @@ def test_auto_takes_the_largest_that_passes(
 ) -> None:
     details = {"verified": {"rows": rows}}
     predictor = PredictorFile({}, details=details)  # type: ignore[arg-type]
-    sparsity, why = chosen(predictor)
+    sparsity, why = chosen(details)
     assert sparsity == wanted
     known = any("kl" in r for r in rows)
     assert (why == UNVERIFIED) == (not known)

@@ -30,7 +30,7 @@ def tiny(tmp_path_factory: pytest.TempPathFactory) -> list[Any]:
     """Flags for a model that loads in no time; its answers are gibberish."""
     model = models.tiny("llama", vocab=4096, tie_word_embeddings=False)
     folder = models.save_folder(model, tmp_path_factory.mktemp("chat") / "tiny")
-    return ["--model", folder, "--block-size", "8"]
+    return ["--model", folder, "--block-size", "8", "--sparsity", "0.9"]
 
 
 def chat(lines: str, flags: list[Any], code: int = 0) -> tuple[str, list[str]]:

@@ -221,5 +221,5 @@ def test_save_keeps_what_auto_goes_by(
     model, _ = load(str(tiny), sparsity="auto")
     engine = engine_of(model)
     assert engine is not None and (engine.config.sparsity, engine.chosen) == chosen(
-        file
+        file.details
     )

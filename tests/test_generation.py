@@ -117,7 +117,8 @@ def test_ffn_sparsity_is_that_of_the_whole_prompt_and_of_no_other() -> None:
     # 49 tokens of 50 in one call: five blocks from the first on, then the tail
     assert second[0].ffn_sparsity == pytest.approx(5 * 8 / 2 / 50, rel=1e-9)
     assert sparsity(model, token_ids(10)) == 0.0
-    attach(model, first_block, importances=[8.0, 1.0, 1.0, 5.0])
+    given = settings(selector="first-block", schedule="auto")
+    attach(model, given, importances=[8.0, 1.0, 1.0, 5.0])
     # layer 0 stays dense, the others keep a quarter
     share = 80 / 101 * 3 / 4 * (192 + 128) / (128 + 192 + 128)
     assert sparsity(model) == pytest.approx(share, rel=1e-9)

@@ -61,7 +61,7 @@ def test_load_is_mlx_lms_load_and_attach(folder: Path) -> None:
     assert tokenizer.encode("Keawe") == models.demo_tokenizer().encode("Keawe")
     plain, _ = mlx_lm.load(str(folder))
     for sparsity in (0.0, 0.25):
-        config = models.settings(sparsity=sparsity, selector="oracle")
+        config = ff.PrefillConfig(sparsity, models.BLOCK, selector="oracle")
         model = loaded(folder, sparsity=sparsity, selector="oracle")
         assert engine_of(model).config == config
         ff.attach(plain, config)

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from predictor_files import BASE, BOTH, FOREIGN, cached, one_line, own_cache, put
+from predictor_files import BASE, BOTH, FOREIGN, cached, edit, one_line, own_cache, put
 
 from mlx_fastforward import hub
 from mlx_fastforward.errors import FastForwardError, PredictorError
@@ -73,13 +73,26 @@ def test_the_newest_one_for_the_model_is_taken(home: Path, model: Path) -> None:
     assert source(model, None, foreign) == str(home / "foreign")
 
 
+def test_one_that_is_no_better_than_none(home: Path, model: Path) -> None:
+    """Used where it is named, not by itself."""
+    older, newer = put(home / "older", time=1), put(home / "newer", time=2)
+    rows = [{"sparsity": 0.5, "kl": 0.01, "facts": 0.7, "facts_dense": 0.8}]
+    for without, chosen in ((0.02, newer), (0.005, older)):
+        table = {"rows": rows, "without": {**rows[0], "kl": without}}
+        edit(newer, verified=table)
+        os.utime(newer / JSON_NAME, (2, 2))
+        assert source(model) == str(chosen)
+    assert search.named_predictor(str(newer)) is not None
+
+
 def test_damaged_ones_of_the_user(home: Path, model: Path) -> None:
     """Passed over where nobody knows whose they are, else refused: no silent loss."""
     mine, damaged = put(home / "mine", time=1), put(home / "damaged")
     for content in DAMAGED_JSON:
         (damaged / JSON_NAME).write_bytes(content)
         os.utime(damaged / JSON_NAME, (2, 2))
-        assert not search.fits(damaged, BASE) and search.fits(mine, BASE)
+        assert not search.fits(search.details(damaged), BASE)
+        assert search.fits(search.details(mine), BASE)
         assert source(model) == str(mine)
     (put(damaged, time=2) / TENSORS_NAME).write_bytes(b"")
     assert str(damaged) in refusal(model)

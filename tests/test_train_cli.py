@@ -13,13 +13,17 @@ from pathlib import Path
 from typing import Any
 
 import mlx.core as mx
+import mlx.nn as nn
 import models
 import pytest
 from typer.testing import CliRunner, Result
 
-from mlx_fastforward.cli import app
+from mlx_fastforward.bench.eval import verify
+from mlx_fastforward.cli import app, train_end
 from mlx_fastforward.predictors.base import BaseModel
+from mlx_fastforward.predictors.file import load_predictor
 from mlx_fastforward.predictors.search import predictor_for
+from mlx_fastforward.predictors.verified import better_than_none
 from mlx_fastforward.train import estimate, report
 from mlx_fastforward.train import run as run_module
 from mlx_fastforward.train import state as state_module
@@ -56,10 +60,15 @@ def last_line(stderr: str) -> str:
     return line.removeprefix("mlx_fastforward: ")
 
 
+def model_of(context: int) -> nn.Module:
+    """With 512 tokens there is no room for what verifies a predictor, nor for its time."""
+    return models.tiny("llama", vocab=4096, max_position_embeddings=context)
+
+
 @pytest.fixture(scope="module")
 def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("models") / "tiny model"
-    return models.save_folder(models.tiny("llama", vocab=4096), folder)
+    return models.save_folder(model_of(512), folder)
 
 
 @pytest.fixture
@@ -72,7 +81,7 @@ def flags(tiny: Path, out: Path, monkeypatch: Patch) -> Flags:
     """No folder is read, no picture drawn, and little judged: these take longest."""
 
     def load_model(*args: Any, **kwargs: Any) -> tuple[Any, Any]:
-        return models.tiny("llama", vocab=4096), models.demo_tokenizer()
+        return model_of(512), models.demo_tokenizer()
 
     monkeypatch.setattr(train_module, "load_model", load_model)
     monkeypatch.setattr(report, "picture", lambda path, found: path.write_bytes(b""))
@@ -100,13 +109,22 @@ def test_a_run(tiny: Path, tmp_path: Path, monkeypatch: Patch) -> None:
     monkeypatch.setenv("MLX_FASTFORWARD_HOME", str(tmp_path / "home"))
     for module in (run_module, state_module):
         monkeypatch.setattr(module, "HELD_OUT", 2)
+    monkeypatch.setattr(train_end, "DOCUMENTS", 2)
+    monkeypatch.setattr(verify, "SPARSITIES", (0.5, 0.7))
+    tiny = models.save_folder(model_of(700), tmp_path / "tiny model")
     done = good("--tokens", 4096, "--length", 600, "--steps", 4, "--model", tiny)
     out = tmp_path / "home" / "predictors" / "tiny-model"
     assert left(out) == FILES
     assert (out / "report.png").read_bytes().startswith(b"\x89PNG\r\n\x1a\n")
-    found = predictor_for(str(tiny), BaseModel.of(models.tiny("llama", vocab=4096)))
-    assert found is not None and found.source == str(out)
-    assert found.base.name == "tiny model"
+    found = load_predictor(out)
+    assert found.base.name == "tiny model" and found.curves is not None
+    table = found.details["verified"]
+    assert [r["sparsity"] for r in table["rows"]] == [0.5, 0.7]
+    assert table["without"]["sparsity"] == 0.5 and table["prompt_tokens"] == 552
+    assert table["documents"] == 2 and table["questions"] > 0
+    better = better_than_none(found.details)
+    chosen = predictor_for(str(tiny), BaseModel.of(model_of(700)))
+    assert (chosen is not None) == better
     told = done.stdout.splitlines()
     assert re.fullmatch(r"4,\d{3} tokens, 0\.\d minutes\. On held-out text:", told[0])
     assert re.fullmatch(r"recall of the best half .*: [567]\d\.\d%", told[1])
@@ -115,7 +133,11 @@ def test_a_run(tiny: Path, tmp_path: Path, monkeypatch: Patch) -> None:
     for arm, line in zip(arms, told[3:6]):
         values = r"KL \d\.\d{4}, top-1 agreement \d+\.\d%"
         assert re.fullmatch(rf"at 50 %, {arm}: {values}", line)
-    assert told[6:] == [f"predictor: {out} (with report.json and report.png)"]
+    assert told[6] == f"predictor: {out} (with report.json and report.png)"
+    assert "no predictor" in done.stdout
+    assert told[-1].startswith(
+        "Next: " if better else "On held-out text it did no better"
+    )
     (line,) = done.stderr.splitlines()
     assert line.startswith("Up to 4,096 tokens; 0.00 GB of disk in ")
 
@@ -203,7 +225,7 @@ def test_a_predictor_that_is_there_is_replaced_only_when_told(
     flags: Flags, out: Path
 ) -> None:
     """And not before the new one is finished; going on and starting anew are told apart."""
-    models.save_random_predictor(models.tiny("llama", vocab=4096), out)
+    models.save_random_predictor(model_of(512), out)
     before = [(out / name).read_bytes() for name in FILES[:2]]
     assert bad(1, *flags) == (
         f"{out} holds a predictor file: --overwrite replaces it, "
@@ -222,11 +244,11 @@ def test_the_advice_for_a_small_disk_fits_it(
 ) -> None:
     monkeypatch.setattr(estimate, "free_disk", lambda folder: size)
     flags += ["--length", 1920]
-    line = bad(1, *flags, "--tokens", 10**7)
-    wanted = r"10,000,000 tokens take \d\.\d GB of disk, 0\.0 GB are free for "
+    line = bad(1, *flags, "--tokens", 10**6)
+    wanted = r"1,000,000 tokens take \d\.\d GB of disk, 0\.0 GB are free for "
     match = re.match(wanted + rf"{tmp_path / 'out'}; try --tokens (\d+)\.$", line)
     assert match is not None and left(tmp_path) == []
-    monkeypatch.setattr(estimate, "seconds", lambda run: {})
+    monkeypatch.setattr(estimate, "seconds", lambda run, reads: {})
     good(*flags, "--tokens", match[1], "--dry-run")
 
 
@@ -236,7 +258,8 @@ def test_a_dry_run_writes_nothing_and_forgets_nothing(flags: Flags, out: Path) -
     done = good(*dry)
     first, second, third = done.stderr.splitlines()
     assert first.startswith("Up to 4,096 tokens; ")
-    phases = ("capture", "predictors", "compensators", "judgement")
+    phases = ("capture", "predictors", "compensators", "curves", "judgement")
+    phases += ("verifying",)
     told = ", ".join(rf"{phase} \d+\.\d" for phase in phases)
     assert re.fullmatch(rf"About \d+\.\d minutes: {told}\.", second)
     assert third == "--minutes 3 cuts that short."
@@ -252,13 +275,69 @@ def test_ctrl_c(flags: Flags, out: Path) -> None:
     for place in (train_module, "load_model"), (estimate, "seconds"):
         assert interrupted(*place, *flags, "--dry-run") == "stopped."
     wanted = f"stopped; the same command goes on from {out / WORK}."
-    for method in ("predictors", "compensators", "write"):
+    for method in ("predictors", "compensators", "curves"):
         assert interrupted(Run, method, *flags) == wanted
         assert WORK in left(out) and not set(FILES[:2]) & set(left(out))
-    for last in ("write_report", "save_predictor", "forget"):
+    for last in ("write_report", "write", "forget"):
         assert interrupted(run_module, last, *flags) == wanted
-    good(*flags)  # though the predictor was written
+    line = interrupted(verify, "verify", *flags)  # the predictor was written
+    assert line.startswith("stopped; the predictor is made, and not verified: ")
+    assert f"eval --save --predictor {out} --model " in line
     assert left(out) == FILES
+
+
+LITTLE = (
+    "expected 1,024 at least, better a hundred times as many: name more with --data."
+)
+
+
+def test_little_text(flags: Flags, tmp_path: Path) -> None:
+    """Next to none is refused; a little is read a few times, and that is said."""
+    (file := tmp_path / "a.txt").write_text("The ship sailed on. " * 200)
+    told = bad(1, *flags, "--data", file)
+    assert told == f"the data holds about 1,000 tokens; {LITTLE}"
+    file.write_text("The ship sailed on. " * 300)
+    done = good(*flags, "--data", file, "--tokens", 9000, "--dry-run")
+    assert done.stderr.startswith(
+        "The data holds about 1,500 tokens: each is read about 4 times, 6,000 in all instead of "
+        "9,000."
+    )
+
+
+def test_too_few_minutes(flags: Flags, out: Path, monkeypatch: Patch) -> None:
+    monkeypatch.setattr(estimate, "least_minutes", lambda run, reads: 2.3)
+    told = bad(2, *flags, "--minutes", 2)
+    assert told == (
+        "--minutes 2 is too little for this model on this machine: expected 3 at least."
+    )
+    assert left(out) == []
+    good(*flags, "--minutes", 3)
+
+
+@pytest.mark.parametrize(
+    "row, without, told",
+    [
+        ((0.004, 0.8), (0.009, 0.8), "Next: mlx_fastforward chat --model m (skips 50%"),
+        ((0.012, 0.8), (0.013, 0.8), "It is better than no predictor, but no sparsity"),
+        ((0.004, 0.8), (0.003, 0.8), "On held-out text it did no better than no"),
+        ((0.004, 0.7), (0.005, 0.8), "On held-out text it did no better than no"),
+    ],
+)
+def test_what_was_reached(
+    row: Any, without: Any, told: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """In plain words; and search passes over what is no better than none."""
+    keys = {"sparsity": 0.5, "facts_dense": 0.81}
+    nothing = {"kl_bounds": None, "facts_difference_bounds": None, "speedup": 1.2}
+    own, none = (
+        {**keys, **nothing, "kl": kl, "facts": facts} for kl, facts in (row, without)
+    )
+    found = {"rows": [own], "without": none, "documents": 8}
+    found |= {"prompt_tokens": 1900, "questions": 30}
+    made = {"tokens": 1, "recall": [0.7], "error_removed": [], "from_dense": None}
+    train_end.conclude({"calibration": made}, found, Path("out"), "m", 60)
+    assert capsys.readouterr().out.splitlines()[-1].startswith(told)
+    assert better_than_none({"verified": found}) != told.startswith("On held-out")
 
 
 def test_another_run_is_not_gone_on_with(flags: Flags, out: Path) -> None:

@@ -17,7 +17,7 @@ import pytest
 from mlx_fastforward import PredictorError, attach, load_predictor
 from mlx_fastforward.attachment import reading
 from mlx_fastforward.predictors.base import BaseModel
-from mlx_fastforward.train import descent, estimate, quality, report
+from mlx_fastforward.train import curves, descent, estimate, quality, report
 from mlx_fastforward.train import run as run_module
 from mlx_fastforward.train import state as state_module
 from mlx_fastforward.train.capture import capture
@@ -46,6 +46,7 @@ def short(monkeypatch: Patch) -> None:
     """Few and short sequences to judge on, and no picture: matplotlib takes longest."""
     monkeypatch.setattr(quality, "SHORTEST", 40)
     monkeypatch.setattr(quality, "TOKENS", 8)
+    monkeypatch.setattr(curves, "TOKENS", 8)
     few_held_out(2, monkeypatch)
     monkeypatch.setattr(run_module, "IMPORTANCE_SAMPLES", 1)
     monkeypatch.setattr(report, "picture", lambda path, found: path.write_bytes(b""))
@@ -128,8 +129,8 @@ def assert_same(out: Path, wanted: dict[str, mx.array]) -> None:
 
 def curve_of(out: Path) -> list[list[float]]:
     """(step, loss, recall) of the dense stage, from the report."""
-    curves = json.loads((out / "report.json").read_text())["curves"]
-    return list(curves["dense"])
+    descents = json.loads((out / "report.json").read_text())["descents"]
+    return list(descents["dense"])
 
 
 Whole = Callable[[Settings], dict[str, mx.array]]
@@ -214,7 +215,7 @@ def test_what_the_file_says_of_itself(tmp_path: Path) -> None:
     assert list(found["from_dense"]) == arms
     told = json.loads((tmp_path / "report.json").read_text())
     assert told.pop("importance") == load_predictor(tmp_path).importances
-    curve = told.pop("curves")["dense"]
+    curve = told.pop("descents")["dense"]
     assert [step for step, _, _ in curve] == list(range(1, 9)) and told == made
 
 
@@ -227,7 +228,8 @@ def test_the_phases_and_their_ticks(tmp_path: Path) -> None:
     prepared(tmp_path, SEQUENTIAL, tick)()
     whats = ("capture", "predictors", "compensators")
     stages = [f"{what} {stage}" for stage in ("dense", "sparse") for what in whats]
-    assert list(ticks) == ["capture held-out", *stages, "importances", "judgement"]
+    last = ["importances", "curves", "judgement"]
+    assert list(ticks) == ["capture held-out", *stages, *last]
     for phase, seen in ticks.items():
         done = [d for d, _ in seen]
         assert done == sorted(done) and len({t for _, t in seen}) == 1, phase
@@ -471,7 +473,8 @@ def test_time_is_told_and_nothing_written(tmp_path: Path) -> None:
     run = prepared(tmp_path / "out", parts=parts)
     before = np.array(run.net.w1)
     found = estimate.seconds(run)
-    assert list(found) == ["capture", "predictors", "compensators", "judgement"]
+    whole = ["capture", "predictors", "compensators", "curves", "judgement"]
+    assert list(found) == [*whole, "verifying"] and found.pop("verifying") == 0
     assert all(0 < s < np.inf for s in found.values())
     assert not (tmp_path / "out").exists()
     assert np.array_equal(np.array(run.net.w1), before)
@@ -481,12 +484,17 @@ def test_the_report_is_json_and_a_picture(tmp_path: Path, monkeypatch: Patch) ->
     """Of two stages, one without a curve, no compensator, any name."""
     monkeypatch.undo()
     found = {
-        "base_model": {"name": "US$ model^$"},
+        "base_model": {"name": "US$ model^$", "ffn_size": 64},
         "calibration": {"tokens": 12, "recall": [0.7, 0.8], "error_removed": []},
-        "curves": {"dense": [[1, 3.5, 0.5], [2, 3.25, 0.55]], "sparse": []},
+        "descents": {"dense": [[1, 3.5, 0.5], [2, 3.25, 0.55]], "sparse": []},
         "importance": [0.5, 0.75, 1.0],
     }
-    report.write_report(tmp_path, found)
-    assert json.loads((tmp_path / "report.json").read_text()) == found
-    png = (tmp_path / "report.png").read_bytes()
-    assert png.startswith(b"\x89PNG\r\n\x1a\n") and len(png) > 10_000
+    kl = [[0.1, 0.3], [0.001, 0.002]]
+    sizes = []
+    for curves in ({}, {"curves": {"levels": [0.3, 0.6], "kl": kl, "source": {}}}):
+        report.write_report(tmp_path, found | curves)
+        assert json.loads((tmp_path / "report.json").read_text()) == found | curves
+        png = (tmp_path / "report.png").read_bytes()
+        assert png.startswith(b"\x89PNG\r\n\x1a\n")
+        sizes.append(len(png))
+    assert 10_000 < sizes[0] < sizes[1]

@@ -1,5 +1,6 @@
 """What a few sparsities cost, for a predictor file to carry: prose, planted facts, FLOPs."""
 
+import time
 from dataclasses import asdict, dataclass
 from typing import Any, Callable, Optional
 
@@ -11,6 +12,7 @@ from ...engine import Engine
 from ...errors import FastForwardError
 from ...model.families import context_length
 from ...predictors.file import PredictorFile
+from ...predictors.verified import USUAL
 from ..environment import describe
 from ..speed.ttft import ideal
 from .arms import Arm
@@ -20,6 +22,7 @@ from .summaries import Summary, summary
 from .tasks import build, default_lengths
 
 SPARSITIES = (0.3, 0.4, 0.5, 0.6, 0.7)
+UNTRAINED = "no predictor"
 PROSE, FACTS = "continuation", "key-value"
 
 
@@ -52,6 +55,17 @@ def prompt_length(model: nn.Module, engine: Engine) -> int:
     return length
 
 
+def tokens_read(
+    model: nn.Module, predictor: Optional[PredictorFile], documents: int
+) -> int:
+    """Prompt tokens that verify() reads; 0 where the model's context is too short for it."""
+    try:
+        length = prompt_length(model, engine_for(model, None, predictor))
+    except FastForwardError:
+        return 0
+    return documents * length * len((PROSE, FACTS)) * (len(SPARSITIES) + 2)
+
+
 def verify(
     model: nn.Module,
     tokenizer: Any,
@@ -59,11 +73,19 @@ def verify(
     documents: int = 8,
     device: DeviceSettings = DeviceSettings(),
     tick: Callable[[int, int], None] = lambda done, total: None,
+    late: Callable[[], bool] = lambda: False,
 ) -> dict[str, Any]:
-    """The table of a detached model, and what it was measured on; see prompt_length()."""
+    """The table of a detached model, and what it was measured on; see prompt_length().
+
+    Args:
+        documents: Of prose, and as many of facts; once ``late()``, two of each at least.
+    """
+    start = time.perf_counter()
     length = prompt_length(model, engine_for(model, None, predictor, device=device))
     asked = build(tokenizer, [PROSE, FACTS], [length], documents)
     arms = [Arm(f"{s:.0%}", PrefillConfig(s), device) for s in SPARSITIES]
+    if predictor is not None and predictor.layers is not None:
+        arms.append(_untrained(device))
     total, done = sum(d.length for d in asked) * (len(arms) + 1), 0
 
     def progress(tokens: int) -> None:
@@ -71,21 +93,39 @@ def verify(
         done += tokens
         tick(done, total)
 
-    records = evaluate(model, tokenizer, asked, arms, predictor, progress)
-    rows = []
+    records: list[Record] = []
+    for done_pairs, pair in enumerate(zip(asked[:documents], asked[documents:])):
+        if done_pairs >= 2 and late():
+            documents = done_pairs
+            break
+        records += evaluate(model, tokenizer, pair, arms, predictor, progress)
+    tick(total, total)
+    rows = {}
     for arm in arms:
         engine = arm.engine(model, predictor)
-        assert engine is not None and arm.config is not None
+        assert engine is not None
         speed = ideal(model, engine, length)
-        rows.append(_row(arm.config.sparsity, arm.label, records, speed))
+        row = _row(engine.config.sparsity, arm.label, records, speed)
+        rows[arm.label] = asdict(row)
+    without = rows.pop(UNTRAINED, None)
     return {
-        "rows": [asdict(row) for row in rows],
+        "rows": [*rows.values()],
+        "without": without,
         "prompt_tokens": length,
         "documents": documents,
-        "questions": sum(len(d.questions) for d in asked if d.task == FACTS),
+        "questions": sum(r.task == FACTS and r.arm == arms[0].label for r in records),
         "block_size": device.block_size,
+        "seconds": round(time.perf_counter() - start, 1),
         "environment": describe(),
     }
+
+
+def _untrained(device: DeviceSettings) -> Arm:
+    """What would run at the usual sparsity if there were no predictor file."""
+    config = PrefillConfig(
+        USUAL, selector="probe", compensator="none", schedule="first-dense"
+    )
+    return Arm(UNTRAINED, config, device)
 
 
 def _row(sparsity: float, label: str, records: list[Record], speed: float) -> Row:

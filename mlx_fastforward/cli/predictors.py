@@ -55,6 +55,8 @@ def _same(predictor: Any, base: Any) -> bool:
 
 def summary(predictor: Any) -> list[str]:
     """What a predictor holds, in a few lines."""
+    from ..predictors.verified import rows
+
     b = predictor.base
     parts = []
     if predictor.layers:
@@ -67,13 +69,26 @@ def summary(predictor: Any) -> list[str]:
         parts.append(f"{kind} compensator {_ranks(predictor.details, 'compensator')}")
     if predictor.importances:
         parts.append("importances")
+    if predictor.curves:
+        parts.append("curves")
     lines = [
         f"for {b.name}: {b.sizes()}",
         f"{'; '.join(parts) or 'nothing'} ({_size(predictor)})",
     ]
     if (recall := _recall(predictor.details)) is not None:
         lines.append(f"recall of the best neurons {recall:.0%}, as its maker measured")
+    if rows(predictor.details):
+        lines.append(_verified(predictor.details))
     return lines
+
+
+def _verified(details: dict[str, Any]) -> str:
+    from ..predictors.verified import better_than_none, chosen
+
+    if not better_than_none(details):
+        return "no better than none on held-out text: used only where it is named"
+    sparsity, _ = chosen(details)
+    return f"verified: --sparsity auto takes {sparsity:.0%}"
 
 
 def _size(predictor: Any) -> str:

@@ -1,21 +1,30 @@
 """mlx_fastforward train: fit a predictor on this machine."""
 
 import time
+from math import ceil, inf
 from pathlib import Path
 from typing import Annotated, Any, Optional
 
 from rich.console import Console
-from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.progress import (
+    BarColumn,
+    Progress,
+    SpinnerColumn,
+    TextColumn,
+    TimeElapsedColumn,
+)
 
 from ..files import expanded
 from . import options as o
 from .errors import fail, interruptible, one_line_errors
 from .inputs import check_choice
 from .models import load_model, public_name
+from .train_end import DOCUMENTS, conclude, verified
 
 PREDICTORS = ("token-wise", "pooled")
 SCORES = ("relative", "weighted", "plain")
 COMPENSATORS = ("low-rank", "mlp", "none")
+LEAST = 4096  # tokens
 
 
 def train(
@@ -37,7 +46,7 @@ def train(
         Optional[int],
         o.opt(
             "Tokens to read. Default: 400,000, fewer if they take more than 16 GB of disk.",
-            min=4096,
+            min=LEAST,
         ),
     ] = None,
     minutes: Annotated[
@@ -77,7 +86,7 @@ def train(
     ] = False,
     trust_remote_code: o.TrustRemoteCode = False,
 ) -> None:
-    """Fit predictors and a compensator for a model, on this machine.
+    """Fit predictors and a compensator for a model, on this machine, and measure what they cost.
 
     Ctrl-C stops; the same command goes on where it was.
 
@@ -92,10 +101,10 @@ def train(
         check_choice("--score", score, SCORES)
         check_choice("--compensator", compensator, COMPENSATORS)
         from ..attachment import detach
+        from ..bench.eval.verify import tokens_read
         from ..predictors.base import BaseModel
         from ..predictors.file import JSON_NAME
         from ..predictors.search import default_folder
-        from ..train import estimate
         from ..train.data import Sequences, open_corpus
         from ..train.run import WORK, Run
         from ..train.state import Settings, forget
@@ -114,8 +123,9 @@ def train(
             fail(
                 f"{out} holds a predictor file: --overwrite replaces it, --out puts the new one elsewhere."
             )
+        console = Console(stderr=True, highlight=False)
         settings = Settings(
-            tokens or estimate.default_tokens(base),
+            _tokens(tokens, corpus, base, console),
             length,
             minutes,
             steps,
@@ -128,7 +138,6 @@ def train(
             seed=seed or 0,
             data=", ".join(data) if data else "bundled",
         )
-        console = Console(stderr=True, highlight=False)
         if restart and not dry_run:
             forget(out / WORK)
         parts = [
@@ -137,10 +146,14 @@ def train(
         ]
         with _progress(console) as tick:
             run = Run(net, name, (parts[0], parts[1]), out, settings, tick)
-            _announce(run, console, new=dry_run or not run.state.tokens)
+            new = dry_run or not run.state.tokens
+            _announce(run, console, new)
+            reads = tokens_read(net, None, DOCUMENTS)
             if dry_run:
-                _dry_run(run, console)
+                _dry_run(run, console, reads)
                 return
+            if new and minutes:
+                _enough(run, reads)
             start = time.perf_counter()
             try:
                 report = run()
@@ -148,7 +161,48 @@ def train(
                 fail(f"stopped; the same command goes on from {out / WORK}.", 130)
             except OSError as e:
                 fail(f"{out} cannot be written: {str(e.strerror or e).rstrip('.')}.")
-        _conclude(report, out, time.perf_counter() - start)
+            left = minutes - sum(run.state.seconds.values()) / 60 if minutes else inf
+            try:
+                found = verified(net, tokenizer, out, left, tick)
+            except KeyboardInterrupt:
+                how = f"mlx_fastforward eval --save --predictor {out}"
+                how += f" --model {model}" if model else ""
+                fail(f"stopped; the predictor is made, and not verified: {how}.", 130)
+        conclude(report, found, out, model, time.perf_counter() - start)
+
+
+def _tokens(asked: Optional[int], corpus: Any, base: Any, console: Console) -> int:
+    """What is read; refuses where there is next to no text, says where there is little."""
+    from ..train import estimate
+    from ..train.data import PASSES
+
+    wanted = asked or estimate.default_tokens(base)
+    most = corpus.most_tokens
+    if most < LEAST:
+        fail(
+            f"the data holds about {most // PASSES:,} tokens; expected {LEAST // PASSES:,} at "
+            "least, better a hundred times as many: name more with --data."
+        )
+    if most < wanted:
+        console.print(
+            f"The data holds about {most // PASSES:,} tokens: each is read about {PASSES} times, "
+            f"{most:,} in all instead of {wanted:,}.",
+            soft_wrap=True,
+        )
+    return int(min(wanted, most))
+
+
+def _enough(run: Any, reads: int) -> None:
+    """Refuse --minutes in which nothing useful can be made."""
+    from ..train import estimate
+
+    least, asked = estimate.least_minutes(run, reads), run.settings.minutes
+    if asked < least:
+        fail(
+            f"--minutes {asked:g} is too little for this model on this machine: "
+            f"expected {ceil(least)} at least.",
+            2,
+        )
 
 
 def _announce(run: Any, console: Console, new: bool) -> None:
@@ -173,13 +227,14 @@ def _announce(run: Any, console: Console, new: bool) -> None:
     )
 
 
-def _dry_run(run: Any, console: Console) -> None:
+def _dry_run(run: Any, console: Console, reads: int) -> None:
     """Time a little of everything, and say how long all would take."""
     from ..train import estimate
 
-    found = estimate.seconds(run)
+    found = estimate.seconds(run, reads)
     parts = ", ".join(f"{phase} {s / 60:.1f}" for phase, s in found.items())
-    console.print(f"About {sum(found.values()) / 60:.1f} minutes: {parts}.")
+    total = sum(found.values()) / 60
+    console.print(f"About {total:.1f} minutes: {parts}.", soft_wrap=True)
     if run.settings.minutes:
         console.print(f"--minutes {run.settings.minutes:g} cuts that short.")
 
@@ -190,35 +245,27 @@ def _progress(console: Console) -> Any:
     @contextlib.contextmanager
     def shown() -> Any:
         bar = Progress(
+            SpinnerColumn(),
             TextColumn("{task.description:<12}"),
             BarColumn(),
             TextColumn("{task.percentage:>3.0f}%"),
-            TimeRemainingColumn(),
+            TimeElapsedColumn(),
             TextColumn("{task.fields[details]}"),
             console=console,
             disable=not console.is_terminal,
         )
         tasks: dict[str, Any] = {}
+        total_of: dict[str, float] = {}
 
         def tick(phase: str, done: float, total: float, details: str) -> None:
             if phase not in tasks:
                 tasks[phase] = bar.add_task(phase, total=total, details=details)
+                total_of[phase] = total
+            for earlier in tasks.keys() - {phase}:  # short of its share, perhaps
+                bar.update(tasks[earlier], completed=total_of[earlier])
             bar.update(tasks[phase], completed=done, total=total, details=details)
 
         with bar:
             yield tick
 
     return shown()
-
-
-def _conclude(report: dict[str, Any], out: Path, seconds: float) -> None:
-    found = report["calibration"]
-    recall = sum(found["recall"]) / len(found["recall"])
-    print(f"{found['tokens']:,} tokens, {seconds / 60:.1f} minutes. On held-out text:")
-    print(f"recall of the best half of the neurons: {recall:.1%}")
-    if removed := found["error_removed"]:
-        share = sum(removed) / len(removed)
-        print(f"error removed by the compensator, mean of the layers: {share:.0%}")
-    for arm, row in (found["from_dense"] or {}).items():
-        print(f"at 50 %, {arm}: KL {row['kl']:.4f}, top-1 agreement {row['top1']:.1%}")
-    print(f"predictor: {out} (with report.json and report.png)")

@@ -1,4 +1,4 @@
-"""The table of verified sparsities, as eval --save prints it."""
+"""The table of verified sparsities, as train and eval --save print it."""
 
 from typing import Any, Optional
 
@@ -13,15 +13,16 @@ def show_verified(found: dict[str, Any]) -> None:
     table = Table(
         "sparsity", "KL of prose", "planted facts", "speed by FLOPs", "passes"
     )
-    for row in found["rows"]:
+    without = found.get("without")
+    for row in [*found["rows"], *([without] if without else [])]:
         facts = f"{row['facts']:.3f}, dense {row['facts_dense']:.3f}"
         facts += _bounds(row["facts_difference_bounds"], "+.3f")
         table.add_row(
-            f"{row['sparsity']:.0%}",
+            f"{row['sparsity']:.0%}" + (", no predictor" if row is without else ""),
             f"{row['kl']:.4f}{_bounds(row['kl_bounds'], '.4f')}",
             facts,
             f"{row['speedup']:.2f}x",
-            "yes" if passes(row) else "no",
+            "" if row is without else "yes" if passes(row) else "no",
         )
     Console(width=100, highlight=False).print(table)
     print(

@@ -4,13 +4,14 @@ import json
 import os
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Iterator, Optional
+from typing import Any, Iterator, Optional
 
 from .. import hub
 from ..errors import PredictorError
 from ..files import expanded
 from .base import BaseModel
 from .file import JSON_NAME, TENSORS_NAME, PredictorFile, load_predictor
+from .verified import better_than_none
 
 NONE = "none"
 
@@ -44,11 +45,12 @@ def predictor_for(
 ) -> Optional[PredictorFile]:
     """The predictor to use when nobody named one: beside the model, else the user's newest for it.
 
-    Raises PredictorError where the chosen one is damaged.
+    One of the user's that did no better than none at all is passed over. Raises PredictorError where the chosen one is damaged.
     """
     if (beside := beside_model(model, revision)) is not None:
         return load_predictor(beside)
-    fitting = [p for p in own_folders() if fits(p, base)]
+    own = ((folder, details(folder)) for folder in own_folders())
+    fitting = [p for p, d in own if fits(d, base) and better_than_none(d)]
     newest = max(fitting, key=lambda p: (p / JSON_NAME).stat().st_mtime, default=None)
     return load_predictor(newest) if newest is not None else None
 
@@ -76,13 +78,21 @@ def own_folders() -> list[Path]:
         return []
 
 
-def fits(folder: Path, base: BaseModel) -> bool:
-    """Whether the JSON says so; damaged JSON fits nothing."""
+def details(folder: Path) -> dict[str, Any]:
+    """A predictor file's JSON; empty where it is damaged."""
     try:
-        info = json.loads((folder / JSON_NAME).read_text(encoding="utf-8"))
-        return bool(info["base_model"]["fingerprint"] == base.fingerprint)
-    except (OSError, ValueError, KeyError, TypeError, RecursionError):
+        found = json.loads((folder / JSON_NAME).read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError):
+        return {}
+    return found if isinstance(found, dict) else {}
+
+
+def fits(details: dict[str, Any], base: BaseModel) -> bool:
+    """Whether a file's JSON says that it is for this model."""
+    made_for = details.get("base_model")
+    if not isinstance(made_for, dict):
         return False
+    return bool(made_for.get("fingerprint") == base.fingerprint)
 
 
 @dataclass(frozen=True)

@@ -9,12 +9,16 @@ AUTO = "auto"
 USUAL = 0.5  # where nothing was verified
 # What may be lost: KL in nats per token of prose that goes on, and share of planted facts.
 MOST_KL, MOST_FACTS = 0.01, 0.03
-UNVERIFIED = "not verified for this model: mlx_fastforward eval --save"
+UNVERIFIED = "not verified for this model: mlx_fastforward train, or eval --save"
 
 
-def rows(predictor: Optional[PredictorFile]) -> list[dict[str, Any]]:
-    """The table by ascending sparsity; empty where there is none, or none that can be read."""
-    section = {} if predictor is None else predictor.details.get("verified")
+def rows(details: dict[str, Any]) -> list[dict[str, Any]]:
+    """The table by ascending sparsity; empty where there is none, or none that can be read.
+
+    Args:
+        details: A predictor file's JSON.
+    """
+    section = details.get("verified")
     found = section.get("rows") if isinstance(section, dict) else None
     found = found if isinstance(found, list) else []
     good = [r for r in found if isinstance(r, dict) and _complete(r)]
@@ -34,9 +38,23 @@ def passes(row: dict[str, Any]) -> bool:
     return bool(row["kl"] <= MOST_KL and lost <= MOST_FACTS + 1e-9)
 
 
-def chosen(predictor: Optional[PredictorFile]) -> tuple[float, str]:
+def better_than_none(details: dict[str, Any]) -> bool:
+    """Whether a file is worth using by itself: at 50 % it did no worse than no file at all.
+
+    Without a comparison it is.
+    """
+    section = details.get("verified")
+    without = section.get("without") if isinstance(section, dict) else None
+    own = [r for r in rows(details) if r["sparsity"] == USUAL]
+    if not own or not isinstance(without, dict) or not _complete(without):
+        return True
+    lost = without["facts"] - own[0]["facts"]
+    return bool(own[0]["kl"] <= without["kl"] and lost <= MOST_FACTS + 1e-9)
+
+
+def chosen(details: dict[str, Any]) -> tuple[float, str]:
     """The largest sparsity that passes with all below it, and why, in a few words."""
-    table = rows(predictor)
+    table = rows(details)
     if not table:
         return USUAL, UNVERIFIED
     best = None
@@ -62,4 +80,4 @@ def resolved(
         return sparsity, None
     if sparsity != AUTO:
         raise ConfigError(f"sparsity must be a number or {AUTO!r}, got {sparsity!r}.")
-    return chosen(predictor)
+    return chosen({} if predictor is None else predictor.details)

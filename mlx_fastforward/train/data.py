@@ -38,6 +38,8 @@ TEXT = {
 PIECE = 4096  # bytes between the places where a passage may begin
 HELD_SHARE = 20  # one passage in so many is held out
 BYTES_PER_TOKEN = 6  # read rather too much than too little
+USUAL_BYTES_PER_TOKEN = 4
+PASSES = 4  # that a run makes over a text, at most
 
 
 class DataError(FastForwardError, ValueError):
@@ -62,8 +64,10 @@ class Corpus:
     def __init__(self, paths: list[Path]):
         self.passages: list[Place] = []
         self.lines: list[Place] = []
+        self.size = 0  # bytes
         for path in paths:
             for file in _files(path):
+                self.size += file.stat().st_size
                 if file.suffix == ".jsonl":
                     self.lines += _line_starts(file)
                 else:
@@ -74,6 +78,11 @@ class Corpus:
             raise DataError(
                 f"no text in {names}; expected text files, JSONL, or folders of them."
             )
+
+    @property
+    def most_tokens(self) -> int:
+        """What a run takes from it, about: every text a few times."""
+        return PASSES * self.size // USUAL_BYTES_PER_TOKEN
 
     def passage(self, place: Place, length: int) -> str:
         """About ``length`` bytes of text from the next paragraph, or sentence, on."""

@@ -10,12 +10,15 @@ from ..errors import PredictorError
 from ..predictors.base import BaseModel
 from ..predictors.file import MLP
 from .capture import capture
+from .curves import trials
 from .low_rank import SOLVED_AT_ONCE, fit_low_rank
 from .reconstruction import marked
-from .run import FIT_TOKENS, Run
+from .run import CAPTURE, FIT_TOKENS, PREDICTORS, Run
 from .state import HELD_OUT, Settings
 from .store import BLOCKS
 
+# Fitted on less, predictors are hardly better than none.
+LEAST_TOKENS, LEAST_STEPS = 16_384, 200
 DISK = 16e9  # bytes that a run takes unless it is told otherwise
 MOST_TOKENS = 400_000
 MLP_PASSES = 5
@@ -62,8 +65,12 @@ def memory(base: BaseModel, settings: Settings) -> float:
     return float(max(capturing, predicting, compensating))
 
 
-def seconds(run: Run) -> dict[str, float]:
-    """Time of each phase without --minutes, from one sequence, a few steps and one layer."""
+def seconds(run: Run, verifying: int = 0) -> dict[str, float]:
+    """Time of each phase without --minutes, from one sequence, a few steps and one layer.
+
+    Args:
+        verifying: Prompt tokens that are read for the table at the end.
+    """
     settings, layers = run.settings, len(run.ffns)
     some = (run.sequences[i] for i in range(100))
     ids = next((x for x in some if x.size >= settings.block_size), None)
@@ -86,5 +93,29 @@ def seconds(run: Run) -> dict[str, float]:
         passes = MLP_PASSES if settings.compensator == MLP else 1
         share = passes * min(FIT_TOKENS, settings.tokens) / ids.size
         found["compensators"] = (time.perf_counter() - start) * share * layers
+    start = time.perf_counter()
+    mx.eval(run.model(ids[None]))
+    pass_per_token = (time.perf_counter() - start) / ids.size
+    # a trial of a curve runs what lies behind its layer: half of the model
+    found["curves"] = pass_per_token * settings.held_out * len(trials(layers)) / 2
     found["judgement"] = 5 * per_token * settings.held_out
+    found["verifying"] = pass_per_token * verifying
     return found
+
+
+def least_minutes(run: Run, verifying: int) -> float:
+    """The least --minutes that make sense for a run."""
+    settings = run.settings
+    most = seconds(run, verifying)
+    parts = {
+        "capture": min(1.0, LEAST_TOKENS / settings.tokens),
+        "predictors": min(1.0, LEAST_STEPS / settings.steps),
+        "compensators": min(1.0, LEAST_TOKENS / settings.tokens),
+        "curves": settings.length / settings.held_out,
+        "judgement": min(1.0, 2 * settings.length / settings.held_out),
+        "verifying": 1.0,
+    }
+    least = {phase: s * min(1.0, parts[phase]) for phase, s in most.items()}
+    shares = {"capture": CAPTURE, "predictors": PREDICTORS}
+    slowest = max(least[phase] / share for phase, share in shares.items())
+    return max(sum(least.values()), slowest) / 60

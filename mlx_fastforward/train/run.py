@@ -1,13 +1,15 @@
-"""The run: capture, predictors, compensators, importances, judgement, predictor file.
+"""The run: capture, predictors, compensators, importances, curves, judgement, predictor file.
 
 Every phase can be interrupted, killed included, and goes on from its last saved state: captured
-sequences are files, a descent is saved every so often, compensators layer by layer.
+sequences are files, a descent is saved every so often, compensators layer by layer, curves
+sequence by sequence.
 """
 
 import functools
+import itertools
 import random
 import time
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any, Callable, Iterator, Optional
 
@@ -26,14 +28,17 @@ from ..neurons.compensators import (
     MLPCompensator,
     MLPWeights,
 )
+from ..neurons.schedule import Curves
 from ..predictors.base import BaseModel
-from ..predictors.file import MLP, PredictorFile, save_predictor
+from ..predictors.file import MLP, PredictorFile
 from .capture import capture, ffns_of
+from .curves import Meter
 from .data import Sequences
 from .descent import Curve, Descent
 from .importance import importances
 from .low_rank import fit_low_rank
 from .mlp import ACTIVATION, BLOCKS, fit_mlp
+from .output import information, write
 from .predictor import KINDS, RATE, loss, weights_of
 from .quality import drift, recall
 from .reconstruction import Blocks, error_left, marked
@@ -48,7 +53,8 @@ LEVELS = (0.3, 0.4, 0.5, 0.6)  # sparsities that one compensator serves
 LEVEL = 0.5  # the one that is judged
 FIT_TOKENS = 100_000  # the closed forms need no more
 # Parts of --minutes; what is left is for importances and judgement.
-HELD, CAPTURE, PREDICTORS, COMPENSATORS = 0.05, 0.25, 0.3, 0.15
+HELD, CAPTURE, PREDICTORS, COMPENSATORS, CURVES = 0.04, 0.2, 0.25, 0.1, 0.15
+VERIFYING = 0.15  # of the table that the command makes when the file is written
 
 Tick = Callable[[str, float, float, str], None]
 
@@ -87,17 +93,20 @@ class Run:
 
     def __call__(self) -> dict[str, Any]:
         """All that is not done yet; writes the file and returns its report."""
-        curves: dict[str, Curve] = {}
+        descents: dict[str, Curve] = {}
         self.capture("held-out")
         for stage in self.stages:
             self.capture(stage)
-            curves[stage] = self.predictors(stage)
+            descents[stage] = self.predictors(stage)
             self.compensators(stage)
         self.importances()
-        info = self.information(self.judge())
-        extra = {"curves": curves, "importance": self.state.importance}
+        predictor = self.fitted_file(self.stages[-1]).astype(self.dtype)
+        predictor = replace(predictor, curves=self.curves(predictor))
+        findings = self.judge(predictor)
+        info = information(self.base, self.settings, self.state, predictor, findings)
+        extra = {"descents": descents, "importance": self.state.importance}
         write_report(self.out, info | extra)
-        self.write(info)
+        write(self.out, predictor, info)
         forget(self.work)
         return info
 
@@ -167,7 +176,7 @@ class Run:
         if below is None:
             return capture(self.model, ids, block, score)
         level = random.Random(f"{self.settings.seed} level {i}").choice(LEVELS)
-        config = PrefillConfig(level, block, selector="trained")
+        config = PrefillConfig(level, block, selector="trained", schedule="uniform")
         engine = engine_for(self.model, config, below)
         with seated(self.model, engine), reading(self.model, len(ids)):
             return capture(self.model, ids, block, score)
@@ -327,15 +336,37 @@ class Run:
             self.state.save("importances")
             self.tick("importances", 1, 1, "")
 
-    def judge(self) -> dict[str, Any]:
+    def curves(self, predictor: PredictorFile) -> Optional[Curves]:
+        """What each layer's sparsity costs, held out; None where no sequence is long enough."""
+        state, meter = self.state, Meter(
+            self.model, predictor, self.settings.block_size
+        )
+        late = self.seconds(CURVES)
+        while state.measured < HELD_OUT:
+            if state.costs and state.seconds.get("curves", 0.0) > late:
+                break
+            ids, done = self.held[state.measured], state.measured
+            trials = itertools.count(1)
+
+            def tick() -> None:
+                share = next(trials) / len(meter.trials)
+                self.tick("curves", done + share, HELD_OUT, "")
+
+            if ids.size >= meter.shortest:
+                state.costs.append(meter.costs(ids, tick))
+            state.measured += 1
+            state.save("curves")
+        self.tick("curves", HELD_OUT, HELD_OUT, "")
+        return meter.curves(state.costs) if state.costs else None
+
+    def judge(self, predictor: PredictorFile) -> dict[str, Any]:
         """Recall and error removed per layer, and the distance from the dense model, held out."""
         captured = [store.load(i) for store, i in self.held_out()]
-        predictor = self.fitted_file(self.stages[-1]).astype(self.dtype)
         assert predictor.layers is not None
         found = recall(prefilled(predictor.layers), captured)
         sequences = [(self.held.kind(i), self.held[i]) for i in range(HELD_OUT)]
         spent = sum(self.state.seconds.values())
-        end = time.perf_counter() + self.seconds(1) - spent
+        end = time.perf_counter() + self.seconds(1 - VERIFYING) - spent
         distance = drift(
             self.model,
             predictor,
@@ -362,39 +393,3 @@ class Run:
         compensator = self._compensator(stage, *layers)
         importance = self.state.importance
         return PredictorFile(self.base, predictors, compensator, importance, {}, "")
-
-    def write(self, info: dict[str, Any]) -> None:
-        """The predictor file, in the base model's dtype."""
-        predictor = self.fitted_file(self.stages[-1]).astype(self.dtype)
-        tensors = {"importance": mx.array(predictor.importances or [])}
-        parts: dict[str, Any] = {"predictor": predictor.layers or []}
-        if predictor.compensator is not None:
-            parts["compensator"] = predictor.compensator.layers
-        for part, layers in parts.items():
-            for i, weights in enumerate(layers):
-                for name, value in vars(weights).items():
-                    if isinstance(value, mx.array):
-                        tensors[f"layers.{i}.{part}.{name}"] = value
-        save_predictor(self.out, info, tensors)
-
-    def information(self, findings: dict[str, Any]) -> dict[str, Any]:
-        settings, state = self.settings, self.state
-        info: dict[str, Any] = {
-            "base_model": asdict(self.base),
-            "predictor": {"kind": settings.kind, "rank": settings.rank},
-        }
-        if settings.compensator != "none":
-            found = {"kind": settings.compensator, "rank": settings.compensator_rank}
-            if settings.compensator == MLP:
-                found["activation"] = ACTIVATION
-            info["compensator"] = found
-        info["block_size"] = settings.block_size
-        fitted = {k: v for k, v in state.tokens.items() if k != "held-out"}
-        info["calibration"] = {
-            "tokens": sum(fitted.values()),
-            **findings,
-            "seconds": {k: round(v, 1) for k, v in state.seconds.items()},
-        }
-        names = [Path(name).name for name in settings.data.split(", ")]
-        info["settings"] = asdict(settings) | {"data": ", ".join(names)}
-        return info

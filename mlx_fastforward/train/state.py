@@ -73,6 +73,8 @@ class State:
     enough: list[str] = field(default_factory=list)
     error_left: dict[str, list[float]] = field(default_factory=dict)
     importance: Optional[list[float]] = None
+    costs: list[list[float]] = field(default_factory=list)  # of the curves' trials
+    measured: int = 0  # sequences that the curves were tried on
     seconds: dict[str, float] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
