@@ -12,6 +12,7 @@ if TYPE_CHECKING:
     from .generation import Response, stream_generate
     from .loading import load
     from .predictors.file import PredictorFile, load_predictor, save_predictor
+    from .tuning import tune
 
 # Loaded on first use: importing mlx-lm takes seconds that --help should not wait for.
 _HOME = {
@@ -29,6 +30,7 @@ _HOME = {
     "load_predictor": "predictors.file",
     "save_predictor": "predictors.file",
     "stream_generate": "generation",
+    "tune": "tuning",
 }
 
 __all__ = ["__version__", *_HOME]

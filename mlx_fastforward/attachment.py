@@ -19,9 +19,11 @@ import mlx.nn as nn
 from .build import engine_for
 from .config import DeviceSettings, PrefillConfig
 from .engine import Call, Engine, Prompt
+from .errors import check_kind
 from .model.attention import NAME, Attention, by_queries
 from .model.families import layer_attention
 from .predictors.file import PredictorFile
+from .tuned import as_tuned
 
 
 class Attached:
@@ -48,16 +50,27 @@ def attach(
     *,
     predictor: Optional[PredictorFile] = None,
     importances: Optional[Sequence[float]] = None,
-    device: DeviceSettings = DeviceSettings(),
+    device: Optional[DeviceSettings] = None,
 ) -> Engine:
     """Make a loaded mlx-lm model prefill sparsely, in place.
 
-    Args are those of engine_for(); a model that was attached before gets the new settings.
+    Args are those of engine_for(); a model that was attached before gets the new settings. Without
+    ``device`` and a block size it runs as this device was tuned for it, if it was.
 
     Raises:
         UnsupportedModel, ConfigError, PredictorError: before anything of the model is touched.
     """
-    engine = engine_for(model, config, predictor, importances, device)
+    _check_model(model)
+    if config is not None:
+        wanted = "a PrefillConfig, e.g. PrefillConfig(sparsity=0.5)"
+        check_kind("config", config, (PrefillConfig,), wanted)
+    if predictor is not None:
+        wanted = "a PredictorFile, as load_predictor(folder) returns it"
+        check_kind("predictor", predictor, (PredictorFile,), wanted)
+    settings = device or DeviceSettings()
+    engine = engine_for(model, config, predictor, importances, settings)
+    if device is None:
+        engine = as_tuned(model, engine)
     if engine.left_dense is not None:
         warnings.warn(f"{engine.left_dense}; they stay dense.")
     detach(model)
@@ -81,8 +94,14 @@ def _sit(module: nn.Module, seat: _Seat, subclass: Callable[[type], type]) -> No
     module.__class__ = subclass(type(module))
 
 
+def _check_model(model: nn.Module) -> None:
+    wanted = "a model as mlx_lm.load returns it: model, tokenizer = mlx_lm.load(...)"
+    check_kind("model", model, (nn.Module,), wanted)
+
+
 def detach(model: nn.Module) -> None:
     """Give an attached model its own classes back; does nothing to any other model."""
+    _check_model(model)
     if (engine := engine_of(model)) is None:
         return
     mlps = [ffn.mlp for ffn in engine.ffns]
@@ -148,11 +167,24 @@ def reading(model: nn.Module, tokens: int) -> Iterator[Prompt]:
     if attached is None:
         yield Prompt(None)
         return
-    before, attached.prompt = attached.prompt, attached.engine.prompt(tokens)
+    prompt = attached.engine.prompt(tokens)
+    with resumed(model, attached.engine, prompt):
+        yield prompt
+
+
+@contextlib.contextmanager
+def resumed(
+    model: nn.Module, engine: Engine, prompt: Optional[Prompt]
+) -> Iterator[None]:
+    """Go on with a prompt of an attached model, under any engine of this model."""
+    attached = _attached(model)
+    assert attached is not None
+    before = attached.engine, attached.prompt
+    attached.engine, attached.prompt = engine, prompt
     try:
-        yield attached.prompt
+        yield
     finally:
-        attached.prompt = before
+        attached.engine, attached.prompt = before
 
 
 @functools.cache
@@ -275,7 +307,7 @@ def watched_attention(
         )
         for i, m in enumerate(modules)
     ]
-    if len(modules) < len(model.layers) or None in calls:
+    if len(modules) != len(model.layers) or None in calls:
         yield False
         return
 

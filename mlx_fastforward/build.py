@@ -41,6 +41,7 @@ def engine_for(
     ffns = found.ffns
     if predictor is not None:
         predictor.check(BaseModel.of(model))
+        predictor = predictor.part(*ffns[0].share)
     given = importances is not None
     if importances is None and predictor is not None:
         importances = predictor.importances

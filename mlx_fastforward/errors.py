@@ -33,6 +33,19 @@ class FileProblem(FastForwardError):
     """A document that cannot be used."""
 
 
+def check_kind(name: str, value: object, kinds: tuple[type, ...], wanted: str) -> None:
+    """An argument of the library's is what it should be; raises ConfigError."""
+    if not isinstance(value, kinds):
+        raise ConfigError(f"{name} must be {wanted}; got {brief_repr(value)}.")
+
+
+def brief_repr(value: object) -> str:
+    """A value's type, and the value where it is short."""
+    shown = repr(value)
+    kind = type(value).__name__
+    return f"{kind} {shown}" if len(shown) <= 40 and value is not None else kind
+
+
 def printable(text: str) -> str:
     """One line without the letters that drive a terminal: names from files may hold any."""
     return "".join(c if c.isprintable() else "\ufffd" for c in " ".join(text.split()))

@@ -5,10 +5,15 @@ from typing import Any, Optional
 
 import mlx.core as mx
 import mlx.nn as nn
+from mlx_lm.utils import _download
 from mlx_lm.utils import load as mlx_lm_load
+from mlx_lm.utils import load_model, sharded_load
 
+from . import ranks
 from .attachment import attach, detach
-from .config import PrefillConfig
+from .config import DeviceSettings, PrefillConfig
+from .errors import ConfigError, check_kind
+from .model.families import Heads
 from .predictors.base import BaseModel
 from .predictors.file import PredictorFile
 from .predictors.search import named_predictor, predictor_for
@@ -20,6 +25,7 @@ def load(
     sparsity: float | str = 0.5,
     *,
     predictor: Optional[str | Path | PredictorFile] = None,
+    device: Optional[DeviceSettings] = None,
     tokenizer_config: Optional[dict[str, Any]] = None,
     model_config: Optional[dict[str, Any]] = None,
     adapter_path: Optional[str] = None,
@@ -37,6 +43,7 @@ def load(
             that the predictor file has verified, 0.5 without such a table.
         predictor: Trained predictors: a folder or repository, or one loaded already; "none" for
             none. Default: the one beside the model, else the user's newest one for it.
+        device: How this device runs it. Default: as tuned, see ``tune``; DeviceSettings() for untuned.
         adapter_path: LoRA weights, as in mlx_lm.
         settings: Further fields of PrefillConfig.
 
@@ -46,30 +53,76 @@ def load(
     Raises:
         ConfigError, PredictorError, UnsupportedModel, and what mlx_lm.load raises.
     """
+    wanted = "a local folder or a Hugging Face repository, as text"
+    check_kind("path_or_hf_repo", path_or_hf_repo, (str, Path), wanted)
+    if predictor is not None:
+        wanted = 'a folder, a repository, "none", or what load_predictor() returns'
+        check_kind("predictor", predictor, (str, Path, PredictorFile), wanted)
     # wrong settings are refused before anything is loaded
     PrefillConfig.from_kwargs(sparsity=resolved(sparsity, None)[0], **settings)
     searching = predictor is None
     if isinstance(predictor, (str, Path)):
         predictor = named_predictor(predictor)
-    model, *rest = mlx_lm_load(
-        path_or_hf_repo,
-        tokenizer_config=tokenizer_config,
-        model_config=model_config,
-        adapter_path=adapter_path,
-        lazy=True,  # a predictor for another model is refused before weights are read
-        return_config=return_config,
-        revision=revision,
-        trust_remote_code=trust_remote_code,
-    )
+    if ranks.several():
+        _check_shared(adapter_path, model_config, revision)
+        model, *rest = _load_part(
+            str(path_or_hf_repo), tokenizer_config, return_config, trust_remote_code
+        )
+    else:
+        model, *rest = mlx_lm_load(
+            str(path_or_hf_repo),
+            tokenizer_config=tokenizer_config,
+            model_config=model_config,
+            adapter_path=adapter_path,
+            lazy=True,  # a predictor for another model is refused before weights are read
+            return_config=return_config,
+            revision=revision,
+            trust_remote_code=trust_remote_code,
+        )
     assert isinstance(model, nn.Module)
     if searching:
-        predictor = predictor_for(path_or_hf_repo, BaseModel.of(model), revision)
+        predictor = predictor_for(str(path_or_hf_repo), BaseModel.of(model), revision)
     value, chosen = resolved(sparsity, predictor)
     config = PrefillConfig.from_kwargs(sparsity=value, **settings)
-    attach(model, config, predictor=predictor).chosen = chosen
+    attach(model, config, predictor=predictor, device=device).chosen = chosen
     if not lazy:
         mx.eval(model.parameters(), predictor.arrays() if predictor else [])
     return (model, *rest)
+
+
+def _check_shared(adapter_path: Any, model_config: Any, revision: Any) -> None:
+    """What mlx_lm.sharded_load does not know; raises ConfigError."""
+    given = {
+        "LoRA adapters": adapter_path,
+        "model_config": model_config,
+        "revision": revision,
+    }
+    for what, value in given.items():
+        if value is not None:
+            raise ConfigError(
+                f"{what} cannot be used by several processes; start one without mlx.launch."
+            )
+
+
+def _load_part(
+    name: str,
+    tokenizer_config: Optional[dict[str, Any]],
+    return_config: bool,
+    trust_remote_code: bool,
+) -> tuple:
+    """This process's part of a model, cut by mlx-lm's own ``shard``."""
+    folder = _download(name)
+    net, _ = load_model(folder, lazy=True, trust_remote_code=trust_remote_code)
+    base = BaseModel.of(net)
+    ranks.check_divisible(Heads.of(net, base.hidden_size), base.widths)
+    return sharded_load(
+        name,
+        None,
+        ranks.group(),
+        return_config,
+        tokenizer_config=tokenizer_config,
+        trust_remote_code=trust_remote_code,
+    )
 
 
 def load_stock(

@@ -1,11 +1,13 @@
 """The one loop that feeds a prompt to a model in chunks."""
 
-from typing import Any
+import contextlib
+from typing import Any, Callable, Iterator, Optional
 
 import mlx.core as mx
 import mlx.nn as nn
 
-from .attachment import reading
+from .attachment import reading, watched
+from .model.families import prefilled
 from .tokens.plan import CHUNK
 
 
@@ -29,3 +31,36 @@ def read(model: nn.Module, tokens: mx.array, cache: Any, prompt: int) -> float:
     with reading(model, prompt) as state:
         prefill(model, tokens, cache)
     return state.flops.sparsity
+
+
+@contextlib.contextmanager
+def by_layers(
+    model: nn.Module, tick: Callable[[int, float], None], least: int = 512
+) -> Iterator[None]:
+    """Calls of ``least`` tokens are evaluated a layer at a time: what they compute stays the same.
+
+    So ``tick(tokens, share)`` hears how far a chunk is, and Ctrl-C need not wait for its end. On a GPU one
+    layer waits in the queue while the one before it runs, so that it does not idle. The last layer is
+    left to mlx-lm, which needs only its keys and values.
+    """
+    layers, queued = len(model.layers), None  # type: int, Optional[mx.array]
+
+    def around(
+        i: int, own: Callable[..., Any], x: Any, *args: Any, **kwargs: Any
+    ) -> Any:
+        nonlocal queued
+        y = own(x, *args, **kwargs)
+        if isinstance(y, mx.array) and y.shape[1] >= least:
+            if mx.default_device() == mx.cpu:
+                mx.eval(y)
+                tick(y.shape[1], (i + 1) / layers)
+                return y
+            mx.async_eval(y)
+            if i and queued is not None:
+                mx.eval(queued)
+                tick(y.shape[1], i / layers)
+            queued = y
+        return y
+
+    with watched(prefilled(model.layers), around):
+        yield

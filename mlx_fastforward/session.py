@@ -2,6 +2,7 @@
 
 import contextlib
 import sys
+from dataclasses import replace
 from typing import Any, Iterator, Optional
 
 import mlx.nn as nn
@@ -28,20 +29,37 @@ def common_prefix(a: list[int], b: list[int]) -> int:
 def render(
     tokenizer: Any, messages: list[dict[str, str]], template: dict[str, Any] = {}
 ) -> list[int]:
-    """Token ids of a conversation, ready for the assistant's turn.
+    """Token ids of a conversation, ready for the assistant's turn or in the middle of it.
 
     ``template`` goes to the chat template, e.g. {"enable_thinking": False}.
     """
+    return list(_templated(tokenizer, messages, template, tokenize=True))
+
+
+def rendered_text(
+    tokenizer: Any, messages: list[dict[str, str]], template: dict[str, Any] = {}
+) -> str:
+    """The same before it becomes tokens."""
+    return str(_templated(tokenizer, messages, template, tokenize=False))
+
+
+def _templated(
+    tokenizer: Any,
+    messages: list[dict[str, str]],
+    template: dict[str, Any],
+    tokenize: bool,
+) -> Any:
     if not tokenizer.has_chat_template:
         raise TemplateError(
             "the model's tokenizer has no chat template; use an instruct model, or "
             "mlx_fastforward generate --ignore-chat-template."
         )
+    begun = bool(messages) and messages[-1]["role"] == "assistant"
+    ending = {"continue_final_message" if begun else "add_generation_prompt": True}
     try:
-        ids = tokenizer.apply_chat_template(
-            messages, add_generation_prompt=True, **template
+        return tokenizer.apply_chat_template(
+            messages, tokenize=tokenize, **ending, **template
         )
-        return list(ids)
     except Exception as e:  # jinja2 raises whatever the template asks for
         reason = str(e).splitlines()[0] if str(e) else type(e).__name__
         raise TemplateError(f"the model's chat template refused: {reason}") from e
@@ -74,6 +92,8 @@ class Session:
         self.messages: list[dict[str, str]] = []
         if self.system_prompt is not None:
             self.messages.append({"role": "system", "content": self.system_prompt})
+        self.tokens: list[int] = []  # of all up to the end of the last answer
+        self.finished = False  # that answer, by the model itself
         self.forget_cache()
 
     def forget_cache(self) -> None:
@@ -81,17 +101,64 @@ class Session:
         self.cache = make_prompt_cache(self.model, self.max_kv_size)
         self.cached: list[int] = []
 
+    def take_model(self, model: nn.Module, tokenizer: Any) -> None:
+        """Another model goes on with the conversation, and reads it anew."""
+        self.model, self.tokenizer = model, tokenizer
+        self.tokens = []
+        self.forget_cache()
+
+    def set_system(self, text: Optional[str]) -> None:
+        """Another system prompt, or none, for the conversation as it is."""
+        self.system_prompt = text
+        if self.messages and self.messages[0]["role"] == "system":
+            self.messages.pop(0)
+        if text is not None:
+            self.messages.insert(0, {"role": "system", "content": text})
+
+    @property
+    def cut(self) -> bool:
+        """Whether the last answer ended before the model ended it."""
+        answered = bool(self.messages) and self.messages[-1]["role"] == "assistant"
+        return answered and bool(self.tokens) and not self.finished
+
+    @property
+    def asked(self) -> bool:
+        """Whether there is a message of the user's."""
+        return any(m["role"] == "user" for m in self.messages)
+
     def render(self, text: Optional[str] = None) -> list[int]:
         """Token ids of the conversation, with ``text`` as a new user message."""
         new = [] if text is None else [{"role": "user", "content": text}]
         return render(self.tokenizer, self.messages + new, self.template)
 
-    def answer(self, text: str, **kwargs: Any) -> Iterator[Response]:
-        """Add a user message and stream the answer; closing the stream keeps what was said."""
-        ids = self.render(text)
-        new = ids[self._reuse(ids) :]
+    def answer(
+        self, text: str, ids: Optional[list[int]] = None, **kwargs: Any
+    ) -> Iterator[Response]:
+        """Add a user message and stream the answer; closing the stream keeps what was said.
+
+        ``ids`` are the tokens of the conversation with the message, if they are known.
+        """
+        ids = self.render(text) if ids is None else ids
         self.messages.append({"role": "user", "content": text})
-        said, finished, tokens = "", False, list(ids)
+        yield from self._answer(ids, None, **kwargs)
+
+    def go_on(self, **kwargs: Any) -> Iterator[Response]:
+        """Stream more of the last answer, from the token at which it was cut."""
+        said = self.messages.pop()["content"]
+        yield from self._answer(self.tokens, said, **kwargs)
+
+    def take_back(self) -> str:
+        """Remove the last message and its answer from the conversation; returns the message."""
+        while self.messages[-1]["role"] != "user":
+            self.messages.pop()
+        return self.messages.pop()["content"]
+
+    def _answer(
+        self, ids: list[int], before: Optional[str], **kwargs: Any
+    ) -> Iterator[Response]:
+        """Stream what follows ``ids``; ``before`` is the answer so far, if they hold one."""
+        said, reason, tokens = before or "", None, list(ids)
+        new = ids[self._reuse(ids) :]
         responses = stream_generate(
             self.model, self.tokenizer, new, prompt_cache=self.cache, **kwargs
         )
@@ -100,15 +167,25 @@ class Session:
                 for r in responses:
                     if r.generation_tokens > len(tokens) - len(ids):
                         tokens.append(r.token)
+                    if said == before and r.text:
+                        r = replace(r, text=self._joined(ids, tokens, r.text))
                     said += r.text
-                    finished = r.finish_reason is not None
+                    reason = r.finish_reason
                     yield r
         finally:
             self._settle(tokens)
-            if said or finished:
+            if said or reason or before is not None:
                 self.messages.append({"role": "assistant", "content": said})
+                self.tokens, self.finished = tokens, reason == "stop"
             else:  # stopped while reading: as if never asked
                 self.messages.pop()
+
+    def _joined(self, ids: list[int], tokens: list[int], text: str) -> str:
+        """``text`` with the space before it, which mlx-lm leaves out where an answer begins."""
+        start, decode = max(0, len(ids) - 8), self.tokenizer.decode
+        more = decode(tokens[start:])[len(decode(ids[start:])) :]
+        space = more.startswith(" ") and not text.startswith(" ")
+        return " " + text if space else text
 
     def answer_again(self, sparse: bool, **kwargs: Any) -> Iterator[Response]:
         """Answer the last user message from an empty cache, without touching the conversation.

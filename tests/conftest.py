@@ -1,5 +1,6 @@
 import os
-from typing import Iterator
+from pathlib import Path
+from typing import Any, Iterator
 
 import pytest
 from hypothesis import settings
@@ -19,3 +20,23 @@ def own_home(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
         del os.environ["MLX_FASTFORWARD_HOME"]
     else:
         os.environ["MLX_FASTFORWARD_HOME"] = before
+
+
+@pytest.fixture(scope="session")
+def tiny_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A model that loads in no time; its answers are gibberish."""
+    import models
+
+    model = models.tiny("llama", vocab=4096, tie_word_embeddings=False)
+    return models.save_folder(model, tmp_path_factory.mktemp("models") / "tiny")
+
+
+@pytest.fixture(scope="session")
+def server(tiny_folder: Path) -> Iterator[Any]:
+    """A running server of that model; stopped, it has nothing to complain of."""
+    from serving import Server
+
+    made = Server(tiny_folder)
+    yield made
+    code, err = made.stop()
+    assert code == 0 and "Traceback" not in err, err

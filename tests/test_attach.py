@@ -220,6 +220,23 @@ def test_a_subclass_of_a_supported_model_is_supported() -> None:
     assert_sparse(model, tiny("llama"))
 
 
+@pytest.mark.parametrize(
+    "args, said",
+    [
+        (({"sparsity": 0.5},), "config must be a PrefillConfig, e.g. "),
+        ((0.5,), r"PrefillConfig\(sparsity=0.5\); got float 0.5"),
+        ((None, "side"), "predictor must be a PredictorFile, as load_predictor"),
+    ],
+)
+def test_arguments_of_another_kind(args: Any, said: str) -> None:
+    config, predictor = (*args, None)[:2]
+    with pytest.raises(ConfigError, match=said):
+        attach(tiny("llama"), config, predictor=predictor)
+    for call in (attach, detach):
+        with pytest.raises(ConfigError, match="model must be a model as mlx_lm.load"):
+            call(None)
+
+
 def test_a_model_of_routed_experts_is_refused_by_name() -> None:
     sizes = {**models.SIZES, "num_local_experts": 2, "num_experts_per_tok": 1}
     model = mixtral.Model(mixtral.ModelArgs("mixtral", vocab_size=96, **sizes))

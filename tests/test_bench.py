@@ -1,6 +1,7 @@
 """The measuring code and the bench command on tiny models: figures, table, refusals."""
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,7 @@ from models import (
     token_ids,
 )
 
-from mlx_fastforward import tune
+from mlx_fastforward import tuned
 from mlx_fastforward.attachment import attach, engine_of
 from mlx_fastforward.bench.speed import shapes, ttft
 from mlx_fastforward.bench.studies import recall
@@ -117,7 +118,7 @@ def test_the_table_the_picture_and_the_environment(
     png = tmp_path / "bench.png"
     args = ["--model", folder, "--block-sizes", 8, "--png", png]
     done, found = report(tmp_path, *BENCH, *args)
-    assert {"100", "probe", "50%,", "8,", "chunk"} <= set(done.stdout.split())
+    assert re.search(r"^100 +probe 50%, block 8, chunk +\d", done.stdout, re.M)
     assert png.read_bytes().startswith(b"\x89PNG")
     assert arms(found) == [(100, 0.5, "probe", 8, "chunk", 0)]
     assert found["rows"][0]["ffn_flops_skipped"] > 0.1
@@ -135,7 +136,7 @@ def test_the_predictor_beside_the_model_and_what_tuning_found(
     args = [*BENCH, "--model", folder, "--contexts", 96]
     device = DeviceSettings(16, "columns", attention_block=32)
     monkeypatch.setattr(first_use, "SMALLEST", 0)
-    monkeypatch.setattr(tune, "remembered", lambda key: device)
+    monkeypatch.setattr(tuned, "remembered", lambda key: device)
     found = report(tmp_path, *args)[1]
     assert arms(found) == [(96, 0.5, "trained", 16, "columns", 32)]
     found = report(tmp_path, *args, "--predictor", "none", "--no-tune")[1]
@@ -155,6 +156,8 @@ def test_the_predictor_beside_the_model_and_what_tuning_found(
         (["--png", "a.jpg"], 2, "--png must be a file ending in .png"),
         (["--dtype", "int8"], 2, "--dtype must be one of float32, float16, bfloat16"),
         (["--contexts", "many"], 2, "--contexts must be numbers with commas"),
+        (["--contexts", "96,2017"], 2, "--contexts: 2,017 tokens are too many, the mo"),
+        (["--block-sizes", "0"], 2, "--block-sizes must be at least 8, got '0'."),
         (["--contexts", "0"], 2, "--contexts must be at least 1"),
         (["--selectors", "magic"], 2, "selector must be one of "),
         (["--strategies", "fast"], 2, "strategy must be one of chunk, columns"),

@@ -49,8 +49,8 @@ def rendered(text: str, **more: str) -> list[int]:
 def test_help_lists_the_commands_and_shows_examples_and_flags() -> None:
     whole = good("--help")
     assert run().output.strip() == whole.strip()
-    names = "chat generate demo bench eval inspect tune train convert predictors upload"
-    for name in names.split():
+    names = "chat generate serve demo doctor bench eval inspect tune train convert"
+    for name in [*names.split(), "predictors", "models", "upload"]:
         assert re.search(rf"^\W*{name} ", whole, re.MULTILINE), name
     for command in ("chat", "generate"):
         out = good(command, "--help")
@@ -104,10 +104,11 @@ def test_the_prompt_comes_in_many_ways(tmp_path: Path, tiny: Path) -> None:
         good(*base, prompt),
         good(*base, "--prompt", prompt),
         good(*base, "-", stdin=prompt + "\n"),
+        good(*base, stdin=prompt + "\n"),
         good(*base, MABEL, "--file", document),
         good(*base, "--file", whole),
     ]
-    assert outs == [outs[0]] * 5 and outs[0] != good(*base, MABEL)
+    assert outs == [outs[0]] * 6 and outs[0] != good(*base, MABEL)
 
     def tokens(*flags: Any) -> int:
         return as_json(MABEL, "--model", tiny, "-m", 1, *flags)["prompt_tokens"]
@@ -143,11 +144,64 @@ def test_flags_reach_the_engine_and_the_loop(tiny: Path, tmp_path: Path) -> None
     assert (usual["block_size"], usual["shortest"]) == (128, 512)
 
 
+def test_a_prompt_that_mlx_lm_cached(tiny: Path, tmp_path: Path) -> None:
+    """It is not read again, and the answer is that to the whole prompt; others are refused."""
+    file = tmp_path / "cache.safetensors"
+    cache_prompt = [sys.executable, "-m", "mlx_lm", "cache_prompt", "--prompt", FACTS]
+    command = [*cache_prompt, "--model", data.MODEL, "--prompt-cache-file", file]
+    subprocess.run(list(map(str, command)), check=True, capture_output=True)
+    question, flags = f"\n\n{MABEL}", ["--prompt-cache-file", file, "-m", "8"]
+    got = as_json(question, *flags)
+    assert got["text"].strip() == "7306"
+    assert got["cached_tokens"] + got["prompt_tokens"] == len(
+        rendered(FACTS + question)
+    )
+    assert got["prompt_tokens"] < 25 and got["settings"]["model"] == str(data.MODEL)
+    line = bad(1, "generate", question, *flags, "--model", tiny)
+    assert line.startswith(f"{file} is for another model, {data.MODEL}: leave")
+    assert "does not go" in bad(2, "generate", "a", *flags, "--draft-model", tiny)
+    for made, said in ((b"", "is no prompt cache ("), (None, "does not exist; exp")):
+        file.write_bytes(made) if made is not None else file.unlink()
+        assert bad(1, "generate", question, *flags).startswith(f"{file} {said}")
+
+
+def test_how_an_answer_begins_and_ends(tiny: Path) -> None:
+    base = [MABEL, "--model", tiny, "-m", "6"]
+    plain = as_json(*base)
+    assert (plain["finish_reason"], plain["generation_tokens"]) == ("length", 6)
+    tokenizer = models.demo_tokenizer()
+    begun = as_json(*base, "--prefill-response", "It is")
+    opened = [*rendered(MABEL), *tokenizer.encode("It is", add_special_tokens=False)]
+    assert begun["prompt_tokens"] == len(opened) != plain["prompt_tokens"]
+    net, _ = load(str(tiny))
+    ids = rendered(MABEL)
+    first = next(stream_generate(net, tokenizer, ids, 1)).token
+    for name in (str(first), tokenizer.convert_ids_to_tokens(first)):
+        ended = as_json(*base, "--extra-eos-token", "1", "--extra-eos-token", name)
+        assert (ended["finish_reason"], ended["generation_tokens"]) == ("stop", 1)
+    for name in ("<|nope|>", "4096"):
+        line = bad(2, "generate", *base, "--extra-eos-token", name)
+        assert line == f"--extra-eos-token: the tokenizer has no token {name!r}."
+
+
+def test_the_figures_after_the_answer(tiny: Path) -> None:
+    """On standard error, in a terminal or where they are asked for."""
+    base = ["generate", MABEL, "--model", tiny, "-m", "6"]
+    assert good(*base) == good(*base, "--verbose", "False")
+    done = run(*base, "--verbose", "True")
+    assert done.stdout == good(*base)
+    n, figures = len(rendered(MABEL)), r"TTFT \d.* · 6 tokens at .* · peak \d.* GB\n"
+    assert re.fullmatch(rf"{n} prompt tokens · {figures}", done.stderr), done.stderr
+    assert bad(2, *base, "--verbose", "maybe").startswith("--verbose must be True or")
+
+
 def test_sampling(tiny: Path) -> None:
     base = ["generate", "Hello", "--model", tiny, "-m", "8"]
     hot = [*base, "--temp", "3", "--seed"]
     outs = [good(*hot, seed) for seed in ("1", "1", "2")]
     assert outs[0] == outs[1] != outs[2]
+    kept = ["--min-p", "1", "--min-tokens-to-keep", "4000"]
+    assert good(*hot, "1", *kept) != good(*base)
     for cold in (["--top-k", "1"], ["--top-p", "1e-6"], ["--min-p", "1"]):
         assert good(*hot, "1", *cold) == good(*base) != outs[0]
 
@@ -180,7 +234,8 @@ def test_demo(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     "flags, message",
     [
         (["--sparsity", "1"], "sparsity must be at least 0 and below 1, got 1.0"),
-        (["--block-size", "4"], "--block-size must be at least 8 tokens, got 4"),
+        (["--block-size", "4"], "--block-size must be 8 to 1,920 tokens, got 4; try"),
+        (["--block-size", "2000"], "--block-size must be 8 to 1,920 tokens, got 20"),
         (
             ["--selector", "oracle"],
             "--selector must be one of auto, trained, probe, fi",
@@ -199,9 +254,16 @@ def test_impossible_settings(command: Any, flags: list[str], message: str) -> No
     assert line.startswith(message)
 
 
+def test_the_demo_names_only_flags_that_it_has() -> None:
+    for size in (0, 2000):
+        line = bad(2, "demo", "--block-size", size)
+        assert line == f"--block-size must be 8 to 1,920 tokens, got {size}; try 128."
+
+
 def test_prompts_that_cannot_be(tiny: Path, tmp_path: Path) -> None:
     assert "no prompt" in bad(2, "generate")
     assert "no prompt" in bad(2, "generate", "-", stdin=" \n")
+    assert "no prompt" in bad(2, "generate", "   ")
     assert "give the prompt once" in bad(2, "generate", "a", "--prompt", "b")
     draft = ["--draft-model", tiny, "-m", "-1"]
     assert "--max-tokens -1 does not go" in bad(2, "generate", "Hello", *draft)
@@ -233,8 +295,15 @@ def test_models_that_cannot_be_used(tiny: Path, tmp_path: Path) -> None:
         assert refused("--model", absent).startswith(f"{absent} {neither}")
     draft = ["--draft-model", "not a model!"]
     assert refused("--model", tiny, *draft).startswith(f"not a model! {neither}")
-    lora = ["--adapter-path", tmp_path / "lora"]
-    assert "does not exist" in refused("--model", tiny, *lora)
+    lora, nothing = tmp_path / "lora", "expected the folder that mlx_lm.lora wrote"
+    for made, line in (
+        (lora.parent, f"does not exist; {nothing}"),
+        (lora, f"holds no LoRA weights; {nothing}"),
+        (lora / "fastforward.json", "holds a predictor, no LoRA weights; use --pred"),
+    ):
+        made.write_text("{}") if made.suffix else made.mkdir(exist_ok=True)
+        got = refused("--model", tiny, "--adapter-path", lora)
+        assert got.startswith(f"--adapter-path: {lora} {line}")
     said = f"no predictor file in {tmp_path}: expected the files"
     assert refused("--model", tiny, "--predictor", tmp_path).startswith(said)
     file, folder = tiny / "config.json", tmp_path / "broken"

@@ -8,7 +8,7 @@ import models
 import pytest
 from commands import bad, good, report
 
-from mlx_fastforward import load, load_predictor, tune
+from mlx_fastforward import load, load_predictor, tuned
 from mlx_fastforward.attachment import engine_of
 from mlx_fastforward.bench.eval.summaries import Summary
 from mlx_fastforward.bench.eval.tasks import BUILT
@@ -77,7 +77,7 @@ def test_blocks_are_as_tuned(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr(first_use, "SMALLEST", 0)
-    monkeypatch.setattr(tune, "remembered", lambda key: device)
+    monkeypatch.setattr(tuned, "remembered", lambda key: device)
     args = ["--model", str(tiny), *SHORT, "--tasks", "needle", *args]
     _, found = report(tmp_path, "eval", *args)
     (arm,) = found["arms"]

@@ -1,6 +1,5 @@
 """predictors lists what is there, and chat and generate name the one that they took."""
 
-import importlib
 import os
 from pathlib import Path
 from typing import Any, Optional
@@ -10,8 +9,11 @@ import models
 import predictor_files as files
 import pytest
 from loopback_hub import run
+from mlx_lm.models import gpt2
 
 import mlx_fastforward
+from mlx_fastforward.cli import conversation
+from mlx_fastforward.demo import MODEL as DEMO
 from mlx_fastforward.predictors.file import JSON_NAME, TENSORS_NAME
 from mlx_fastforward.session import Session
 
@@ -50,15 +52,26 @@ def cut(folder: Path) -> str:
 
 
 def listed(*args: str) -> list[str]:
-    """The lines of predictors, which must succeed and stay silent on stderr."""
+    """The lines of predictors, which must succeed and stay silent on stderr.
+
+    Without a model they end with the demo model's, which are checked and left out here.
+    """
     done = run("predictors", *args)
     assert (done.code, done.stderr) == (0, ""), done
-    return done.stdout.splitlines()
+    lines = done.stdout.splitlines()
+    bundled = f"bundled with the demo model: {DEMO}"
+    assert lines.count(bundled) == ("--model" not in args)
+    if bundled in lines:
+        at = lines.index(bundled)
+        lines, theirs = lines[:at], lines[at:]
+        assert theirs[1].startswith("    for demo model: 8 layers, ")
+        assert theirs[2].startswith("    token-wise predictor rank 32; low-rank comp")
+    return lines
 
 
 def test_nothing_found_says_where_it_looked(tiny: Path, store: Path) -> None:
     places = f"none beside the model, in {store} or in the hub's cache."
-    made = "mlx_fastforward convert makes one from trained weights."
+    made = "mlx_fastforward train fits one; convert takes trained weights."
     assert listed() == [f"No predictors: {places}", made]
     put(store / "b", seed=3)
     assert listed("--model", str(tiny)) == [f"No predictors for {tiny}: {places}", made]
@@ -129,8 +142,6 @@ def test_the_recall_is_told_where_the_maker_measured_it(store: Path) -> None:
 
 
 def test_the_one_taken_is_named(tiny: Path, store: Path, capsys: Any) -> None:
-    module = importlib.import_module("mlx_fastforward.cli.chat")
-
     def check(wanted: Optional[Path], *flags: str) -> None:
         """generate's JSON, and what somebody at a terminal sees first."""
         base = ["generate", STORY, "--json", "--model", str(tiny), "--max-tokens", "1"]
@@ -138,9 +149,9 @@ def test_the_one_taken_is_named(tiny: Path, store: Path, capsys: Any) -> None:
         assert found == (str(wanted) if wanted else None)
         named = (*flags, None, None)[1]
         model, tokenizer = mlx_fastforward.load(str(tiny), predictor=named)
-        loop = module.Chat(Session(model, tokenizer), None)
+        loop = conversation.Chat(Session(model, tokenizer), str(tiny), False, {})
         loop.interactive = True
-        loop.banner(str(tiny), None)
+        conversation.banner(loop)
         lines = capsys.readouterr().out.splitlines()
         named = [line for line in lines if line.startswith("predictor ")]
         assert named == ([f"predictor {wanted}"] if wanted else [])
@@ -155,3 +166,44 @@ def test_the_one_taken_is_named(tiny: Path, store: Path, capsys: Any) -> None:
     reason = cut(tiny)  # an answer without it would be another answer
     for command in (["generate", STORY], ["chat"]):
         assert run(*command, "--model", str(tiny)).refusal().startswith(reason)
+
+
+def test_models_in_the_cache(tiny: Path, store: Path) -> None:
+    """The demo model, then what the hub's cache holds: usable or why not, and with which predictor."""
+    hub = tiny.parent / "hub"
+
+    def cached(name: str) -> Path:
+        return hub / f"models--user--{name}/snapshots/{'0' * 40}"
+
+    def shown() -> dict[str, list[str]]:
+        done = run("models")
+        assert (done.code, done.stderr) == (0, ""), done
+        found: dict[str, list[str]] = {}
+        for line in done.stdout.splitlines():
+            head = not line.startswith(" ")
+            found.setdefault(line if head else list(found)[-1], []).append(line.strip())
+        return found
+
+    alone = shown()
+    assert list(alone)[0] == f"demo (bundled, without --model): {DEMO}"
+    assert len(alone) == 2 and "No others in the Hugging Face cache" in list(alone)[1]
+    net = models.tiny("llama", vocab=4096)
+    models.save_folder(net, cached("good"))
+    models.save_folder(net, cached("half"))
+    (cached("half") / "model.safetensors").unlink()
+    args = gpt2.ModelArgs("gpt2", 8, 8, 1, 1, 8, 1e-5, 4096)
+    models.save_folder(gpt2.Model(args), cached("other"))
+    put(cached("predictor"))
+    found = shown()
+    assert list(found)[1:] == ["user/good", "user/half", "user/other"]
+    _, kind, how, memory = found["user/good"]
+    assert kind == "supported: llama, 4 layers, hidden 32, FFN 128"
+    assert how.startswith("no predictor: selector probe; sparsity 50%")
+    size = (cached("good") / "model.safetensors").stat().st_size
+    kv = 2 * 2 * 4 * 2 * 8 * 8192  # keys and values, bytes, layers, heads, their size
+    wanted = f"memory: about {(size + kv) / 1e9:.2f} GB, weights {size / 1e9:.2f} and"
+    assert memory.startswith(wanted) and memory.endswith("for 8,192 tokens")
+    assert "the download was not finished" in found["user/half"][1]
+    assert found["user/other"][1].startswith("not usable: model type 'gpt2' is not")
+    mine = put(store / "mine")
+    assert shown()["user/good"][2].startswith(f"predictor {mine}; sparsity 50%")

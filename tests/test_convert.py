@@ -17,7 +17,7 @@ from typer.testing import CliRunner
 from mlx_fastforward import hub
 from mlx_fastforward.cli import app
 from mlx_fastforward.predictors.base import BaseModel
-from mlx_fastforward.predictors.file import load_predictor
+from mlx_fastforward.predictors.file import load_predictor, update_predictor
 from mlx_fastforward.predictors.search import predictor_for
 
 RANK, H = 4, 8
@@ -251,3 +251,31 @@ def test_mistakes(
     line = bad(1, checkpoint, "--out", tmp_path / "out")  # the demo model's other sizes
     assert "of demo model" in line or "expected shape" in line
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("kind", ["pooled", "token-wise"])
+def test_a_predictor_once_more(kind: str, tmp_path: Path) -> None:
+    """As train wrote it, in fewer bits: the scores agree, the rest stays; also from bits to bits."""
+    net = models.tiny("llama", vocab=4096)
+    model = models.save_folder(net, tmp_path / "model")
+    first = tmp_path / "first"
+    models.save_random_predictor(net, first, 32, kind, "low-rank")
+    update_predictor(first, verified={"rows": []}, note="kept")
+    wanted, x = load_predictor(first), mx.random.normal((2, 8, 32))
+    source = first
+    for bits, most in ((8, 0.02), (4, 0.2)):
+        out = tmp_path / f"in-{bits}"
+        flags = ["--model", model, "--quantize", bits, "--out", out]
+        assert good(source, *flags).startswith(f"{out}: 0.")
+        found, source = load_predictor(out), out
+        for a, b in zip(found.layers, wanted.layers, strict=True):
+            assert a.bits == bits
+            assert models.distance(np.array(a(x)), np.array(b(x))) < most
+        for a, b in zip(found.compensator.layers, wanted.compensator.layers):
+            assert all(mx.array_equal(vars(a)[k], vars(b)[k]) for k in vars(a))
+        assert found.details["note"] == "kept" and "verified" not in found.details
+    line = bad(1, first, *flags)
+    assert line.startswith(f"{out} holds a predictor: --overwrite replaces it")
+    other = models.save_folder(models.tiny("llama", 1, 4096), tmp_path / "other")
+    line = bad(1, first, "--model", other, "--out", tmp_path / "x")
+    assert "the weights of this model do not" in line and not (tmp_path / "x").exists()

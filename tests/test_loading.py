@@ -95,6 +95,7 @@ def test_lora_weights(folder: Path, tmp_path: Path) -> None:
     [
         ({"sparsity": 1.0}, "sparsity must be at least 0 and below 1"),
         ({"blocks": 8}, "unknown setting 'blocks'; known ones: sparsity, block_size"),
+        ({"predictor": 3}, "predictor must be a folder, a repository, .* got int 3"),
         ({"predictor": "/no/side"}, "no predictor file in /no/side"),
     ],
 )

@@ -14,7 +14,9 @@ import pytest
 from rich.console import Console
 from typer.testing import CliRunner, Result
 
-from mlx_fastforward import timing, tune
+import mlx_fastforward as ff
+from mlx_fastforward import timing, tuned, tuning
+from mlx_fastforward.attachment import engine_of
 from mlx_fastforward.build import engine_for
 from mlx_fastforward.cli import app, first_use
 from mlx_fastforward.config import DeviceSettings
@@ -34,10 +36,10 @@ def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 @pytest.fixture
 def small(monkeypatch: pytest.MonkeyPatch) -> None:
     """Sizes at which nothing takes long."""
-    monkeypatch.setattr(tune, "ATTENTION_BLOCKS", ())
-    monkeypatch.setattr(tune, "CHUNK", CHUNK)
-    monkeypatch.setattr(tune, "BLOCKS", (16, 32, 64, 128))
-    monkeypatch.setattr(tune, "LENGTHS", (64, 128))
+    monkeypatch.setattr(tuning, "ATTENTION_BLOCKS", ())
+    monkeypatch.setattr(tuning, "CHUNK", CHUNK)
+    monkeypatch.setattr(tuning, "BLOCKS", (16, 32, 64, 128))
+    monkeypatch.setattr(tuning, "LENGTHS", (64, 128))
 
 
 @pytest.fixture
@@ -58,8 +60,8 @@ def costs(small: None, monkeypatch: pytest.MonkeyPatch) -> dict[Any, Any]:
 
     monkeypatch.setattr(GatedFFN, "activations_and_output", dense)
     monkeypatch.setattr(Engine, "forward", sparse)
-    monkeypatch.setattr(tune, "interleaved", interleaved)
-    monkeypatch.setattr(tune, "attention_block", lambda *_: found.get("queries", 0))
+    monkeypatch.setattr(tuning, "interleaved", interleaved)
+    monkeypatch.setattr(tuning, "attention_block", lambda *_: found.get("queries", 0))
     return found
 
 
@@ -88,12 +90,12 @@ def test_the_fastest_is_chosen(seconds: dict, wanted: tuple, costs: dict) -> Non
     costs |= seconds
     engine, shares = made(block_size=200), []  # type: ignore[var-annotated]
     before = (engine.config, engine.device, list(engine.keep), list(engine.ffns))
-    found = tune.tune(engine, HEADS, 64, shares.append).device
+    found = tuning.search(engine, HEADS, 64, shares.append).device
     assert astuple(found)[: len(wanted)] == wanted
     assert (engine.config, engine.device, engine.keep, engine.ffns) == before
     assert shares == sorted(shares) and 0 < shares[0] and shares[-1] <= 1
     if 128 in seconds:
-        assert tune.tune(engine, HEADS, 128).device.block_size == 128
+        assert tuning.search(engine, HEADS, 128).device.block_size == 128
 
 
 def test_a_wrong_candidate_is_not_used(
@@ -106,18 +108,18 @@ def test_a_wrong_candidate_is_not_used(
         return right(self, *args) * off[self.strategy]
 
     monkeypatch.setattr(GatedFFN, "sparse", sparse)
-    choice = tune.tune(made(), HEADS, 64)
+    choice = tuning.search(made(), HEADS, 64)
     assert astuple(choice.device)[:2] == (32, "chunk")
-    assert "columns: wrong by 1.0e-01, not used" in tune.summary(choice)
+    assert "columns: wrong by 1.0e-01, not used" in tuning.summary(choice)
     off["chunk"] = 0.9
-    choice = tune.tune(made(), HEADS, 64)
-    assert choice.device.dense and tune.summary(choice).count("not used") == 4
+    choice = tuning.search(made(), HEADS, 64)
+    assert choice.device.dense and tuning.summary(choice).count("not used") == 4
 
 
 @pytest.mark.parametrize("bits, mode", [(0, ""), (4, "affine"), (4, "mxfp4")])
 def test_every_candidate_is_correct(bits: int, mode: str, small: None) -> None:
     """By the real clock; mxfp4 computes in bfloat16."""
-    choice = tune.tune(made(bits, mode), HEADS, 64)
+    choice = tuning.search(made(bits, mode), HEADS, 64)
     tried = [(c.block_size, c.strategy) for c in choice.candidates]
     assert tried[:2] == [(64, "chunk"), (64, "columns")]
     assert [size for size, _ in tried[2:]] == [16, 32]
@@ -144,12 +146,12 @@ def test_attention_in_blocks_where_that_is_faster(
     def off(whole: Any, rows: int) -> Callable[..., mx.array]:
         return lambda *args, **kwargs: (1 + error) * right(whole, rows)(*args, **kwargs)
 
-    right = tune.by_queries
-    monkeypatch.setattr(tune, "CHUNK", 64)
-    monkeypatch.setattr(tune, "ATTENTION_BLOCKS", tuple(seconds))
-    monkeypatch.setattr(tune, "by_queries", off)
-    monkeypatch.setattr(tune, "interleaved", interleaved)
-    assert tune.attention_block(HEADS, mx.float32) == wanted
+    right = tuning.by_queries
+    monkeypatch.setattr(tuning, "CHUNK", 64)
+    monkeypatch.setattr(tuning, "ATTENTION_BLOCKS", tuple(seconds))
+    monkeypatch.setattr(tuning, "by_queries", off)
+    monkeypatch.setattr(tuning, "interleaved", interleaved)
+    assert tuning.attention_block(HEADS, mx.float32) == wanted
 
 
 def test_alternatives_take_turns(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -179,9 +181,9 @@ def test_alternatives_take_turns(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_memory(home: Path) -> None:
     devices = [DeviceSettings(256, "columns", 512, 64), DeviceSettings(dense=True)]
     for key, device in zip("ab", devices):
-        assert tune.remembered(key) is None
-        tune.remember(key, device)
-    assert [tune.remembered(key) for key in "ab"] == devices
+        assert tuned.remembered(key) is None
+        tuned.remember(key, device)
+    assert [tuned.remembered(key) for key in "ab"] == devices
     assert [p.name for p in home.iterdir()] == ["tuned.json"]
 
 
@@ -201,36 +203,124 @@ def test_memory(home: Path) -> None:
 def test_damaged_memory_is_no_memory(text: str, home: Path) -> None:
     home.mkdir()
     (home / "tuned.json").write_text(text)
-    assert tune.remembered("key") is None
-    tune.remember("key", DeviceSettings())
-    assert tune.remembered("key") == DeviceSettings()
+    assert tuned.remembered("key") is None
+    tuned.remember("key", DeviceSettings())
+    assert tuned.remembered("key") == DeviceSettings()
 
 
 def test_a_folder_that_cannot_be_written(home: Path) -> None:
     home.write_text("")
-    tune.remember("key", DeviceSettings())
-    assert tune.remembered("key") is None
+    tuned.remember("key", DeviceSettings())
+    assert tuned.remembered("key") is None
 
 
 def test_keys_tell_what_matters_apart() -> None:
     engines = [made(), made(4), made(8), made(4, "mxfp4")]
     engines += [made(sparsity=0.4), made(selector="first-block")]
-    keys = [tune.key(engine, HEADS) for engine in engines]
-    keys.append(tune.key(engines[0], Heads(4, 4, 8)))
+    keys = [tuned.key(engine, HEADS) for engine in engines]
+    keys.append(tuned.key(engines[0], Heads(4, 4, 8)))
     assert len(set(keys)) == len(keys)
-    assert tune.key(made(block_size=64), HEADS) == keys[0] and "probe" in keys[0]
+    assert tuned.key(made(block_size=64), HEADS) == keys[0] and "probe" in keys[0]
+
+
+# What load and attach do with it
+
+
+def test_load_attach_and_tune_go_by_what_is_remembered(
+    tiny: Path, small: None, costs: dict[Any, Any]
+) -> None:
+    """Unless the user sets a device or a block size; other settings are other choices."""
+    costs |= {16: 0.9, 32: 0.6, (128, "chunk"): 0.7}
+    model, _ = ff.load(str(tiny))
+    assert engine_of(model).device == DeviceSettings()
+    choice = ff.tune(model, 64)
+    assert engine_of(model).device == choice.device == DeviceSettings(32, "chunk", 128)
+    for again in (ff.load(str(tiny))[0], models.tiny("llama", vocab=4096)):
+        if engine_of(again) is None:
+            ff.attach(again, ff.PrefillConfig())
+        assert engine_of(again).device == choice.device
+        assert all(f.strategy == "chunk" for f in engine_of(again).ffns)
+    device = DeviceSettings(64, "columns")
+    for wanted, more in (
+        (DeviceSettings(), {"block_size": 16}),
+        (DeviceSettings(), {"sparsity": 0.4}),
+        (DeviceSettings(), {"selector": "first-block"}),
+        (DeviceSettings(), {"sparsity": 0.0}),
+        (device, {"device": device}),
+        (DeviceSettings(), {"device": DeviceSettings()}),
+    ):
+        assert engine_of(ff.load(str(tiny), **more)[0]).device == wanted
+
+
+@pytest.mark.parametrize("sparsity, said", [(None, "not attached"), (0.0, "nothing")])
+def test_what_cannot_be_tuned(sparsity: Any, said: str) -> None:
+    model = models.tiny("llama")
+    if sparsity is not None:
+        ff.attach(model, ff.PrefillConfig(sparsity))
+    with pytest.raises(ff.ConfigError, match=said):
+        ff.tune(model)
 
 
 # On the way into a chat
 
+STORY = "Keawe was poor, brave, and active; he could read and write. " * 40
+
 
 def test_what_is_not_worth_tuning(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Small models, and what runs densely anyway."""
+    """Small models, what runs densely anyway, and prompts that are too short to gain."""
     model, console = models.tiny("llama"), Console(file=io.StringIO())
     assert first_use.tuned(model, made(), console) == DeviceSettings()
     monkeypatch.setattr(first_use, "SMALLEST", 0)
     assert first_use.tuned(model, made(sparsity=0.0), console) == DeviceSettings()
+    ff.attach(model, ff.PrefillConfig())
+    first_use.tune_first(model, engine_of(model).shortest - 1)
     assert not home.exists()
+
+
+def test_the_best_so_far_counts(
+    costs: dict[Any, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Prompts of less than a chunk were not tried then, nor was attention."""
+    costs |= {16: 0.5, 32: 0.6, (64, "chunk"): 0.7, "queries": 8}
+    clock = iter([0.0, 9.0, *[21.0] * 9])
+    monkeypatch.setattr(
+        tuning, "time", SimpleNamespace(perf_counter=lambda: next(clock))
+    )
+    choice = tuning.search(made(), HEADS, 64, limit=20)
+    assert [(c.block_size, c.strategy) for c in choice.candidates] == [
+        (64, "chunk"),
+        (64, "columns"),
+    ]
+    assert choice.device == DeviceSettings(64, "chunk", CHUNK)
+
+
+def test_a_device_that_is_too_slow_to_try_is_told_once(
+    home: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Ctrl-C would have to wait for a whole chunk."""
+    monkeypatch.setattr(first_use, "SMALLEST", 0)
+    monkeypatch.setattr(tuning, "chunk_seconds", lambda engine: 7.0)
+    model, console = models.tiny("llama"), Console(file=io.StringIO(), width=300)
+    ff.attach(model, ff.PrefillConfig())
+    for _ in range(2):
+        first_use.tune_first(model, 600, console)
+    assert console.file.getvalue().count("takes about 7 s per 2,048 tokens") == 1
+    assert engine_of(model).device == DeviceSettings()
+
+
+def test_ctrl_c_skips_tuning(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """And nothing is remembered of it."""
+    monkeypatch.setattr(first_use, "SMALLEST", 0)
+
+    def interrupted(*_: Any) -> Any:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(tuning, "_measured", interrupted)
+    model, console = models.tiny("llama"), Console(file=io.StringIO(), width=300)
+    ff.attach(model, ff.PrefillConfig())
+    first_use.tune_first(model, 600, console)
+    assert "Tuning skipped: blocks of 128 tokens. --no-tune" in console.file.getvalue()
+    assert not home.exists() and engine_of(model).device == DeviceSettings()
 
 
 @pytest.fixture
@@ -245,17 +335,19 @@ def run(*args: Any) -> Result:
 def test_generate_tunes_once_and_says_what_it_runs_with(
     tiny: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Users who know better are believed."""
+    """For a prompt that is long enough; users who know better are believed."""
     monkeypatch.setattr(first_use, "SMALLEST", 0)
-    candidates = [tune.Candidate(256, "columns", 0.5, 1.0, 0.0, True)]
-    choice = tune.Choice(DeviceSettings(256, "columns", 700), candidates)
-    monkeypatch.setattr(tune, "tune", lambda *_, **__: choice)
-    args = ["generate", "--model", tiny, "hello", "-m", 1, "--json"]
+    candidates = [tuning.Candidate(256, "columns", 0.5, 1.0, 0.0, True)]
+    choice = tuning.Choice(DeviceSettings(256, "columns", 700), candidates)
+    monkeypatch.setattr(tuning, "search", lambda *_, **__: choice)
+    args = ["generate", "--model", tiny, "-m", 1, "--json"]
     for more, size, strategy, told in (
-        ([], 256, "columns", True),
-        ([], 256, "columns", False),
-        (["--block-size", 64], 64, "chunk", False),
-        (["--no-tune"], 128, "chunk", False),
+        (["hello"], 128, "chunk", False),
+        ([STORY], 256, "columns", True),
+        ([STORY], 256, "columns", False),
+        (["hello"], 256, "columns", False),
+        ([STORY, "--block-size", 64], 64, "chunk", False),
+        ([STORY, "--no-tune"], 128, "chunk", False),
     ):
         done = run(*args, *more)
         assert done.exit_code == 0, done.output
@@ -267,16 +359,20 @@ def test_generate_tunes_once_and_says_what_it_runs_with(
 
 def test_the_command(home: Path, tiny: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Every candidate is shown; by the real clock."""
-    monkeypatch.setattr(tune, "CHUNK", 1024)
+    monkeypatch.setattr(tuning, "CHUNK", 1024)
     done = run("tune", "--model", tiny, "--largest", 256)
     assert done.exit_code == 0, done.output
     (choice,) = json.loads((home / "tuned.json").read_text()).values()
     assert DeviceSettings(**choice).block_size in (128, 256)
-    rows = [line for line in done.stdout.splitlines() if line.startswith("│")]
-    wanted = ("256", "chunk"), ("256", "columns"), ("128",)
-    for row, words in zip(rows, wanted, strict=True):
-        assert all(word in row for word in words) and "wrong" not in row
-    assert done.stdout.splitlines()[-1].startswith(f"Kept in {home / 'tuned.json'} for")
+    wanted = [["256", "chunk"], ["256", "columns"], ["128"]]
+    for line, words in zip(done.stdout.splitlines()[1:], wanted):
+        assert line.split()[: len(words)] == words and "wrong" not in line
+    assert done.stdout.splitlines()[-1].startswith(f"Kept in {home / 'tuned.json'}: ch")
+    done = run("generate", "--model", tiny, "hello", "-m", 1, "--json")
+    found = json.loads(done.stdout)["settings"]
+    if not choice["dense"]:  # small as it is
+        assert found["block_size"] == choice["block_size"]
+    assert (found["sparsity"] == 0) == choice["dense"]
 
 
 @pytest.mark.parametrize(

@@ -22,6 +22,7 @@ from reference import float64
 
 from mlx_fastforward import UnsupportedModel, attach, detach
 from mlx_fastforward.attachment import watched
+from mlx_fastforward.bench.inspect.inspection import inspect
 from mlx_fastforward.bench.studies import zoo
 from mlx_fastforward.bench.studies.models import REFUSED, row, verdict
 from mlx_fastforward.engine import Engine
@@ -29,6 +30,7 @@ from mlx_fastforward.model.caches import cached_tokens, is_empty, valid_tokens
 from mlx_fastforward.model.families import prefilled
 from mlx_fastforward.model.proof import reach
 from mlx_fastforward.tokens.plan import Plan
+from mlx_fastforward.train.importance import importances
 
 FIRST, SECOND = 40, 32  # tokens of two calls
 PAGE = (Path(__file__).parents[1] / "docs" / "models.md").read_text()
@@ -167,6 +169,30 @@ def test_a_prefill_runs_all_ffns_but_the_last(name: str) -> None:
         ids = mx.array([token_ids(FIRST, vocab=zoo.VOCAB)])
         arrays = call(model, ids, make_prompt_cache(model))[1]
         assert any(np.isnan(a).any() for a in arrays) == spoilt
+
+
+@pytest.mark.parametrize("name", ["gemma4_text", "gemma3n", "qwen3_5", "longcat_flash"])
+def test_importances_are_one_per_ffn(name: str) -> None:
+    """Where layers have none that a prefill runs, or two."""
+    model = zoo.tiny(name)
+    found = importances(model, [mx.array(token_ids(FIRST, vocab=zoo.VOCAB))], BLOCK)
+    engine = attach(model, settings(), importances=found)
+    assert len(found) == len(engine.ffns) and engine.schedule == "layerwise"
+
+
+ODD = ["gemma4_text, experts", "nemotron_h", "qwen3_5", "deepseek_v41"]
+
+
+@pytest.mark.parametrize("name", ODD)
+def test_inspect_looks_at_every_ffn(name: str) -> None:
+    """Layers without one, layers that return more, experts that join rows and tokens."""
+    model = zoo.tiny(name)
+    engine = attach(model, settings())
+    detach(model)
+    ids = mx.array(token_ids(60, vocab=zoo.VOCAB))
+    found = inspect(model, ids, engine, None, lambda: None)
+    assert len(found.layers) == len(prefilled(engine.ffns))
+    assert all(0 < x.error < 1 and 0.5 <= x.recall <= 1 for x in found.layers)
 
 
 def test_ffns_that_stay_dense_are_named_once() -> None:

@@ -18,10 +18,17 @@ def picture(
 ) -> None:
     """Write a PNG; bars and points with their 95 % intervals."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
+
+    figure = draw(records, found, title)
+    FigureCanvasAgg(figure)
+    figure.savefig(path, dpi=120, format="png")
+
+
+def draw(records: Sequence[Record], found: Sequence[Summary], title: str) -> Any:
+    """The three figures side by side."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(14, 4.6), layout="constrained")
-    FigureCanvasAgg(figure)
     axes = figure.subplots(1, 3)
     arms = list(dict.fromkeys(s.arm for s in found))
     _scores(axes[0], [s for s in found if s.score_dense is not None], arms)
@@ -33,12 +40,13 @@ def picture(
     figure.legend(
         *(scores if scores[0] else kl), loc="outside lower center", ncols=4, fontsize=9
     )
-    figure.suptitle(title, fontsize=10, parse_math=False)
-    figure.savefig(path, dpi=120, format="png")
+    figure.suptitle(f"{title}; bars: 95 % intervals", fontsize=10, parse_math=False)
+    return figure
 
 
 def _scores(axis: Any, found: list[Summary], arms: list[str]) -> None:
-    axis.set(title="score: share right; quote and qa: token F1", ylim=(0, 1.05))
+    axis.set(title="answers (more is better)", xlabel="task", ylim=(0, 1.05))
+    axis.set_ylabel("share right; quote and qa: token F1")
     if not found:
         return _nothing(axis, "no task with answers")
     width = 0.8 / (len(arms) + 1)
@@ -59,7 +67,8 @@ def _scores(axis: Any, found: list[Summary], arms: list[str]) -> None:
 
 
 def _kl(axis: Any, found: list[Summary], arms: list[str]) -> None:
-    axis.set(title="KL (dense || sparse), nats per token", yscale="log")
+    axis.set(title="distance from dense (less is better)", yscale="log")
+    axis.set(xlabel="task", ylabel="KL(dense || sparse), nats per token")
     for i, arm in enumerate(arms):
         own = [s for s in found if s.arm == arm]
         values = [max(LEAST_KL, s.kl) for s in own]
@@ -73,7 +82,8 @@ def _kl(axis: Any, found: list[Summary], arms: list[str]) -> None:
 
 
 def _depths(axis: Any, records: list[Record], arms: list[str]) -> None:
-    axis.set(title="planted facts: share right by depth", ylim=(0, 1.05))
+    axis.set(title="planted facts by depth (more is better)", ylim=(0, 1.05))
+    axis.set_ylabel("share right")
     if not records:
         return _nothing(axis, "no task with planted facts")
     for i, arm in enumerate([None, *arms]):
@@ -94,7 +104,7 @@ def _depths(axis: Any, records: list[Record], arms: list[str]) -> None:
             markersize=4,
             color=f"C{i - 1}" if arm else DENSE,
         )
-    axis.set(xlabel="depth in the document, %", xticks=DEPTHS)
+    axis.set(xlabel="depth of the fact in the document, %", xticks=DEPTHS)
 
 
 def _bin(record: Record) -> int:

@@ -146,19 +146,21 @@ class Observer:
     def ffn(self, layer: int, own: Any, x: mx.array) -> mx.array:
         if self.call is None or self.engine.keep[layer] is None:
             return own(x)
+        shape, x = x.shape, x.reshape(2, -1, x.shape[-1])  # experts' modules join rows
         dense = own(x[:1])
         self._judge(self.call, layer, x[:1], dense)
         sparse = self.engine.forward(self.call, layer, x[1:])
-        return mx.concatenate([dense, sparse])
+        return mx.concatenate([dense, sparse]).reshape(shape)
 
-    def layer(self, layer: int, own: Any, *args: Any, **kwargs: Any) -> mx.array:
-        h = own(*args, **kwargs)
+    def layer(self, layer: int, own: Any, *args: Any, **kwargs: Any) -> Any:
+        out = own(*args, **kwargs)
+        h = out[0] if isinstance(out, tuple) else out  # Gemma 4 hands keys on, too
         if self.call is not None:
             plan = self.call.split.plan
             middle = h[:, plan.start : plan.stop]
             self.found[layer].stream.add(middle[1], middle[0])
         self.tick()
-        return h
+        return out
 
     def _judge(self, call: Call, layer: int, x: mx.array, dense: mx.array) -> None:
         """One FFN on the dense model's inputs: what is kept, and what that costs."""
@@ -233,10 +235,11 @@ def inspect(
     observer = Observer(engine, ids.size, tick)
     cache: Any = make_prompt_cache(model)
     ffns = [ffn.mlp for ffn in prefilled(engine.ffns)]
+    layers = [model.layers[ffn.layer] for ffn in prefilled(engine.ffns)]
     with contextlib.ExitStack() as stack:
         stack.enter_context(watched([model], observer.model))
         stack.enter_context(watched(ffns, observer.ffn))
-        stack.enter_context(watched(prefilled(model.layers), observer.layer))
+        stack.enter_context(watched(layers, observer.layer))
         prefill(model, mx.stack([ids[:-1], ids[:-1]]), cache)
     return _inspection(ids.size, observer, weights)
 

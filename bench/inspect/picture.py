@@ -22,7 +22,11 @@ def picture(
     top, bottom = 1.6 * len(shown) + 0.5, 5.4
     figure = Figure(figsize=(12, top + bottom + 0.5), layout="constrained")
     FigureCanvasAgg(figure)
-    figure.suptitle(title, fontsize=11, parse_math=False)
+    figure.suptitle(
+        f"{title}\ndark: a block keeps these neurons, white: it drops them",
+        fontsize=11,
+        parse_math=False,
+    )
     parts: Any = figure.subfigures(2, 1, height_ratios=(top, bottom))
     above, below = parts
     _images(above, found, shown, selector)
@@ -88,7 +92,8 @@ def _recall(axis: Any, found: Inspection, selector: str) -> None:
     chance = [x.kept / x.neurons for x in found.layers]
     _curve(axis, [x.recall for x in found.layers], BLUE, selector)
     axis.plot(chance, "--", color=GREY, lw=1, label="by chance")
-    axis.set_title("recall of the oracle's neurons")
+    axis.set_title("recall (more is better)")
+    axis.set_ylabel("share of the oracle's neurons", fontsize=9)
     axis.set_yticks(QUARTERS)
 
 
@@ -98,6 +103,7 @@ def _budgets(axis: Any, found: Inspection) -> None:
     axis.bar(range(len(shares)), shares, color=LIGHT, label="neurons kept")
     _curve(axis, [x.importance for x in found.layers], BLUE, "importance (eq. 23)")
     axis.set_title("budget")
+    axis.set_ylabel("share of the layer's neurons", fontsize=9)
     if axis.get_ylim()[1] < 1.1:  # importances of a predictor may be on another scale
         axis.set_yticks(QUARTERS)
 
@@ -105,12 +111,14 @@ def _budgets(axis: Any, found: Inspection) -> None:
 def _ffn_error(axis: Any, found: Inspection) -> None:
     _curve(axis, [x.error for x in found.layers], GREY, "without compensator")
     _curve(axis, [x.error_compensated for x in found.layers], BLUE, "with compensator")
-    axis.set_title("relative error of the FFN's output, from dense inputs")
+    axis.set_title("error of one sparse FFN (less is better)")
+    axis.set_ylabel("of its dense output", fontsize=9)
 
 
 def _stream_error(axis: Any, found: Inspection) -> None:
     _curve(axis, [x.stream_error for x in found.layers], BLUE, "all layers sparse")
-    axis.set_title("relative error of the residual stream after the layer")
+    axis.set_title("error that reaches the layer (less is better)")
+    axis.set_ylabel("of the dense residual stream", fontsize=9)
 
 
 def _curve(

@@ -1,6 +1,7 @@
 """The bench's picture: TTFT against context, and speed-up against the limit."""
 
 from pathlib import Path
+from typing import Any
 
 from .ttft import Row, arm_name
 
@@ -8,28 +9,54 @@ from .ttft import Row, arm_name
 def picture(path: Path, rows: list[Row], title: str) -> None:
     """Write a PNG, one line per arm."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
+
+    figure = draw(rows, title)
+    FigureCanvasAgg(figure)
+    figure.savefig(path, dpi=120, format="png")
+
+
+def draw(rows: list[Row], title: str) -> Any:
+    """Seconds on the left, how many times as fast on the right; bars from the fastest to the slowest run."""
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(11, 4.5), layout="constrained")
-    FigureCanvasAgg(figure)
+    figure = Figure(figsize=(11, 5), layout="constrained")
     left, right = figure.subplots(1, 2)
     contexts = sorted({r.context for r in rows})
-    stock = {r.context: r.stock_ttft_s for r in rows}
-    left.plot(contexts, [stock[c] for c in contexts], "k--", label="stock mlx-lm")
+    first = {r.context: r for r in reversed(rows)}
+    stock = [first[c] for c in contexts]
+    _seconds(left, stock, "stock_ttft_s", "stock_ttft_spread_s", "k", "stock mlx-lm")
     for i, (name, line) in enumerate(_lines(rows).items()):
         xs, color = [r.context for r in line], f"C{i}"
-        left.plot(xs, [r.ttft_s for r in line], "o-", color=color, label=name)
+        _seconds(left, line, "ttft_s", "ttft_spread_s", color, name)
         right.plot(xs, [r.speedup for r in line], "o-", color=color, label=name)
-        right.plot(xs, [r.ideal_speedup for r in line], ":", color=color)
-    right.axhline(1, color="k", linestyle="--")
-    left.set(xlabel="prompt tokens", ylabel="seconds", title="time to first token")
-    right.set(
-        xlabel="prompt tokens", title="speed-up over stock; dotted: the FLOPs allow"
+        ideal, limit = [r.ideal_speedup for r in line], f"{name}: as its FLOPs allow"
+        right.plot(xs, ideal, ":", color=color, label=limit)
+    right.axhline(1, color="k", linestyle="--", label="stock mlx-lm")
+    left.set(
+        title="time to first token (less is better)", ylabel="seconds", ylim=(0, None)
     )
+    right.set(title="speed-up (more is better)", ylabel="times as fast as stock mlx-lm")
     for axis in (left, right):
+        axis.set(xlabel="prompt length in tokens")
+        axis.set_xticks(contexts, [f"{c:,}" for c in contexts], rotation=45)
         axis.legend(fontsize=8)
-    figure.suptitle(title, fontsize=9)
-    figure.savefig(path, dpi=120)
+    figure.suptitle(title, fontsize=9, parse_math=False)
+    return figure
+
+
+def _seconds(
+    axis: Any, rows: list[Row], value: str, spread: str, color: str, name: str
+) -> None:
+    """Medians, with bars from the least to the most of all trials."""
+    middle = [getattr(r, value) for r in rows]
+    bounds = [getattr(r, spread) for r in rows]
+    below = [max(0.0, m - low) for m, (low, _) in zip(middle, bounds)]
+    above = [max(0.0, high - m) for m, (_, high) in zip(middle, bounds)]
+    style = "o--" if color == "k" else "o-"
+    xs = [r.context for r in rows]
+    axis.errorbar(
+        xs, middle, [below, above], fmt=style, capsize=3, color=color, label=name
+    )
 
 
 def _lines(rows: list[Row]) -> dict[str, list[Row]]:

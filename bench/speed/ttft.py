@@ -6,7 +6,7 @@ round runs every arm once, after a warm-up; medians over the rounds.
 
 import statistics
 import time
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Callable
 
 import mlx.core as mx
@@ -134,7 +134,8 @@ def ideal(model: nn.Module, engine: Engine, tokens: int) -> float:
     count = FlopCount()
     for new, plan in engine.plans(tokens):
         engine.count(count, 1, new, plan)
-    heads = Heads.of(model, engine.shapes[0][0])
+    heads, n = Heads.of(model, engine.shapes[0][0]), engine.ffns[0].share[1]
+    heads = replace(heads, queries=heads.queries // n, keys=heads.keys // n)
     return ideal_speedup(mixers(model), heads, tokens, count)
 
 

@@ -5,7 +5,8 @@ python -m mlx_fastforward.bench.studies.kernels --bits 4
 "take" is what the package does: any neurons. The others need whole groups of 64 neighbouring neurons:
 gather_mm and gather_qmm multiply with a stack of groups without copying them, block_masked_mm skips
 tiles where the backend does, and a packed down projection can be taken in groups without unpacking it.
-Every way is checked against the masked dense FFN.
+Every way is checked against the masked dense FFN. Weights that are dequantised first, once for all tokens,
+leave a float GEMM: a quantised one over many rows unpacks the same tile many times.
 """
 
 from typing import Annotated, Any, Callable
@@ -13,15 +14,17 @@ from typing import Annotated, Any, Callable
 import mlx.core as mx
 import mlx.nn as nn
 import typer
+from mlx_lm.models.activations import swiglu
 from rich.console import Console
 from rich.table import Table
 
 from ...config import STRATEGIES
-from ...model.families import Family, swiglu
 from ...model.ffn import GatedFFN
+from ...model.gather import Down
 from ...model.linear import dequantized
+from ...model.proof import ffn_of
 from ...timing import interleaved
-from ...tune import difference
+from ...tuning import difference
 from ..environment import describe
 
 GROUP = 64
@@ -39,11 +42,16 @@ class MLP(nn.Module):
         return self.down_proj(swiglu(self.gate_proj(x), self.up_proj(x)))
 
 
+def ffn(mlp: MLP, strategy: str = "chunk") -> GatedFFN:
+    found = ffn_of(mlp, strategy)
+    assert found is not None
+    return found
+
+
 def taken(mlp: MLP, groups: mx.array, strategy: str) -> FFN:
     """What the package does, with one of its strategies."""
-    ffn = GatedFFN(mlp, Family(""), strategy)
-    neurons = of_groups(groups)[None]
-    return lambda x: ffn.sparse(x[None], neurons)[0]
+    own, neurons = ffn(mlp, strategy), of_groups(groups)[None]
+    return lambda x: own.sparse(x[None], neurons)[0]
 
 
 def of_groups(groups: mx.array) -> mx.array:
@@ -78,9 +86,9 @@ def gathered(mlp: MLP, groups: mx.array) -> FFN:
 
 def grouped(mlp: MLP, groups: mx.array) -> FFN:
     """Rows of gate and up taken; down by taken groups, packed as they are."""
-    ffn, down = GatedFFN(mlp, Family("")), grouped_down(mlp.down_proj, groups)
+    own, down = ffn(mlp), grouped_down(mlp.down_proj, groups)
     neurons = of_groups(groups)
-    return lambda x: down(ffn.kept_activations(x, neurons))
+    return lambda x: down(own.kept_activations(x, neurons))
 
 
 def grouped_down(linear: Any, groups: mx.array) -> FFN:
@@ -101,6 +109,36 @@ def grouped_down(linear: Any, groups: mx.array) -> FFN:
         return mx.quantized_matmul(z, *parts, **size)
 
     return down
+
+
+def unpacked(mlp: MLP) -> FFN:
+    """The dense FFN with its weights dequantised first, once for all tokens: float GEMMs."""
+
+    def project(linear: Any, x: mx.array) -> mx.array:
+        return x @ dequantized(linear, x.dtype).T
+
+    def run(x: mx.array) -> mx.array:
+        gate, up = project(mlp.gate_proj, x), project(mlp.up_proj, x)
+        return project(mlp.down_proj, swiglu(gate, up))
+
+    return run
+
+
+def taken_unpacked(mlp: MLP, groups: mx.array) -> FFN:
+    """Packed rows of gate and up taken, dequantised, multiplied; down by strategy chunk."""
+    neurons = of_groups(groups)
+
+    def project(linear: Any, x: mx.array) -> mx.array:
+        packed = (linear.weight, linear.scales, linear.biases)
+        w, scales, biases = (mx.take(p, neurons, axis=0) for p in packed)
+        size: Any = {"group_size": linear.group_size, "bits": linear.bits}
+        return x @ mx.dequantize(w, scales, biases, **size, dtype=x.dtype).T
+
+    def run(x: mx.array) -> mx.array:
+        z = swiglu(project(mlp.gate_proj, x), project(mlp.up_proj, x))
+        return Down(mlp.down_proj, x.dtype)(z, neurons)
+
+    return run
 
 
 def masked(mlp: MLP, groups: mx.array) -> FFN:
@@ -140,6 +178,9 @@ def main(
     ways: dict[str, FFN] = {"dense": mlp}
     for strategy in STRATEGIES:
         ways[f"take, {strategy}"] = taken(mlp, groups, strategy)
+    if bits:
+        ways["dense, weights dequantised first"] = unpacked(mlp)
+        ways["take, rows dequantised"] = taken_unpacked(mlp, groups)
     ways["take, down in packed groups"] = grouped(mlp, groups)
     ways["gather_qmm" if bits else "gather_mm"] = gathered(mlp, groups)
     if kind == mx.float32:  # a CPU's block_masked_mm knows no other
@@ -151,7 +192,8 @@ def main(
         times = interleaved({k: lambda way=way: way(x) for k, way in ways.items()}, num_trials)  # type: ignore
         plain = exact(mlp, x, of_groups(groups))
         for name, way in ways.items():
-            error = "" if name == "dense" else f"{difference(way(x), plain):.0e}"
+            wanted = mlp(x) if name.startswith("dense") else plain
+            error = "" if name == "dense" else f"{difference(way(x), wanted):.0e}"
             share = times[name] / times["dense"]
             table.add_row(
                 str(n), name, f"{times[name] * 1e3:.1f}", f"{share:.2f}", error

@@ -118,7 +118,7 @@ HEAD = """# Models
 
 Made by `python -m mlx_fastforward.bench.studies.models > docs/models.md` from the model files of mlx-lm
 {version}; a test says where it is out of date. Each file was built small and random: what is here is what
-its code allows, found by structure and proven on its modules ([how](how-it-works.md#attaching-attachmentpy)).
+its code allows, found by structure and proven on its modules ([how](how-it-works.md#which-models-modelfamiliespy-modelproofpy)).
 
 {counts}
 

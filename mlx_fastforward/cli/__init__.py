@@ -1,19 +1,27 @@
 """The command line: ``mlx_fastforward`` and ``python -m mlx_fastforward``."""
 
 import os
+import sys
+import traceback
 from typing import Annotated
 
 import typer
 
+from .. import ranks
 from ..version import __version__
 from .bench import bench
+from .bench_report import report
+from .catalogue import models
 from .chat import chat
 from .convert import convert
 from .demo import demo
+from .doctor import doctor
+from .errors import fail
 from .eval import evaluate
 from .generate import generate
 from .inspect import inspect
 from .predictors import predictors
+from .serve import serve
 from .train import train
 from .tune import tune
 from .upload import upload
@@ -27,6 +35,10 @@ app = typer.Typer(
 )
 
 
+# what runs under mlx.launch, a part of the model in each process
+LAUNCHED = ("bench", "chat", "generate")
+
+
 def _version(asked: bool) -> None:
     if asked:
         print(__version__)
@@ -35,6 +47,7 @@ def _version(asked: bool) -> None:
 
 @app.callback()
 def _root(
+    context: typer.Context,
     version: Annotated[
         bool,
         typer.Option(
@@ -45,19 +58,42 @@ def _root(
     # Read when a command imports transformers: it would comment on long prompts otherwise.
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    if ranks.rank() is not None:
+        _launched(str(context.invoked_subcommand))
+
+
+def _launched(command: str) -> None:
+    """One process of several: the first speaks for all, the others say only what breaks."""
+    if ranks.rank():
+        sys.stdout = sys.stderr = open(os.devnull, "w")
+        sys.excepthook = lambda *e: traceback.print_exception(*e, file=sys.__stderr__)
+    if command not in LAUNCHED:
+        fail(f"{command} runs in one process; start it without mlx.launch.", 2)
 
 
 app.command()(chat)
 app.command()(generate)
+# its flags are mlx_lm.server's: argparse reads them, --help too
+app.command(
+    add_help_option=False,
+    context_settings={"allow_extra_args": True, "ignore_unknown_options": True},
+)(serve)
 app.command()(demo)
-app.command()(bench)
+app.command()(doctor)
 app.command("eval")(evaluate)
 app.command()(inspect)
 app.command()(tune)
 app.command()(train)
 app.command()(convert)
 app.command()(predictors)
+app.command()(models)
 app.command()(upload)
+
+# `bench ...` measures, `bench report ...` shows
+benches = typer.Typer(invoke_without_command=True, rich_markup_mode="rich")
+benches.callback()(bench)
+benches.command()(report)
+app.add_typer(benches, name="bench")
 
 
 def main() -> None:

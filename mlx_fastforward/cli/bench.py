@@ -4,21 +4,28 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Annotated, Any, Optional
 
+import typer
 from rich.console import Console
 from rich.progress import Progress
 from rich.table import Table
 
+from .. import ranks
 from ..config import STRATEGIES, DeviceSettings, PrefillConfig
 from ..errors import ConfigError
 from . import options as o
 from .errors import interruptible, one_line_errors
 from .first_use import tuned
 from .inputs import DTYPES, check_choice, numbers
+from .lengths import check_lengths_of
 from .models import dtype_name, public_name, stock_model
 from .outputs import check_files, write, write_json
+from .tables import say, show
+
+DECODED = 32  # tokens that are timed after the prompt
 
 
 def bench(
+    context: typer.Context,
     model: o.Model = None,
     random: Annotated[
         Optional[str],
@@ -66,6 +73,12 @@ def bench(
     ] = 5,
     delay: Annotated[float, o.opt("Seconds of rest before each run.", min=0)] = 0,
     json_file: o.JsonFile = None,
+    save: Annotated[
+        Optional[Path],
+        o.opt(
+            "Write a result to share here: machine, model and figures, see results/."
+        ),
+    ] = None,
     png: Annotated[Optional[Path], o.opt("Write a picture here.")] = None,
 ) -> None:
     """Measure the time to first token, sparse against stock mlx-lm, interleaved.
@@ -75,25 +88,33 @@ def bench(
       mlx_fastforward bench --model mlx-community/Llama-3.2-3B-Instruct-4bit --json bench.json
 
       mlx_fastforward bench --random llama-3.2-1b --layers 8 --contexts 2048,4096
+
+      mlx_fastforward bench report results/*.json --html report.html
     """
+    if context.invoked_subcommand is not None:  # bench report
+        return
     with one_line_errors(), interruptible():
         import mlx.core as mx
 
         from ..bench.environment import describe
-        from ..bench.speed import ttft
+        from ..bench.machine import machine, thermal
+        from ..bench.speed import result, ttft
         from ..build import engine_for
 
         check_files(json_file, png)
+        check_files(save, None)
         sizes = numbers("--contexts", contexts, int) if contexts else None
         net, tokenizer, side = _model(
             model, random, layers, q_bits, dtype, predictor, trust_remote_code
         )
+        if sizes:
+            check_lengths_of("--contexts", sizes, net, DECODED)
         configs = [
             PrefillConfig(s, selector=name, compensator=compensator)
             for name in selectors.split(",")
             for s in numbers("--sparsities", sparsities, float)
         ]
-        blocks = numbers("--block-sizes", block_sizes, int) if block_sizes else None
+        blocks = numbers("--block-sizes", block_sizes, int, 8) if block_sizes else None
         ways = strategies.split(",") if strategies else None
         queries = []
         if attention_blocks:
@@ -108,12 +129,13 @@ def bench(
                 engines += _attention_arms(engine, queries)
         sizes = sizes or _contexts(net)
         rows: list[ttft.Row] = []
+        before = thermal()
         with Progress(console=console, disable=not console.is_terminal) as bar:
             total = len(sizes) * num_trials * (len(engines) + 1)
             task = bar.add_task("timing", total=total)
             ttft.warm_up(net, tokenizer, engines)
-            for context in sizes:
-                ids = mx.random.randint(8, 4096, (context,), key=mx.random.key(context))
+            for tokens in sizes:
+                ids = mx.random.randint(8, 4096, (tokens,), key=mx.random.key(tokens))
                 rows += ttft.measure(
                     net,
                     tokenizer,
@@ -133,6 +155,14 @@ def bench(
         _show(rows, environment)
         report = {"environment": environment, "rows": [asdict(r) for r in rows]}
         _write(report, rows, json_file, png)
+        if save is not None:
+            name = random or public_name(model)
+            by_hand = no_tune or blocks or ways
+            run = {"trials": num_trials, "delay_s": delay, "tuned": not by_hand}
+            about = result.described(net, engines[0], name, random is not None)
+            heat = (before, thermal())
+            parts = (about, machine(), heat, run, engines, rows, side)
+            write_json(save, result.result(*parts))
 
 
 def _model(
@@ -163,8 +193,12 @@ def _model(
     if random not in shapes.SHAPES:
         known = ", ".join(shapes.SHAPES)
         raise ConfigError(f"--random must be one of {known}; got {random}.")
+    if ranks.several():
+        mx.random.seed(0)  # what the processes share must be the same
     usual = "bfloat16" if mx.default_device() == mx.gpu else "float32"
     net = shapes.random_model(random, layers, getattr(mx, dtype or usual), q_bits)
+    if ranks.several():
+        net.shard(ranks.group())
     return net, load_tokenizer(demo.MODEL), shapes.random_predictor(net)
 
 
@@ -191,7 +225,7 @@ def _contexts(net: Any) -> list[int]:
     from ..model.families import context_length
 
     limit = context_length(net) or 4096
-    return [c for c in (512, 1024, 2048, 4096) if c + 32 <= limit] or [limit // 2]
+    return [c for c in (512, 1024, 2048, 4096) if c + DECODED <= limit] or [limit // 2]
 
 
 def _write(
@@ -206,21 +240,26 @@ def _write(
 
 
 def _show(rows: Any, environment: dict[str, Any]) -> None:
+    say(", ".join(f"{k} {v}" for k, v in environment.items()))
+    show(_table(rows))
+
+
+def _table(rows: Any) -> Table:
+    """Sparse against stock mlx-lm."""
     from ..bench.speed.ttft import arm_name
 
-    print(", ".join(f"{k} {v}" for k, v in environment.items()))
     table = Table(
         "context",
         "arm",
         "TTFT",
-        "stock",
-        "x",
-        "ideal",
-        "FFN",
+        "stock TTFT",
+        "times as fast",
+        "by FLOPs",
+        "FFN of stock",
         "GB",
-        "stock",
+        "stock GB",
         "tok/s",
-        "stock",
+        "stock tok/s",
     )
     for r in rows:
         table.add_row(
@@ -236,7 +275,7 @@ def _show(rows: Any, environment: dict[str, Any]) -> None:
             f"{r.decode_tps:.1f}",
             f"{r.stock_decode_tps:.1f}",
         )
-    Console(width=130).print(table)
+    return table
 
 
 def _time(median: float, spread: tuple[float, float]) -> str:

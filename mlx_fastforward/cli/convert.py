@@ -8,7 +8,7 @@ import typer
 from rich.console import Console
 from rich.progress import track
 
-from ..errors import printable
+from ..errors import ConfigError, printable
 from ..files import expanded
 from . import options as o
 from .errors import fail, interruptible, one_line_errors
@@ -63,7 +63,8 @@ def convert(
 ) -> None:
     """Convert trained predictors and compensators into a predictor.
 
-    Everything is checked against the model before anything is written.
+    Everything is checked against the model before anything is written. A predictor, such as train
+    writes it, may be converted once more, to other bits or another dtype.
 
     Examples:
 
@@ -71,16 +72,27 @@ def convert(
 
       mlx_fastforward convert checkpoint.safetensors --list
 
+      mlx_fastforward convert my-predictor --quantize 4 --out smaller
+
       mlx_fastforward convert folder --map names.json --dtype float16 --quantize 8 --out predictor
     """
     with one_line_errors(), interruptible():
         from ..convert.naming import read_map
+        from ..convert.repack import is_finished
         from ..neurons.compensators import ACTIVATIONS
         from ..neurons.predictor import QUANTIZATION_BITS
 
         check_choice("--dtype", dtype, DTYPES)
         check_choice("--quantize", quantize, QUANTIZATION_BITS)
         check_choice("--activation", activation, tuple(ACTIVATIONS))
+        own = expanded(Path(checkpoint))
+        if is_finished(own) and not (list_only or map_file):
+            if activation:
+                raise ConfigError(
+                    "--activation is for checkpoints; this is a predictor already."
+                )
+            _repack(own, model, out, dtype, quantize, overwrite, trust_remote_code)
+            return
         rules = read_map(map_file) if map_file else []
         source = _open(checkpoint)
         if list_only:
@@ -146,18 +158,11 @@ def _convert(
 ) -> None:
     from ..convert import conversion
     from ..convert.files import describe
-    from ..predictors.file import JSON_NAME, save_predictor
     from ..predictors.search import default_folder
 
     start = time.perf_counter()
     base, own_dtype = describe_base(model, trust_remote_code)
-    out = expanded(out or default_folder(base))
-    if out.exists() and not out.is_dir():
-        fail(f"{out} is a file; expected a folder to write to.")
-    if (out / JSON_NAME).exists() and not overwrite:
-        fail(
-            f"{out} holds a predictor: --overwrite replaces it, --out puts the new one elsewhere."
-        )
+    out = _target(out or default_folder(base), overwrite)
     plan = conversion.plan(source, base, rules)
     _check_bits(bits, plan)
     dtype = dtype or own_dtype
@@ -172,12 +177,7 @@ def _convert(
     ):
         tensors.update(made)
     info = conversion.information(plan, source, act, bits)
-    try:
-        save_predictor(out, info, tensors)
-    except (OSError, RuntimeError) as e:
-        fail(
-            f"{out} cannot be written: {str(getattr(e, 'strerror', None) or e).rstrip('.')}."
-        )
+    _save(out, info, tensors)
     size = sum(t.nbytes for t in tensors.values())
     rows = {
         "checkpoint": describe(source),
@@ -192,6 +192,59 @@ def _convert(
     for key, value in rows.items():
         if value:
             print(f"{key:<12} {printable(value)}")
+
+
+def _repack(
+    source: Path,
+    model: Optional[str],
+    out: Optional[Path],
+    dtype: Optional[str],
+    bits: Optional[int],
+    overwrite: bool,
+    trust_remote_code: bool,
+) -> None:
+    """A predictor once more, in another dtype or with other bits."""
+    from ..convert import conversion
+    from ..convert.repack import repacked
+    from ..predictors.search import default_folder
+
+    base, _ = describe_base(model, trust_remote_code)
+    out = _target(out or default_folder(base), overwrite)
+    kind = conversion.DTYPES[dtype] if dtype else None
+    found, info, tensors = repacked(source, kind, bits)
+    found.check(base)
+    if bits and not found.layers:
+        fail("--quantize is for predictors, and this file has none.", 2)
+    before = sum(w.nbytes for w in found.arrays())
+    _save(out, info, tensors)
+    after = sum(t.nbytes for t in tensors.values())
+    print(f"{out}: {after / 1e6:,.1f} MB, before {before / 1e6:,.1f} MB")
+    if found.details.get("verified"):
+        print("What was verified is left out: eval --save measures it anew.")
+
+
+def _target(out: Path, overwrite: bool) -> Path:
+    """A folder that may be written to."""
+    from ..predictors.file import JSON_NAME
+
+    out = expanded(out)
+    if out.exists() and not out.is_dir():
+        fail(f"{out} is a file; expected a folder to write to.")
+    if (out / JSON_NAME).exists() and not overwrite:
+        fail(
+            f"{out} holds a predictor: --overwrite replaces it, --out puts the new one elsewhere."
+        )
+    return out
+
+
+def _save(out: Path, info: dict[str, Any], tensors: dict[str, Any]) -> None:
+    from ..predictors.file import save_predictor
+
+    try:
+        save_predictor(out, info, tensors)
+    except (OSError, RuntimeError) as e:
+        reason = str(getattr(e, "strerror", None) or e).rstrip(".")
+        fail(f"{out} cannot be written: {reason}.")
 
 
 def _ignored(names: list[str]) -> str:

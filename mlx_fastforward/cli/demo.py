@@ -8,8 +8,9 @@ from rich.table import Table
 
 from . import options as o
 from .errors import one_line_errors
-from .inputs import check_lengths
+from .inputs import check_block
 from .models import load_model
+from .tables import show
 
 
 def demo(
@@ -23,7 +24,7 @@ def demo(
     from .. import demo as data
 
     with one_line_errors():
-        check_lengths(40, 2048, block_size)
+        check_block(block_size)
         model, tokenizer = load_model(
             None, sparsity=sparsity, block_size=block_size, selector=selector
         )
@@ -38,7 +39,7 @@ def demo(
             f"{sparsity:.0%} of the FFN neurons dropped and as stock mlx-lm.\n"
         )
         session.warm_up()
-        table = Table("question", "wanted", "sparse", "TTFT", "dense", "TTFT ")
+        table = Table("question", "wanted", "sparse", "TTFT", "dense", "dense TTFT")
         ttft: dict[bool, list[float]] = {True: [], False: []}
         skipped = 0.0
         for i, (question, wanted) in enumerate(data.questions()):
@@ -56,7 +57,7 @@ def demo(
                 cells[sparse] = [text.strip(), f"{r.ttft:.2f} s"]
                 skipped = r.ffn_sparsity if sparse else skipped
             table.add_row(question, wanted, *cells[True], *cells[False])
-        console.print(table)
+        show(table, console)
         sparse_s, dense_s = (statistics.median(ttft[k]) for k in (True, False))
         console.print(
             f"{r.prompt_tokens:,} prompt tokens, {skipped:.0%} of their FFN FLOPs skipped. "

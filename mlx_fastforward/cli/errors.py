@@ -6,12 +6,17 @@ from typing import Iterator, NoReturn
 
 import typer
 
+from .. import ranks
 from ..errors import ConfigError, FastForwardError, printable
 
 
 def fail(message: str, code: int = 1) -> NoReturn:
     """Print one line to stderr and leave; 2 is for wrong usage, 1 for failure."""
-    print(f"mlx_fastforward: {printable(message)}", file=sys.stderr)
+    said = f"mlx_fastforward: {printable(message)}"
+    if not (rank := ranks.rank()):
+        print(said, file=sys.stderr)
+    elif code == 1:  # wrong usage is the same everywhere
+        print(f"{said} (rank {rank})", file=sys.__stderr__, flush=True)
     raise typer.Exit(code)
 
 
@@ -24,6 +29,10 @@ def one_line_errors() -> Iterator[None]:
         fail(str(e), 2)
     except FastForwardError as e:
         fail(str(e))
+    except RuntimeError as e:
+        if ranks.rank() is None or not ranks.is_lost_peer(e):
+            raise
+        fail("another process of mlx.launch has ended, and this one with it.")
 
 
 @contextlib.contextmanager

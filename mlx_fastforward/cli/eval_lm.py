@@ -7,6 +7,7 @@ from rich.console import Console
 from rich.progress import Progress
 
 from ..errors import ConfigError
+from .tables import show
 
 
 def chosen(
@@ -61,5 +62,5 @@ def run_benchmark(
             data=data,
             tick=tick,
         )
-    Console(width=120).print(table(report))
+    show(table(report))
     return report

@@ -1,4 +1,4 @@
-"""What eval prints: tables that fit 120 columns, and a verdict per arm."""
+"""What eval prints: tables, and a verdict per arm."""
 
 from collections import Counter
 from typing import Any, Iterator, Optional
@@ -9,8 +9,8 @@ from rich.table import Table
 from rich.text import Text
 
 from ..errors import printable
-
-WIDTH = 120
+from .tables import say
+from .tables import show as show_table
 
 
 def announce(
@@ -36,17 +36,18 @@ def announce(
 
 def show(environment: dict[str, Any], found: Any, worst: Any) -> None:
     """Environment, scores, KL, perplexity, the worst cases, and a line per arm."""
-    print(", ".join(f"{k} {v}" for k, v in environment.items()))
-    console = Console(width=WIDTH, highlight=False)
+    console = Console(highlight=False)
+    say(", ".join(f"{k} {v}" for k, v in environment.items()), console)
     answered = [s for s in found if s.score_dense is not None]
     if answered:
-        console.print(_scores(answered))
-    console.print(_kl(found))
+        show_table(_scores(answered), console)
+    show_table(_kl(found), console)
     if texts := [s for s in found if s.perplexity_dense is not None]:
-        console.print(_perplexity([s for s in texts if s.task == "continuation"]))
-    console.print(_worst(worst))
+        rows = [s for s in texts if s.task == "continuation"]
+        show_table(_perplexity(rows), console)
+    show_table(_worst(worst), console)
     for arm in dict.fromkeys(s.arm for s in answered):
-        console.print(verdict([s for s in answered if s.arm == arm][-1]))
+        say(verdict([s for s in answered if s.arm == arm][-1]), console)
 
 
 def verdict(s: Any) -> str:

@@ -1,56 +1,98 @@
-"""Tuning on the way: a line and a bar on first use, nothing after that."""
+"""Tuning on the way: a line and a bar before the first prompt that may gain, nothing after that."""
 
-from typing import Any, Optional
+import contextlib
+from typing import Any, Callable, Iterator, Optional
 
 from rich.console import Console
-from rich.progress import Progress
+from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn
+
+from .. import ranks
 
 # Weights of an FFN: below this the timings are noise, and there is nothing to win.
 SMALLEST = 4_000_000
+LIMIT = 20.0  # seconds that nobody asked for
+SLOWEST = 1.0  # of one dense chunk: Ctrl-C waits for it
 
 
-def tune_first(model: Any, block_size: Optional[int], no_tune: bool) -> None:
-    """Tune what load() attached, unless the user knows better."""
-    from ..attachment import detach, engine_of, seat
+def tune_first(model: Any, tokens: int, console: Optional[Console] = None) -> None:
+    """Tune an attached model before a prompt of so many tokens, if it may gain by that."""
+    from .. import tuning
+    from ..attachment import engine_of
 
+    console = console or Console(stderr=True)
     engine = engine_of(model)
-    if engine is not None and block_size is None and not no_tune:
-        device = tuned(model, engine, Console(stderr=True))
-        detach(model)
-        seat(model, engine.on(device))
+    if engine is None or engine.config.block_size is not None or not engine.sparse:
+        return
+    if tokens < engine.shortest:
+        return
+    try:
+        device = tuned(model, engine, console)
+    except KeyboardInterrupt:
+        _tell(
+            console,
+            f"Tuning skipped: blocks of {engine.block_size} tokens. --no-tune never asks, "
+            "mlx_fastforward tune measures another time.",
+        )
+        return
+    if device != engine.device:
+        tuning.use(model, engine, device)
+
+
+def worth_tuning(engine: Any) -> bool:
+    """Whether anything runs sparsely, and takes long enough to be measured."""
+    d, f = max(engine.shapes)
+    return any(engine.keep) and 3 * d * f >= SMALLEST
 
 
 def tuned(model: Any, engine: Any, console: Console) -> Any:
     """This device's settings for an engine of the model, measured now or remembered."""
-    from .. import tune
-    from ..model.families import Heads
+    from .. import tuned as memory
+    from .. import tuning
 
-    d, f = max(engine.shapes)
-    if not any(engine.keep) or 3 * d * f < SMALLEST:
+    if not any(engine.keep) or ranks.several():  # whose clock would count?
         return engine.device
-    heads = Heads.of(model, d)
-    key = tune.key(engine, heads)
-    device = tune.remembered(key)
-    if device is None:
+    heads = memory.heads_of(model, engine)
+    key = memory.key(engine, heads)
+    if (device := memory.remembered(key)) is not None:
+        return device
+    if not worth_tuning(engine):
+        return engine.device
+    if (seconds := tuning.chunk_seconds(engine)) > SLOWEST:
+        device = engine.device
+        _tell(
+            console,
+            f"Not tuned: one FFN takes about {seconds:.0f} s per {tuning.CHUNK:,} tokens here, too "
+            f"long to try on the way. Blocks of {engine.block_size} tokens; mlx_fastforward tune "
+            "measures, however long it takes.",
+        )
+    else:
         choice = measured(engine, heads, console)
         device = choice.device
-        tune.remember(key, device)
-        console.print(tune.summary(choice), style="dim", highlight=False)
+        _tell(console, tuning.summary(choice))
+    memory.remember(key, device)
     return device
 
 
-def measured(
-    engine: Any, heads: Any, console: Console, largest: Optional[int] = None
-) -> Any:
-    """Tune, with a bar."""
-    from .. import tune
+def measured(engine: Any, heads: Any, console: Console) -> Any:
+    """Tune, with a bar, for a limited time."""
+    from .. import tuning
 
-    bar = Progress(console=console, disable=not console.is_terminal, transient=True)
+    with tuning_bar(console, f"up to {LIMIT:.0f} s; Ctrl-C skips it") as tick:
+        return tuning.search(engine, heads, tick=tick, limit=LIMIT)
+
+
+@contextlib.contextmanager
+def tuning_bar(console: Console, note: str = "") -> Iterator[Callable[[float], None]]:
+    """A callback for the share that is done."""
+    text = "tuning for this device, once" + (f" ({note})" if note else "")
+    columns = (TextColumn(text), BarColumn(20), TaskProgressColumn())
+    bar = Progress(
+        *columns, console=console, disable=not console.is_terminal, transient=True
+    )
     with bar:
-        task = bar.add_task("tuning for this device", total=1.0)
-        return tune.tune(
-            engine,
-            heads,
-            largest or tune.LARGEST,
-            tick=lambda share: bar.update(task, completed=share),
-        )
+        task = bar.add_task("tuning", total=1.0)
+        yield lambda share: bar.update(task, completed=share)
+
+
+def _tell(console: Console, text: str) -> None:
+    console.print(text, style="dim", highlight=False, soft_wrap=True)

@@ -1,28 +1,32 @@
 """mlx_fastforward generate: one prompt in, text out."""
 
 import json
+import random
 import sys
+from pathlib import Path
 from typing import Annotated, Any, Optional
 
 import typer
 from rich.console import Console
 
-from ..errors import LoadProblem
+from .. import ranks
+from ..errors import FileProblem, LoadProblem
 from . import options as o
-from .errors import fail, one_line_errors
+from .errors import fail, interruptible, one_line_errors
 from .first_use import tune_first
 from .inputs import (
     check_choice,
     check_lengths,
-    decoded,
-    length_warning,
-    read_text,
+    device_settings,
     sampling,
     sparsity_of,
     template_config,
+    yes_or_no,
 )
+from .lengths import check_bytes, check_tokens, patiently
 from .models import load_model
 from .outputs import status_line
+from .prompt import add_stops, asked_text, prompt_tokens
 from .terminal import prefill_progress
 
 
@@ -35,9 +39,17 @@ def generate(
         Optional[str], o.opt("The same, as in mlx_lm.", "--prompt", "-p")
     ] = None,
     file: o.File = None,
+    force: o.Force = False,
     json_output: Annotated[
         bool, o.opt("Print one JSON object with statistics.", "--json")
     ] = False,
+    verbose: Annotated[
+        Optional[str],
+        o.opt(
+            "True: token counts, speeds and peak memory after the answer, on standard error; "
+            "False: only the answer. Default: True in a terminal."
+        ),
+    ] = None,
     model: o.Model = None,
     adapter_path: o.AdapterPath = None,
     trust_remote_code: o.TrustRemoteCode = False,
@@ -50,17 +62,37 @@ def generate(
     temp: o.Temp = 0.0,
     top_p: o.TopP = 1.0,
     min_p: o.MinP = 0.0,
+    min_tokens_to_keep: o.MinTokensToKeep = 1,
     top_k: o.TopK = 0,
     xtc_probability: o.XtcProbability = 0.0,
     xtc_threshold: o.XtcThreshold = 0.1,
     seed: o.Seed = None,
+    extra_eos_token: o.ExtraEosToken = [],
     system_prompt: o.SystemPrompt = None,
+    prefill_response: Annotated[
+        Optional[str], o.opt("How the answer begins; not printed.", panel=o.SAMPLING)
+    ] = None,
     chat_template_config: o.ChatTemplateConfig = None,
+    use_default_chat_template: Annotated[
+        bool,
+        o.opt(
+            "Accepted, and does nothing, as in mlx_lm.",
+            "--use-default-chat-template",
+            panel=o.SAMPLING,
+        ),
+    ] = False,
     ignore_chat_template: Annotated[
         bool, o.opt("Use the raw prompt.", "--ignore-chat-template", panel=o.SAMPLING)
     ] = False,
     max_kv_size: o.MaxKvSize = None,
     prefill_step_size: o.PrefillStepSize = 2048,
+    prompt_cache_file: Annotated[
+        Optional[Path],
+        o.opt(
+            "A prompt that mlx_lm.cache_prompt read already; yours goes on from there.",
+            panel=o.SAMPLING,
+        ),
+    ] = None,
     kv_bits: Annotated[
         Optional[int], o.opt("Bits for KV cache quantisation.", panel=o.SAMPLING)
     ] = None,
@@ -87,14 +119,22 @@ def generate(
 
       git diff | mlx_fastforward generate - --model mlx-community/Llama-3.2-3B-Instruct-4bit --json
     """
-    with one_line_errors():
-        text = _prompt(prompt, prompt_option, file)
+    with one_line_errors(), interruptible():
+        text = asked_text(prompt, prompt_option, file)
         check_lengths(max_tokens, prefill_step_size, block_size)
         check_choice("--selector", selector, o.SELECTORS)
         share = sparsity_of(sparsity)
         template = template_config(chat_template_config)
+        if draft_model is not None and ranks.rank() is not None:
+            fail("--draft-model runs in one process; start it without mlx.launch.", 2)
+        figures = None if verbose is None else yes_or_no("--verbose", verbose)
         if draft_model is not None and max_tokens < 0:
             fail("--max-tokens -1 does not go with --draft-model; give a number.", 2)
+        if draft_model is not None and prompt_cache_file is not None:
+            fail("--prompt-cache-file does not go with --draft-model.", 2)
+        cache = None
+        if prompt_cache_file is not None:
+            cache, model = _cached_prompt(prompt_cache_file, model)
         net, tokenizer = load_model(
             model,
             predictor=predictor,
@@ -103,23 +143,46 @@ def generate(
             sparsity=share,
             block_size=block_size,
             selector=selector,
+            device=device_settings(no_tune),
         )
-        tune_first(net, block_size, no_tune)
-        more: dict[str, Any] = {}
+        add_stops(tokenizer, extra_eos_token)
+        check_bytes(net, text, force)
+        ids = patiently(
+            lambda: prompt_tokens(
+                tokenizer,
+                text,
+                system_prompt,
+                prefill_response,
+                ignore_chat_template,
+                template,
+                cached=cache is not None,
+            ),
+            len(text),
+            Console(stderr=True),
+        )
+        more: dict[str, Any] = {"max_kv_size": max_kv_size}
         if draft_model is not None:
-            more["draft_model"] = _draft(draft_model, tokenizer)
-            more["num_draft_tokens"] = num_draft_tokens
-        else:
-            more["max_kv_size"] = max_kv_size
-        ids = _render(tokenizer, text, system_prompt, ignore_chat_template, template)
-        if warning := length_warning(net, len(ids)):
+            draft = _draft(draft_model, tokenizer)
+            more = {"draft_model": draft, "num_draft_tokens": num_draft_tokens}
+        read = 0
+        if cache is not None:
+            from ..cachefile import check_cache
+            from ..generation import cached_tokens
+
+            check_cache(cache, len(net.layers), kv_bits, kv_group_size)
+            more["prompt_cache"], read = cache, cached_tokens(cache)
+        if warning := check_tokens(net, read + len(ids), force):
             print(f"mlx_fastforward: {warning}", file=sys.stderr)
+        if not no_tune:
+            tune_first(net, len(ids))
         import mlx.core as mx
 
         from ..attachment import engine_of
 
         engine = engine_of(net)
         assert engine is not None
+        if seed is None and ranks.several():
+            seed = ranks.agreed(random.getrandbits(31))
         if seed is not None:
             mx.random.seed(seed)
         _run(
@@ -128,9 +191,17 @@ def generate(
             ids,
             {"model": model or "demo", **engine.settings()},
             json_output,
+            figures,
             max_tokens=max_tokens,
             sampler=sampling(
-                tokenizer, temp, top_p, min_p, top_k, xtc_probability, xtc_threshold
+                tokenizer,
+                temp,
+                top_p,
+                min_p,
+                top_k,
+                xtc_probability,
+                xtc_threshold,
+                min_tokens_to_keep,
             ),
             prefill_step_size=prefill_step_size,
             kv_bits=kv_bits,
@@ -140,17 +211,19 @@ def generate(
         )
 
 
-def _prompt(prompt: Optional[str], option: Optional[str], file: Any) -> str:
-    if prompt is not None and option is not None:
-        fail("give the prompt once: as argument or with --prompt.", 2)
-    asked = prompt if prompt is not None else option
-    if asked == "-":
-        asked = decoded(sys.stdin.buffer.read()).strip()
-    document = read_text(file) if file is not None else None
-    text = "\n\n".join(t for t in (document, asked) if t)
-    if not text:
-        fail("no prompt: give it as an argument, '-' for standard input, or --file.", 2)
-    return text
+def _cached_prompt(file: Path, model: Optional[str]) -> tuple[Any, Optional[str]]:
+    """A prompt cache, and the model that it is for; raises FileProblem."""
+    from ..cachefile import read_cache
+
+    cache, noted = read_cache(file)
+    if "conversation" in noted:
+        raise FileProblem(f"{file} is a conversation of chat: /load it there.")
+    theirs = noted.get("model")
+    if model is not None and theirs != model:
+        raise FileProblem(
+            f"{file} is for another model, {theirs}: leave --model out, or name that one."
+        )
+    return cache, theirs
 
 
 def _draft(name: str, tokenizer: Any) -> Any:
@@ -169,35 +242,20 @@ def _draft(name: str, tokenizer: Any) -> Any:
     return model
 
 
-def _render(
-    tokenizer: Any,
-    text: str,
-    system: Optional[str],
-    raw: bool,
-    template: dict[str, Any],
-) -> list[int]:
-    from ..generation import encode_prompt
-    from ..session import render
-
-    if raw or not tokenizer.has_chat_template:
-        return [int(i) for i in encode_prompt(tokenizer, text)]
-    messages = [{"role": "system", "content": system}] if system else []
-    return render(tokenizer, [*messages, {"role": "user", "content": text}], template)
-
-
 def _run(
     model: Any,
     tokenizer: Any,
     ids: list[int],
     settings: dict[str, Any],
     json_output: bool,
+    verbose: Optional[bool],
     **kwargs: Any,
 ) -> None:
     from ..generation import stream_generate
 
     text, last = "", None
     try:
-        with prefill_progress(sys.stderr.isatty(), Console(stderr=True)) as (
+        with prefill_progress(model, sys.stderr.isatty(), Console(stderr=True)) as (
             tick,
             finish,
         ):
@@ -219,14 +277,17 @@ def _run(
         print(json.dumps(report(text, last, settings), ensure_ascii=False))
         return
     print()
-    if sys.stdout.isatty() and sys.stderr.isatty():
-        print(f"\033[2m{status_line(last)}\033[0m", file=sys.stderr)
+    if verbose or (verbose is None and sys.stdout.isatty() and sys.stderr.isatty()):
+        console = Console(stderr=True, soft_wrap=True, highlight=False)
+        console.print(status_line(last), style="dim")
 
 
 def report(text: str, r: Any, settings: dict[str, Any]) -> dict[str, Any]:
     """The JSON object of --json."""
     return {
         "text": text,
+        "finish_reason": r.finish_reason,
+        "generation_tokens": r.generation_tokens,
         "prompt_tokens": r.prompt_tokens,
         "cached_tokens": r.cached_tokens,
         "ttft_s": round(r.ttft, 4),

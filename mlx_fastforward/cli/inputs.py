@@ -4,7 +4,7 @@ import json
 from pathlib import Path
 from typing import Any, Callable, Optional
 
-from ..config import BLOCK_SIZE
+from ..config import BLOCK_SIZE, DeviceSettings
 from ..errors import ConfigError, FileProblem
 from ..files import expanded
 
@@ -41,6 +41,14 @@ def sparsity_of(text: str) -> float | str:
         ) from None
 
 
+def check_block(block_size: Optional[int], most: int = 1920) -> None:
+    """--block-size alone: a chunk of 2,048 tokens holds the dense head and a block."""
+    if block_size is not None and not 8 <= block_size <= most:
+        raise ConfigError(
+            f"--block-size must be 8 to {most:,} tokens, got {block_size}; try 128."
+        )
+
+
 def check_lengths(
     max_tokens: int, prefill_step_size: int, block_size: Optional[int]
 ) -> None:
@@ -48,16 +56,26 @@ def check_lengths(
         raise ConfigError(
             f"--max-tokens must be above 0, or -1 for no limit; got {max_tokens}."
         )
-    if block_size is not None and block_size < 8:
-        raise ConfigError(
-            f"--block-size must be at least 8 tokens, got {block_size}; try 128."
-        )
+    check_block(block_size)
     size = BLOCK_SIZE if block_size is None else block_size
     if prefill_step_size < size + min(size, 128):
         raise ConfigError(
             f"--prefill-step-size ({prefill_step_size}) must hold the dense head and a block: "
             f"--block-size ({size}) plus up to 128."
         )
+
+
+def device_settings(no_tune: bool) -> Optional[DeviceSettings]:
+    """The ``device`` of load(): untuned, or what is remembered."""
+    return DeviceSettings() if no_tune else None
+
+
+def yes_or_no(flag: str, text: str) -> bool:
+    """True or False, T or F, as mlx_lm takes them."""
+    short = text.lower()[:1]
+    if short not in ("t", "f"):
+        raise ConfigError(f"{flag} must be True or False, got {text}.")
+    return short == "t"
 
 
 def template_config(text: Optional[str]) -> dict[str, Any]:
@@ -69,19 +87,6 @@ def template_config(text: Optional[str]) -> dict[str, Any]:
     if not isinstance(config, dict):
         raise ConfigError(f"--chat-template-config must be a JSON object, got {text}.")
     return config
-
-
-def length_warning(model: Any, tokens: int) -> Optional[str]:
-    """What to say of a prompt that is longer than the model was made for."""
-    from ..model.families import context_length
-
-    limit = context_length(model)
-    if not limit or tokens <= limit:
-        return None
-    return (
-        f"{tokens:,} tokens, but the model was made for {limit:,}: expect a poor answer; "
-        "use a shorter document or another --model."
-    )
 
 
 def read_text(path: Path) -> str:
@@ -120,6 +125,7 @@ def sampling(
     top_k: int = 0,
     xtc_probability: float = 0.0,
     xtc_threshold: float = 0.1,
+    min_tokens_to_keep: int = 1,
 ) -> Callable:
     """mlx-lm's sampler for the flags of the commands."""
     from mlx_lm.sample_utils import make_sampler
@@ -128,6 +134,7 @@ def sampling(
         temp,
         top_p,
         min_p,
+        min_tokens_to_keep,
         top_k=top_k,
         xtc_probability=xtc_probability,
         xtc_threshold=xtc_threshold,

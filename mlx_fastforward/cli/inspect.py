@@ -17,6 +17,7 @@ from .errors import interruptible, one_line_errors
 from .inputs import DTYPES, check_choice, numbers, read_text
 from .models import dtype_name, public_name, stock_model
 from .outputs import check_files, write, write_json
+from .tables import say, show
 
 HEADS = "layer,importance,kept,by importance,recall,FFN error,compensated,stream error"
 HEADS += ",overlap,oracle's"
@@ -175,11 +176,24 @@ def _settings(
 
 
 def _print(found: Any, settings: dict[str, Any]) -> None:
-    print(", ".join(f"{k} {v}" for k, v in settings.items()))
+    say(", ".join(f"{k} {v}" for k, v in settings.items()))
+    show(_table(found.layers))
+    for name, kind in ((settings["selector"], "selector"), ("oracle", "oracle")):
+        say(_words(name, [getattr(x, kind) for x in found.layers], found.blocks))
+    shares = [x.kept / x.neurons for x in found.layers]
+    chance = sum(p / (2 - p) for p in shares) / len(shares)
+    say(
+        "Overlap: of the neurons that either of two blocks keeps, the share that both keep; "
+        f"{chance:.1%} by chance."
+    )
+
+
+def _table(layers: Any) -> Table:
+    """What happened in each layer that ran sparsely."""
     table = Table()
     for head in HEADS.split(","):
         table.add_column(head, justify="right")
-    for x in found.layers:
+    for x in layers:
         table.add_row(
             str(x.layer),
             "-" if x.importance is None else f"{x.importance:.3f}",
@@ -192,15 +206,7 @@ def _print(found: Any, settings: dict[str, Any]) -> None:
             _share(x.selector.neighbours),
             _share(x.oracle.neighbours),
         )
-    Console(width=120).print(table)
-    for name, kind in ((settings["selector"], "selector"), ("oracle", "oracle")):
-        print(_words(name, [getattr(x, kind) for x in found.layers], found.blocks))
-    shares = [x.kept / x.neurons for x in found.layers]
-    chance = sum(p / (2 - p) for p in shares) / len(shares)
-    print(
-        "Overlap: of the neurons that either of two blocks keeps, the share that both keep; "
-        f"{chance:.1%} by chance."
-    )
+    return table
 
 
 def _words(name: str, overlaps: list[Any], blocks: int) -> str:

@@ -6,6 +6,8 @@ from typing import Any, Optional
 from .. import demo
 from ..errors import ConfigError, LoadProblem
 
+LORA_NAME = "adapter_config.json"
+
 
 def checked_name(name: Optional[str]) -> str:
     """A --model that may name one; None is the demo model."""
@@ -26,9 +28,28 @@ def load_model(name: Optional[str], **kwargs: Any) -> tuple[Any, Any]:
     from ..loading import load
 
     name = checked_name(name)
+    if kwargs.get("adapter_path") is not None:
+        _check_lora(Path(kwargs["adapter_path"]))
     trust = {"trust_remote_code": kwargs.get("trust_remote_code", False)}
     with problems(name, LoadProblem):
         return load(name, tokenizer_config=trust, **kwargs)
+
+
+def _check_lora(folder: Path) -> None:
+    """A folder that mlx-lm takes LoRA weights from; raises LoadProblem."""
+    from ..predictors.file import JSON_NAME
+
+    expected = "expected the folder that mlx_lm.lora wrote: adapter_config.json and adapters.safetensors"
+    if not folder.exists():
+        raise LoadProblem(f"--adapter-path: {folder} does not exist; {expected}.")
+    if (folder / JSON_NAME).is_file() and not (folder / LORA_NAME).is_file():
+        raise LoadProblem(
+            f"--adapter-path: {folder} holds a predictor, no LoRA weights; use --predictor for it."
+        )
+    if not (folder / LORA_NAME).is_file():
+        raise LoadProblem(
+            f"--adapter-path: {folder} holds no LoRA weights; {expected}."
+        )
 
 
 def stock_model(

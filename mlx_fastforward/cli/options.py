@@ -102,6 +102,9 @@ MaxTokens = Annotated[
 Temp = Annotated[float, opt("Sampling temperature.", panel=SAMPLING, min=0.0)]
 TopP = Annotated[float, opt("Sampling top-p.", panel=SAMPLING, min=0.0, max=1.0)]
 MinP = Annotated[float, opt("Sampling min-p.", panel=SAMPLING, min=0.0, max=1.0)]
+MinTokensToKeep = Annotated[
+    int, opt("Tokens that min-p keeps at least.", panel=SAMPLING, min=1)
+]
 TopK = Annotated[int, opt("Sampling top-k.", panel=SAMPLING, min=0)]
 XtcProbability = Annotated[
     float,
@@ -113,6 +116,10 @@ XtcThreshold = Annotated[
     float, opt("Threshold of XTC sampling.", panel=SAMPLING, min=0.0, max=0.5)
 ]
 Seed = Annotated[Optional[int], opt("PRNG seed.", panel=SAMPLING, min=0)]
+ExtraEosToken = Annotated[
+    list[str],
+    opt("One more token that ends an answer; may be given again.", panel=SAMPLING),
+]
 SystemPrompt = Annotated[
     Optional[str], opt("System prompt for the chat template.", panel=SAMPLING)
 ]
@@ -135,3 +142,6 @@ PrefillStepSize = Annotated[
     ),
 ]
 File = Annotated[Optional[Path], opt("A text document to put before the prompt.")]
+Force = Annotated[
+    bool, opt("Read what is longer than the model was made for.", "--force")
+]

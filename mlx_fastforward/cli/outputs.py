@@ -5,17 +5,20 @@ import tempfile
 from pathlib import Path
 from typing import Any, Callable, Optional
 
+from .. import ranks
 from ..errors import ConfigError
 from ..files import replacing
 from .errors import fail
 
 
-def status_line(r: Any) -> str:
-    """One quiet line about an answer. r: Response."""
+def status_line(r: Any, why: Optional[str] = None) -> str:
+    """One quiet line about an answer. r: Response; why: nothing was skipped."""
+    skipped = why or f"{r.ffn_sparsity:.0%} of the prompt's FFN skipped"
     reused = f" (+{r.cached_tokens:,} cached)" if r.cached_tokens else ""
     return (
         f"{r.prompt_tokens:,} prompt tokens{reused} · TTFT {r.ttft:.2f} s · "
-        f"{r.generation_tps:.1f} tok/s · {r.ffn_sparsity:.0%} of the prompt's FFN skipped"
+        f"{skipped} · {r.generation_tokens:,} tokens at "
+        f"{r.generation_tps:.1f} tok/s · peak {r.peak_memory:.2f} GB"
     )
 
 
@@ -43,7 +46,7 @@ def write_json(file: Optional[Path], report: dict[str, Any]) -> None:
 
 def write(file: Optional[Path], action: Callable[[Path], Any]) -> None:
     """Let ``action`` write a file, whole or not at all; None writes nothing."""
-    if file is None:
+    if file is None or ranks.rank():
         return
     try:
         with replacing(file) as half:

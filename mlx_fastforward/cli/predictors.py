@@ -22,7 +22,9 @@ def predictors(
       mlx_fastforward predictors --model mlx-community/Llama-3.2-3B-Instruct-4bit
     """
     with one_line_errors():
+        from .. import demo
         from ..errors import PredictorError
+        from ..predictors.file import load_predictor
         from ..predictors.search import found_predictors, home, predictor_for
 
         base = describe_base(model, trust_remote_code)[0] if model else None
@@ -34,8 +36,7 @@ def predictors(
             print(
                 f"No predictors{whom}: none beside the model, in {home()} or in the hub's cache."
             )
-            print("mlx_fastforward convert makes one from trained weights.")
-            return
+            print("mlx_fastforward train fits one; convert takes trained weights.")
         chosen = None
         if model and base:
             with contextlib.suppress(PredictorError):  # damaged: listed as such
@@ -43,10 +44,18 @@ def predictors(
         for f in found:
             mine = chosen is not None and str(f.folder) == chosen.source
             print(f.place + (" (chat takes it)" if mine else ""))
-            for line in (
-                summary(f.predictor) if f.predictor else [f"damaged: {f.problem}"]
-            ):
-                print(f"    {printable(line)}")
+            if f.predictor is None:
+                print(f"    {printable(f'damaged: {f.problem}')}")
+            else:
+                _show(f.predictor)
+        if model is None:
+            print(f"bundled with the demo model: {demo.MODEL}")
+            _show(load_predictor(demo.MODEL))
+
+
+def _show(predictor: Any) -> None:
+    for line in summary(predictor):
+        print(f"    {printable(line)}")
 
 
 def _same(predictor: Any, base: Any) -> bool:

@@ -2,6 +2,7 @@
 
 import contextlib
 import sys
+from pathlib import Path
 from typing import Any, Callable, Iterator, Optional
 
 from rich.console import Console
@@ -9,6 +10,7 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
 from .inputs import decoded
+from .tables import show
 
 LONG_PROMPT = 512
 
@@ -17,7 +19,7 @@ class Lines:
     """One message after the other; None at the end of the input."""
 
     def __init__(self, interactive: bool):
-        self.session = _prompt_session() if interactive else None
+        self.session = prompt_session() if interactive else None
 
     def read(self) -> Optional[str]:
         if self.session is None:
@@ -31,10 +33,12 @@ class Lines:
                 return None
 
 
-def _prompt_session() -> Any:
+def prompt_session() -> Any:
     """Line editing with history and pastes of many lines: Enter sends, Alt-Enter breaks."""
     from prompt_toolkit import PromptSession
     from prompt_toolkit.key_binding import KeyBindings
+
+    from ..predictors.search import home
 
     keys = KeyBindings()
 
@@ -47,47 +51,66 @@ def _prompt_session() -> Any:
         event.current_buffer.insert_text("\n")
 
     return PromptSession(
-        multiline=True, key_bindings=keys, prompt_continuation=lambda *_: "  "
+        multiline=True,
+        key_bindings=keys,
+        prompt_continuation=lambda *_: "  ",
+        history=_history(home().parent / "history"),
     )
+
+
+def _history(file: Path) -> Any:
+    """What was typed in earlier chats, for its owner's eyes; of this chat if there is no such file."""
+    from prompt_toolkit.history import FileHistory, InMemoryHistory
+
+    try:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.touch(mode=0o600)
+    except OSError:
+        return InMemoryHistory()
+    return FileHistory(str(file))
 
 
 @contextlib.contextmanager
 def prefill_progress(
-    interactive: bool, console: Console
+    model: Any, interactive: bool, console: Console
 ) -> Iterator[tuple[Callable[[int, int], None], Callable[[], None]]]:
     """(callback for mlx-lm, finish): a bar while a long prompt is read, gone at the first token."""
+    from ..prefill import by_layers
+
     bar = Progress(
         TextColumn("reading"),
-        BarColumn(),
+        BarColumn(20),  # one line, in a window that was made narrower, too
         TextColumn("{task.completed:,.0f} of {task.total:,.0f} tokens"),
         TimeElapsedColumn(),
         console=console,
         transient=True,
     )
-    task = bar.add_task("prefill", total=None)
-    live = interactive
-
-    def finish() -> None:
-        nonlocal live
-        if live and bar.live.is_started:
-            bar.stop()
-        live = False
+    task, read = bar.add_task("prefill", total=None), 0
 
     def tick(done: int, total: int) -> None:
-        if live and total >= LONG_PROMPT:
+        nonlocal read
+        read = done
+        if interactive and total >= LONG_PROMPT:
             bar.update(task, completed=done, total=total)
             bar.start()
 
-    try:
-        yield tick, finish
-    finally:
-        finish()
+    def within(tokens: int, share: float) -> None:
+        bar.update(task, completed=read + tokens * share)
+
+    def stop() -> None:
+        if bar.live.is_started:  # else it would print an empty line
+            bar.stop()
+
+    with contextlib.ExitStack() as stack:
+        stack.callback(stop)
+        stack.enter_context(by_layers(model, within, LONG_PROMPT))
+        yield tick, stack.close
 
 
 def show_compared(console: Console, sparse: Any, dense: Any) -> None:
-    """Both TTFTs side by side."""
+    """Both TTFTs side by side, and in words."""
     table = Table("prefill", "prompt tokens", "TTFT", "tok/s", "FFN skipped")
-    for name, r in (("sparse", sparse), ("dense (stock mlx-lm)", dense)):
+    for name, r in (("sparse", sparse), ("dense (mlx-lm)", dense)):
         table.add_row(
             name,
             f"{r.prompt_tokens:,}",
@@ -95,5 +118,17 @@ def show_compared(console: Console, sparse: Any, dense: Any) -> None:
             f"{r.generation_tps:.1f}",
             f"{r.ffn_sparsity:.0%}",
         )
-    console.print(table)
-    console.print(f"TTFT {dense.ttft / sparse.ttft:.2f}x")
+    show(table, console)
+    console.print(compared(sparse.ttft, dense.ttft))
+
+
+def compared(sparse: float, dense: float) -> str:
+    """Seconds to the first token, in words."""
+    if f"{sparse:.2f}" == f"{dense:.2f}":
+        return f"Sparse and dense begin to answer equally soon, after {dense:.2f} s."
+    word, times = ("sooner", "fast") if sparse < dense else ("later", "slow")
+    ratio = max(sparse, dense) / min(sparse, dense)
+    return (
+        f"Sparse begins to answer {abs(dense - sparse):.2f} s {word} than dense: after "
+        f"{sparse:.2f} s, not {dense:.2f} s ({ratio:.2f} times as {times})."
+    )

@@ -8,8 +8,9 @@ from rich.table import Table
 from ..errors import ConfigError
 from . import options as o
 from .errors import fail, interruptible, one_line_errors
-from .first_use import measured
+from .first_use import tuning_bar
 from .models import load_model
+from .tables import say, show
 
 
 def tune(
@@ -28,12 +29,12 @@ def tune(
 ) -> None:
     """Find the fastest block size and gather strategy for a model on this device.
 
-    chat and generate do this by themselves on first use; this does it again, and shows the figures.
+    chat and generate do this by themselves before the first long prompt, for 20 seconds at most; this
+    takes its time, and shows the figures. From then on chat, generate and the library go by them.
     """
     with one_line_errors(), interruptible():
-        from .. import tune as tuning
+        from .. import tuned, tuning
         from ..attachment import engine_of
-        from ..model.families import Heads
 
         if not 128 <= largest <= 2048:
             raise ConfigError(f"--largest must be 128 to 2048, got {largest}.")
@@ -49,14 +50,15 @@ def tune(
         assert engine is not None
         if not any(engine.keep):
             fail("nothing to tune: every layer stays dense.", 2 if not sparsity else 1)
-        heads = Heads.of(net, max(engine.shapes)[0])
-        choice = measured(engine, heads, Console(stderr=True), largest)
-        key = tuning.key(engine, heads)
-        tuning.remember(key, choice.device)
+        with tuning_bar(Console(stderr=True)) as tick:
+            choice = tuning.tune(net, largest, tick)
         table = Table("block", "strategy", "of the dense time", "error")
         for c in choice.candidates:
             error = f"{c.error:.1e}" + ("" if c.correct else ", wrong")
             table.add_row(str(c.block_size), c.strategy, f"{c.share:.2f}", error)
-        Console().print(table)
-        print(tuning.summary(choice))
-        print(f"Kept in {tuning.file()} for: {key}")
+        show(table)
+        say(tuning.summary(choice))
+        key = tuned.key(engine, tuned.heads_of(net, engine))
+        say(
+            f"Kept in {tuned.file()}: chat, generate, bench, and load() go by it for: {key}"
+        )

@@ -2,13 +2,26 @@
 
 from typing import Any, Optional
 
-from rich.console import Console
 from rich.table import Table
+
+from .tables import say, show
 
 
 def show_verified(found: dict[str, Any]) -> None:
+    """The table, and how it was measured."""
+    from ..predictors.verified import MOST_FACTS, MOST_KL
+
+    show(table(found))
+    say(
+        f"{found['documents']} documents of {found['prompt_tokens']:,} tokens for each column, "
+        f"{found['questions']} facts; passes: KL up to {MOST_KL:g}, "
+        f"{MOST_FACTS:.0%} of the facts lost at most."
+    )
+
+
+def table(found: dict[str, Any]) -> Table:
     """One row per sparsity: what it costs, and what the FLOPs allow."""
-    from ..predictors.verified import MOST_FACTS, MOST_KL, passes
+    from ..predictors.verified import passes
 
     table = Table(
         "sparsity", "KL of prose", "planted facts", "speed by FLOPs", "passes"
@@ -24,12 +37,7 @@ def show_verified(found: dict[str, Any]) -> None:
             f"{row['speedup']:.2f}x",
             "" if row is without else "yes" if passes(row) else "no",
         )
-    Console(width=100, highlight=False).print(table)
-    print(
-        f"{found['documents']} documents of {found['prompt_tokens']:,} tokens for each column, "
-        f"{found['questions']} facts; passes: KL up to {MOST_KL:g}, "
-        f"{MOST_FACTS:.0%} of the facts lost at most."
-    )
+    return table
 
 
 def _bounds(bounds: Optional[list[float]], form: str) -> str:

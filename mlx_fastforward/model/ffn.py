@@ -94,15 +94,22 @@ class GatedFFN:
     Args:
         mlp: A module that proof.py has found to be one.
         order: Which rows of the input projections belong to a neuron.
+        layer: Of the model, where this FFN is.
     """
 
     def __init__(
-        self, mlp: nn.Module, layout: Layout, order: Order, strategy: str = "chunk"
+        self,
+        mlp: nn.Module,
+        layout: Layout,
+        order: Order,
+        strategy: str = "chunk",
+        layer: int = 0,
     ):
         self.mlp = mlp
         self.layout = layout
         self.order = order
         self.strategy = strategy
+        self.layer = layer
         self._activation = Shell(mlp, layout)
         self._stored: dict[str, Any] = {}
         self._norms: Optional[tuple[list[Any], mx.array]] = None
@@ -110,7 +117,7 @@ class GatedFFN:
 
     def under(self, strategy: str) -> "GatedFFN":
         """The same with another way to take columns of the down projection."""
-        return GatedFFN(self.mlp, self.layout, self.order, strategy)
+        return GatedFFN(self.mlp, self.layout, self.order, strategy, self.layer)
 
     @property
     def down(self) -> nn.Module:
@@ -123,6 +130,11 @@ class GatedFFN:
     def shape(self) -> tuple[int, int]:
         """(d, f): hidden size and number of neurons."""
         return linear.shape(self._inputs()[0])[1], linear.shape(self.down)[1]
+
+    @property
+    def share(self) -> tuple[int, int]:
+        """(rank, processes): which of the equal parts of the neurons is here."""
+        return linear.share(self.down)
 
     def projections(self) -> list[nn.Module]:
         """Gate and up, or both in one, or up alone; and down."""
@@ -190,7 +202,9 @@ class GatedFFN:
                 z = z - guess.phi[i] @ mx.take(guess.u, kept, axis=0).T.astype(z.dtype)
             out.append(down(z, kept))
         y = mx.stack(out)
-        return y if guess is None else y + guess.phi @ self._guessed(guess.u, x.dtype)
+        if guess is not None:
+            y = y + guess.phi @ self._guessed(guess.u, x.dtype)
+        return down.whole(y)
 
     def kept_activations(self, x: mx.array, neurons: mx.array) -> mx.array:
         """Activations of chosen neurons. x: (n, d), neurons: (K,) -> (n, K)."""

@@ -55,14 +55,17 @@ class Down:
             self.product = _rows(transposed(dequantized(self.base, dtype)))
 
     def __call__(self, z: mx.array, neurons: mx.array) -> mx.array:
-        """z: (n, K), neurons: (K,) -> (n, d)."""
-        y = summed(self.base, self.product(z, neurons))
-        if (bias := self.base.get("bias")) is not None:
-            y = y + bias
+        """What these neurons add to the output. z: (n, K), neurons: (K,) -> (n, d)."""
+        y = self.product(z, neurons)
         if self.lora is not None:
             u = (z @ mx.take(self.lora.lora_a, neurons, axis=0)) @ self.lora.lora_b
             y = y + (self.lora.scale * u).astype(y.dtype)
         return y
+
+    def whole(self, y: mx.array) -> mx.array:
+        """The processes' parts added up, once for all blocks, and the bias."""
+        y, bias = summed(self.base, y), self.base.get("bias")
+        return y if bias is None else y + bias
 
 
 def _rows(rows: mx.array) -> Product:

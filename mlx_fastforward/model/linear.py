@@ -137,6 +137,14 @@ def rows(linear: nn.Module, x: mx.array, chosen: mx.array) -> mx.array:
     return y + mx.take(linear.bias, chosen) if "bias" in linear else y
 
 
+def share(linear: nn.Module) -> tuple[int, int]:
+    """(rank, processes) of a sharded-to-all projection; (0, 1) of any other."""
+    base, _ = unwrapped(linear)
+    if type(base) not in SUMMED:
+        return 0, 1
+    return base.group.rank(), base.group.size()
+
+
 def summed(base: nn.Module, y: mx.array) -> mx.array:
     """The processes' parts of a sharded-to-all product added up; any other product as it is."""
     if type(base) not in SUMMED:

@@ -72,7 +72,7 @@ def _proven(found: list[Found], strategy: str) -> list[GatedFFN]:
         if (kind := _kind(f.module)) not in known:
             known[kind] = order_of(f.module, f.layout)
         if (order := known[kind]) is not None:
-            ffns.append(GatedFFN(f.module, f.layout, order, strategy))
+            ffns.append(GatedFFN(f.module, f.layout, order, strategy, f.layer))
     return ffns
 
 
@@ -98,9 +98,10 @@ def ffn_of(module: nn.Module, strategy: str = "chunk") -> Optional[GatedFFN]:
 
 def order_of(module: nn.Module, layout: Layout) -> Optional[Order]:
     """Which rows belong to a neuron, where every neuron works by itself; else None."""
-    rows, down = (linear.shape(module[n]) for n in (layout.inputs[0], layout.down))
-    for order in ORDERS.get(rows[0] / down[1], []):
-        if proven(Shell(module, layout), order, rows[0] // down[1]):
+    rows = linear.shape(module[layout.inputs[0]])[0]
+    neurons = linear.shape(module[layout.down])[1]
+    for order in ORDERS.get(rows // neurons, []) if rows % neurons == 0 else []:
+        if proven(Shell(module, layout), order, rows // neurons):
             return order
     return None
 

@@ -1,6 +1,6 @@
 """What is added back for the neurons that a block dropped."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Sequence
 
 import mlx.core as mx
@@ -8,6 +8,7 @@ import mlx.nn as nn
 
 from ..errors import ConfigError
 from ..model.ffn import Estimate
+from .predictor import columns
 
 ACTIVATIONS = {"relu": nn.relu, "silu": nn.silu, "gelu": nn.gelu}
 
@@ -28,6 +29,10 @@ class Compensator:
             x: FFN inputs (M, n, d) of the tokens that ran sparsely.
         """
         raise NotImplementedError
+
+    def part(self, rank: int, size: int) -> "Compensator":
+        """What one of ``size`` processes needs, for its own neurons."""
+        return self
 
     def flops(self, layer: int, tokens: int, d: int, keep: int) -> float:
         """FLOPs for this many tokens, with this many neurons kept."""
@@ -100,6 +105,11 @@ class LowRankCompensator(Compensator):
         w = self.layers[layer]
         phi = features(x.astype(w.v.dtype), w.center, w.v)
         return Estimate(phi.astype(x.dtype), w.u)
+
+    def part(self, rank: int, size: int) -> Compensator:
+        return LowRankCompensator(
+            [replace(w, u=columns(w.u.T, rank, size).T) for w in self.layers]
+        )
 
     def flops(self, layer: int, tokens: int, d: int, keep: int) -> float:
         k = self.layers[layer].u.shape[1]

@@ -1,10 +1,12 @@
 """The expert predictor of one layer: which neurons will a block of tokens need? (eq. 12-13)"""
 
 import math
-from dataclasses import dataclass
-from typing import Optional
+from dataclasses import dataclass, replace
+from typing import Any, Optional
 
 import mlx.core as mx
+
+from ..errors import ConfigError
 
 QUANTIZATION_BITS = (4, 8)
 
@@ -64,11 +66,31 @@ class PredictorWeights:
             bits=self.bits,
         )
 
+    def part(self, rank: int, size: int) -> "PredictorWeights":
+        """What one of ``size`` processes needs, for its own neurons."""
+        names = ["w2", "scales", "biases", "bias"]
+        found = {n: getattr(self, n) for n in names}
+        cut: Any = {
+            n: columns(w, rank, size) for n, w in found.items() if w is not None
+        }
+        return replace(self, **cut)
+
     def flops(self, block: int, d: int, f: int) -> float:
         r = self.w1.shape[1]
         if self.query is None:
             return 2.0 * block * d * r + 4.0 * r * f
         return 4.0 * block * d + 2.0 * r * (d + f)
+
+
+def columns(w: mx.array, rank: int, size: int) -> mx.array:
+    """One of ``size`` equal parts of the last axis; ConfigError where there is none."""
+    n, rest = divmod(w.shape[-1], size)
+    if rest:
+        raise ConfigError(
+            f"the predictor file's weights cannot be shared by {size} processes: {w.shape[-1]} "
+            "groups of neurons; use --predictor none."
+        )
+    return mx.contiguous(w[..., rank * n : (rank + 1) * n])
 
 
 def token_features(h: mx.array, valid: Optional[mx.array] = None) -> mx.array:

@@ -27,8 +27,9 @@ class BaseModel:
     @classmethod
     def of(cls, model: nn.Module, name: str = "") -> "BaseModel":
         """Describe a loaded model, lazily loaded or not; raises UnsupportedModel."""
-        shapes = [ffn.shape for ffn in reach(model).ffns]
-        widths = [f for _, f in shapes]
+        ffns = reach(model).ffns
+        shapes = [ffn.shape for ffn in ffns]
+        widths = [ffn.shape[1] * ffn.share[1] for ffn in ffns]  # of all processes
         same = widths[0] if len(set(widths)) == 1 else widths
         kind = str(getattr(model, "model_type", type(model).__name__))
         mark = fingerprint(layer_norm_weights(model))

@@ -75,6 +75,17 @@ class PredictorFile:
                 "the shapes agree, but the weights of this model do not."
             )
 
+    def part(self, rank: int, size: int) -> "PredictorFile":
+        """What one of ``size`` processes needs, for its own neurons."""
+        if size == 1:
+            return self
+        back = self.compensator
+        return replace(
+            self,
+            layers=self.layers and [w.part(rank, size) for w in self.layers],
+            compensator=back and back.part(rank, size),
+        )
+
     def astype(self, dtype: mx.Dtype) -> "PredictorFile":
         """The same with all float weights of this dtype; PredictorError where they do not fit."""
 

@@ -7,6 +7,7 @@ import mlx.nn as nn
 
 from ..attachment import watched_attention
 from ..model.attention import Attention
+from ..model.proof import reach
 
 ROWS = 256  # queries at a time: all of them against all keys would not fit
 
@@ -14,17 +15,18 @@ ROWS = 256  # queries at a time: all of them against all keys would not fit
 def importances(
     model: nn.Module, sequences: Iterable[mx.array], block: int
 ) -> list[float]:
-    """s_l per layer, mean over heads, queries outside the first block, and sequences."""
+    """s_l of every FFN's layer, mean over heads, queries outside the first block, and sequences."""
     layers = len(model.layers)
     total, count = mx.zeros((layers,)), 0
     for ids in sequences:
         if len(ids) > block:
             total, count = total + masses(model, ids, block), count + 1
             mx.eval(total)
+    ffns = reach(model).ffns
     if not count:
-        return [1.0] * layers
+        return [1.0] * len(ffns)
     values: Any = (total / count).tolist()
-    return values
+    return [values[ffn.layer] for ffn in ffns]
 
 
 def masses(model: nn.Module, ids: mx.array, block: int) -> mx.array:

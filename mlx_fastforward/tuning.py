@@ -6,27 +6,24 @@ against the plain masked FFN; one that is wrong is reported and never used. Atte
 same way: all queries of a chunk at once, as mlx-lm does, or in blocks.
 """
 
-import json
-import platform
-from dataclasses import asdict, dataclass, replace
-from importlib.metadata import version
-from pathlib import Path
-from typing import Any, Callable, Optional
+import math
+import time
+from dataclasses import dataclass, replace
+from typing import Callable, Optional
 
 import mlx.core as mx
+import mlx.nn as nn
 
+from .attachment import detach, engine_of, seat
 from .config import DeviceSettings
 from .engine import Engine
-from .files import write_text
+from .errors import ConfigError
 from .model import linear
 from .model.attention import Attention, by_queries
 from .model.families import Heads
-from .predictors.search import home
 from .timing import interleaved
-from .tokens.flops import dense_ffn, overhead
 from .tokens.plan import CHUNK, Plan
-from .tokens.split import TokenSplit
-from .version import __version__
+from .tuned import heads_of, key, remember, sparse_layer
 
 BLOCKS = (128, 256, 512, 1024, 2048)
 LENGTHS = (512, 1024)  # short prompts: from which on is sparse faster?
@@ -66,90 +63,66 @@ class Choice:
     candidates: list[Candidate]
 
 
-def key(engine: Engine, heads: Heads) -> str:
-    """What a choice depends on: device, system, versions, shapes, quantisation, settings."""
-    layer = _sparse_layer(engine)
-    ffn = engine.ffns[layer]
-    settings = engine.settings()
-    parts = [
-        device_name(),
-        f"{platform.system()} {platform.release()}",
-        f"mlx {version('mlx')}",
-        __version__,
-        "x".join(map(str, ffn.shape)),
-        f"{heads.queries}/{heads.keys} heads of {heads.size}",
-        " ".join(sorted({linear.stored_as(m) for m in ffn.projections()})),
-        str(linear.dtype(ffn.down)).removeprefix("mlx.core."),
-        f"{engine.config.sparsity:g}",
-        settings["selector"],
-        settings["compensator"],
-        f"{_overhead(engine, layer):.3f}",
-    ]
-    return ", ".join(parts)
-
-
-def _overhead(engine: Engine, layer: int) -> float:
-    """FLOPs of selection and compensation, of the dense FFN's: tells ranks apart."""
-    plan = Plan(head=128, blocks=1, block_size=128, tail=128)
-    split, (d, f) = TokenSplit(plan, engine.selector.probe_every), engine.shapes[layer]
-    parts = (f // 2, engine.selector, engine.compensator)
-    return overhead(split, layer, d, f, *parts) / dense_ffn(128, d, f)
-
-
-def device_name() -> str:
-    """Name of the default device."""
-    if mx.default_device() == mx.gpu:
-        return str(mx.device_info().get("device_name", "GPU"))
-    return f"CPU {platform.machine()}"
-
-
-def file() -> Path:
-    return home().parent / "tuned.json"
-
-
-def _known() -> dict[str, Any]:
-    try:
-        known = json.loads(file().read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return {}
-    return known if isinstance(known, dict) else {}
-
-
-def remembered(key: str) -> Optional[DeviceSettings]:
-    """An earlier choice, or None; a damaged file is none."""
-    try:
-        return DeviceSettings(**_known()[key])
-    except (KeyError, TypeError, ValueError):
-        return None
-
-
-def remember(key: str, device: DeviceSettings) -> None:
-    """Keep a choice; a folder that cannot be written to is no reason to stop."""
-    known = _known() | {key: asdict(device)}
-    try:
-        write_text(file(), json.dumps(known, indent=2) + "\n")
-    except OSError:
-        pass
-
-
 def tune(
+    model: nn.Module, largest: int = LARGEST, tick: Tick = lambda share: None
+) -> Choice:
+    """Measure what is fastest for an attached model on this device, use it, and remember it.
+
+    ``load`` and ``attach`` go by it from then on. What a PrefillConfig says of blocks wins.
+
+    Args:
+        model: Attached.
+        largest: Largest block size to try; larger ones are faster and a little less exact.
+        tick: Called with the share that is done.
+
+    Raises:
+        ConfigError: Nothing of this model runs sparsely.
+    """
+    engine = engine_of(model)
+    if engine is None:
+        raise ConfigError("tune: the model is not attached; use load() or attach().")
+    if not any(engine.keep):
+        raise ConfigError("nothing to tune: every layer stays dense.")
+    heads = heads_of(model, engine)
+    choice = search(engine, heads, largest, tick)
+    use(model, engine, choice.device)
+    remember(key(engine, heads), choice.device)
+    return choice
+
+
+def use(model: nn.Module, engine: Engine, device: DeviceSettings) -> None:
+    """Run an attached model under these settings of the device."""
+    detach(model)
+    seat(model, engine.on(device))
+
+
+def search(
     engine: Engine,
     heads: Heads,
     largest: int = LARGEST,
     tick: Tick = lambda share: None,
+    limit: float = math.inf,
 ) -> Choice:
-    """Measure, and choose.
+    """Measure, and choose; the best so far where ``limit`` seconds are over.
 
     Args:
         engine: Of a model; stays as it is.
         heads: Of the same model, for its attention.
-        largest: Largest block size to try; larger ones are faster and a little less exact.
+        largest: Largest block size to try.
+        limit: Seconds, about; a prompt's length is not known to gain unless there was time for it.
     """
+    start = time.perf_counter()
     sizes = [b for b in BLOCKS if b <= largest]
     trials = [(sizes[-1], s) for s in STRATEGIES] + [(b, "") for b in sizes[:-1]]
     x, found = _inputs(engine), []  # type: mx.array, list[Candidate]
     total = len(trials) + len(LENGTHS) + 1
+
+    def over() -> bool:
+        return time.perf_counter() - start > limit
+
     for done, (block, strategy) in enumerate(trials):
+        if found and over():
+            break
         strategy = strategy or _best(found).strategy
         found.append(_measured(_trial(engine, block, strategy), x))
         tick((done + 1) / total)
@@ -157,22 +130,27 @@ def tune(
     if not best.correct or best.share > MARGIN:
         return Choice(DeviceSettings(dense=True), found)
     trial = _trial(engine, best.block_size, best.strategy)
-    shortest = _shortest(trial, x, lambda i: tick((len(trials) + i) / total))
-    queries = attention_block(heads, x.dtype)
+    shortest, queries = CHUNK, 0
+    if not over():
+        shortest = _shortest(trial, x, lambda i: tick((len(trials) + i) / total))
+    if not over():
+        queries = attention_block(heads, x.dtype)
     device = replace(trial.device, shortest=shortest, attention_block=queries)
     return Choice(device, found)
+
+
+def chunk_seconds(engine: Engine) -> float:
+    """About what one dense FFN takes over a chunk, from a sixteenth of it."""
+    few = CHUNK // 16
+    x, ffn = _inputs(engine)[:, :few], engine.ffns[sparse_layer(engine)]
+    found = interleaved({0: lambda: ffn.activations_and_output(x)[1]}, 1)
+    return found[0] * CHUNK / few
 
 
 def _trial(engine: Engine, block: int, strategy: str) -> Engine:
     """The engine with another block size and strategy; the model's own is left alone."""
     trial = engine.on(DeviceSettings(block, strategy))
     return replace(trial, config=replace(engine.config, block_size=None))
-
-
-def _sparse_layer(engine: Engine) -> int:
-    """One that runs sparsely, from the middle; the first if none does."""
-    layers = [i for i, keep in enumerate(engine.keep) if keep]
-    return layers[len(layers) // 2] if layers else 0
 
 
 def _best(found: list[Candidate]) -> Candidate:
@@ -183,7 +161,7 @@ def _best(found: list[Candidate]) -> Candidate:
 
 def _inputs(engine: Engine) -> mx.array:
     """Random FFN inputs (1, CHUNK, d), the scale of a norm's output."""
-    layer = _sparse_layer(engine)
+    layer = sparse_layer(engine)
     d, _ = engine.shapes[layer]
     x = mx.random.normal((1, CHUNK, d), key=mx.random.key(0))
     return x.astype(linear.dtype(engine.ffns[layer].down))
@@ -202,7 +180,7 @@ def _measured(trial: Engine, x: mx.array) -> Candidate:
 
 def _seconds(trial: Engine, plan: Plan, x: mx.array) -> tuple[float, float]:
     """Of the sparse FFN and of the dense one, interleaved."""
-    layer, call = _sparse_layer(trial), trial.call(plan)
+    layer, call = sparse_layer(trial), trial.call(plan)
     found = interleaved(
         {
             "dense": lambda: trial.ffns[layer].activations_and_output(x)[1],
@@ -215,7 +193,7 @@ def _seconds(trial: Engine, plan: Plan, x: mx.array) -> tuple[float, float]:
 
 def _error(trial: Engine, block: mx.array) -> float:
     """Largest difference from the masked dense FFN, relative to its largest output."""
-    ffn = trial.ffns[_sparse_layer(trial)]
+    ffn = trial.ffns[sparse_layer(trial)]
     f = ffn.shape[1]
     kept = (mx.arange(f) % 2 == 0).astype(block.dtype)
     plain = ffn.down(ffn.activations(block) * kept)

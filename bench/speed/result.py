@@ -1,0 +1,174 @@
+"""A result of `bench --save`: one self-contained JSON file, as results/schema.json describes it."""
+
+import json
+from dataclasses import asdict, dataclass, fields
+from datetime import datetime, timezone
+from importlib.metadata import version
+from pathlib import Path
+from platform import python_version
+from typing import Any, Optional, Sequence
+
+import mlx.nn as nn
+
+from ...engine import Engine
+from ...errors import FileProblem
+from ...files import expanded
+from ...model import linear
+from ...model.families import float_dtype
+from ...predictors.file import PredictorFile
+from ...predictors.verified import rows as verified_rows
+from ...version import __version__
+from .ttft import Row
+
+FORMAT, VERSION = "mlx-fastforward bench", 1
+
+
+def result(
+    model: dict[str, Any],
+    machine: dict[str, Any],
+    thermal: tuple[str, str],
+    run: dict[str, Any],
+    engines: Sequence[Engine],
+    rows: Sequence[Row],
+    predictor: Optional[PredictorFile] = None,
+) -> dict[str, Any]:
+    """The whole file.
+
+    Args:
+        model: described() of it.
+        machine: As machine.machine() tells.
+        thermal: Before the first run and after the last.
+        run: Trials, seconds of rest, and whether the arms were tuned.
+        engines: One per arm, as they ran.
+        predictor: Its verified table is the quality beside the speed.
+    """
+    return {
+        "format": FORMAT,
+        "version": VERSION,
+        "created": datetime.now(timezone.utc).strftime("%Y-%m-%dT%H:%M:%SZ"),
+        "machine": machine
+        | {"thermal_before": thermal[0], "thermal_after": thermal[1]},
+        "versions": {
+            "mlx_fastforward": __version__,
+            "mlx": version("mlx"),
+            "mlx_lm": version("mlx-lm"),
+            "python": python_version(),
+        },
+        "model": model,
+        "run": run,
+        "arms": [_arm(engine) for engine in engines],
+        "rows": [asdict(row) for row in rows],
+        "quality": _quality(predictor),
+    }
+
+
+def described(model: nn.Module, engine: Engine, name: str, random: bool) -> dict:
+    """A model in words and sizes; ``name`` is public already."""
+    kinds = {linear.stored_as(m) for ffn in engine.ffns for m in ffn.projections()}
+    return {
+        "name": name,
+        "random_weights": random,
+        "type": str(getattr(model, "model_type", type(model).__name__)),
+        "layers": len(engine.ffns),
+        "hidden_size": max(d for d, _ in engine.shapes),
+        "ffn_size": max(f for _, f in engine.shapes),
+        "quantisation": ", ".join(sorted(kinds)),
+        "dtype": str(float_dtype(model)).rpartition(".")[2],
+    }
+
+
+def _arm(engine: Engine) -> dict[str, Any]:
+    """What ran, with the device's settings; where the predictor file lies is nobody's business."""
+    settings = engine.settings()
+    settings["predictor"] = engine.predictor is not None
+    return settings | {"device": asdict(engine.device)}
+
+
+def _quality(predictor: Optional[PredictorFile]) -> list[dict[str, float]]:
+    names = ("sparsity", "kl", "facts", "facts_dense")
+    details = {} if predictor is None else predictor.details
+    return [{n: row[n] for n in names} for row in verified_rows(details)]
+
+
+@dataclass(frozen=True)
+class Result:
+    """A file that was read, as far as a report needs it."""
+
+    source: str
+    created: str
+    machine: dict[str, Any]
+    versions: dict[str, Any]
+    model: dict[str, Any]
+    run: dict[str, Any]
+    rows: list[Row]
+    quality: list[dict[str, float]]
+
+    @property
+    def chip(self) -> str:
+        """With the GPU's cores where they are known: one name stands for several."""
+        cores = self.machine.get("gpu_cores")
+        return (
+            f"{self.machine['chip']}, {cores} GPU cores"
+            if cores
+            else self.machine["chip"]
+        )
+
+    @property
+    def weights(self) -> str:
+        """The model, how it is quantised, and what it computes in."""
+        m = self.model
+        shape = "shape of " if m["random_weights"] else ""
+        return f"{shape}{m['name']}, {m['layers']} layers, {m['quantisation']}, {m['dtype']}"
+
+    def quality_of(self, row: Row) -> Optional[dict[str, float]]:
+        """What was verified at a row's sparsity: it holds for trained predictors only."""
+        if row.selector != "trained":
+            return None
+        same = (q for q in self.quality if abs(q["sparsity"] - row.sparsity) < 1e-6)
+        return next(same, None)
+
+
+def of_the_ideal(row: Row) -> Optional[float]:
+    """Saved time as a share of what the ideal saves; None where it saves nothing."""
+    if row.ideal_speedup <= 1:
+        return None
+    return (1 - 1 / row.speedup) / (1 - 1 / row.ideal_speedup)
+
+
+def read(path: Path) -> Result:
+    """A saved result; raises FileProblem where the file is none, or of another version."""
+    try:
+        found = json.loads(expanded(path).read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise FileProblem(
+            f"{path} does not exist; expected a file of bench --save."
+        ) from None
+    except OSError as e:
+        raise FileProblem(f"{path} cannot be read: {e.strerror or e}.") from None
+    except (ValueError, RecursionError):
+        raise FileProblem(
+            f"{path} is not JSON; expected a file of bench --save."
+        ) from None
+    if not isinstance(found, dict) or found.get("format") != FORMAT:
+        raise FileProblem(
+            f"{path} is not a file of bench --save (bench --json is another)."
+        )
+    if found.get("version") != VERSION:
+        raise FileProblem(
+            f"{path} is of version {found.get('version')!r}, this reads {VERSION}: "
+            "upgrade mlx-fastforward."
+        )
+    try:
+        return _result(path.name, found)
+    except (KeyError, TypeError, AttributeError, ValueError) as e:
+        raise FileProblem(f"{path} is damaged: {type(e).__name__} {e}.") from None
+
+
+def _result(source: str, found: dict[str, Any]) -> Result:
+    rows = [Row(**{f.name: r[f.name] for f in fields(Row)}) for r in found["rows"]]
+    if not rows or not all(r.ttft_s > 0 and r.stock_ttft_s > 0 for r in rows):
+        raise ValueError("no rows with times")
+    parts = {n: found[n] for n in ("created", "machine", "versions", "model", "run")}
+    done = Result(source, rows=rows, quality=list(found["quality"]), **parts)
+    done.chip, done.weights  # KeyErrors show now
+    return done

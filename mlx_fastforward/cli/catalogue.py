@@ -1,0 +1,81 @@
+"""mlx_fastforward models: what is in the local cache, and what can be done with it."""
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, Iterator
+
+from .. import demo
+from ..errors import FastForwardError, LoadProblem, brief, printable
+from .errors import interruptible, one_line_errors
+
+CONTEXT = 8192  # tokens of KV cache that the memory is told for
+
+
+def models() -> None:
+    """List the models in the Hugging Face cache: supported or not, with what, and the memory they need.
+
+    Nothing is downloaded, and no weights are read.
+
+    Examples:
+
+      mlx_fastforward models
+    """
+    with one_line_errors(), interruptible():
+        from ..hub import cached_models
+
+        print(f"demo (bundled, without --model): {demo.MODEL}")
+        _show(str(demo.MODEL), demo.MODEL)
+        found = [(n, f) for n, fs in cached_models() for f in fs[:1]]
+        models = [(n, f) for n, f in found if (f / "config.json").is_file()]
+        for name, folder in models:
+            print(printable(name))
+            _show(name, folder)
+        if not models:
+            print(
+                "No others in the Hugging Face cache: --model REPOSITORY downloads one."
+            )
+
+
+def _show(name: str, folder: Path) -> None:
+    try:
+        for line in described(name, folder):
+            print(f"    {printable(line)}")
+    except FastForwardError as e:
+        print(f"    not usable: {printable(brief(e))}")
+
+
+def described(name: str, folder: Path) -> Iterator[str]:
+    """What there is to say of a model that lies in a folder; raises FastForwardError."""
+    from mlx_lm.utils import load_model
+
+    from ..hub import problems
+    from ..predictors.base import BaseModel
+    from ..predictors.search import predictor_for
+    from ..predictors.verified import resolved
+
+    if not list(folder.glob("model*.safetensors")):
+        raise LoadProblem("no weights in the cache: the download was not finished.")
+    with problems(name, LoadProblem):
+        net, _ = load_model(folder, lazy=True)
+        base = replace(BaseModel.of(net), name=name)
+    yield f"supported: {base.model_type}, {base.sizes()}"
+    predictor = predictor_for(name, base)
+    kind = (
+        f"predictor {predictor.source}" if predictor else "no predictor: selector probe"
+    )
+    share, why = resolved("auto", predictor)
+    yield f"{kind}; sparsity {share:.0%}" + (f" ({why})" if why else "")
+    weights = sum(f.stat().st_size for f in folder.glob("model*.safetensors"))
+    cache = kv_bytes(net, base) * CONTEXT
+    yield (
+        f"memory: about {(weights + cache) / 1e9:.2f} GB, weights {weights / 1e9:.2f} and "
+        f"{cache / 1e9:.2f} for {CONTEXT:,} tokens"
+    )
+
+
+def kv_bytes(net: Any, base: Any) -> int:
+    """Of keys and values per token, in 16 bits."""
+    from ..model.families import Heads
+
+    heads = Heads.of(net, base.hidden_size)
+    return 2 * 2 * base.layers * heads.keys * heads.size

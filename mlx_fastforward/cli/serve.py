@@ -1,0 +1,271 @@
+"""mlx_fastforward serve: mlx-lm's server, with its flags and a few more."""
+
+import argparse
+import logging
+import os
+import re
+import signal
+import sys
+import types
+from http.server import ThreadingHTTPServer
+from pathlib import Path
+from typing import Any, Callable, NoReturn, Optional
+
+import typer
+
+from .. import demo
+from ..errors import ConfigError
+from .errors import fail, one_line_errors
+from .first_use import tune_first
+from .inputs import sparsity_of
+from .models import checked_name
+
+EXAMPLES = """\
+Examples:
+
+  mlx_fastforward serve --model mlx-community/Qwen3-4B-4bit
+  mlx_fastforward serve --sparsity 0.4 --port 8081
+
+Clients: base URL http://127.0.0.1:8080/v1 (OpenAI), http://127.0.0.1:8080 (Anthropic).
+"""
+
+
+def serve(ctx: typer.Context) -> None:
+    """Serve models over HTTP, for editors, agents and web pages."""
+    with one_line_errors():
+        run(parser().parse_args(ctx.args))
+
+
+LOOPBACK = ("127.0.0.1", "localhost", "::1")
+# Lines that agents put into their system prompts and change every turn.
+DROPPED = (
+    r"^x-anthropic-billing-header:",
+    r"^\s*(<system_warning>)?Token usage: [\d,]+/[\d,]+",
+    r"^\s*<(budget:)?token_budget>",
+)
+
+
+class Parser(argparse.ArgumentParser):
+    """Says what is wrong as the other commands do."""
+
+    def error(self, message: str) -> NoReturn:
+        fail(f"{message}; see mlx_fastforward serve --help.", 2)
+
+
+class _Built(Exception):
+    pass
+
+
+def their_parser() -> argparse.ArgumentParser:
+    """mlx_lm.server's own parser, which it makes inside its main(): a new flag appears by itself."""
+    from mlx_lm import server
+
+    from ..server.names import renamed
+
+    class Stopped(Parser):
+        def parse_args(self, *args: Any, **kwargs: Any) -> NoReturn:
+            raise _Built(self)
+
+    stand_in = types.SimpleNamespace(ArgumentParser=Stopped)
+    try:
+        renamed(server.main, argparse=stand_in)()
+    except _Built as built:
+        return built.args[0]
+    raise NameError("mlx_lm.server.main no longer parses arguments.")
+
+
+def parser() -> argparse.ArgumentParser:
+    """All flags: mlx-lm's and ours."""
+    all_flags = Parser(
+        prog="mlx_fastforward serve",
+        description=serve.__doc__,
+        epilog=EXAMPLES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        parents=[_without_help(their_parser())],
+        conflict_handler="resolve",
+    )
+    all_flags.set_defaults(model=str(demo.MODEL))
+    group = all_flags.add_argument_group("sparse prefill")
+    add = group.add_argument
+    add(
+        "--sparsity",
+        default="auto",
+        help="Share of FFN neurons that sparse blocks drop, 0 to below 1; auto: the most that was "
+        "verified for this model, 0.5 without such a table",
+    )
+    add(
+        "--predictor",
+        help="Trained predictors: folder or repository. Default: those beside the model, else your "
+        "newest for it; none for none",
+    )
+    add(
+        "--no-tune", action="store_true", help="Do not measure this device on first use"
+    )
+    add(
+        "--sparse-prefix",
+        action="store_true",
+        help="Also read system prompt and tools sparsely, which every turn reuses",
+    )
+    add = all_flags.add_argument_group("server").add_argument
+    add(
+        "--api-key",
+        default=os.environ.get("MLX_FASTFORWARD_API_KEY"),
+        help="Clients must send it (Authorization: Bearer, or x-api-key). Default: the variable "
+        "MLX_FASTFORWARD_API_KEY",
+    )
+    add(
+        "--cache-dir",
+        type=Path,
+        help="Keep prompt caches in this folder, too: they survive a restart. Default: off",
+    )
+    add(
+        "--cache-gb",
+        type=float,
+        default=10.0,
+        help="Size of that folder; the least recently used are deleted (default: 10)",
+    )
+    add(
+        "--drop-line",
+        action="append",
+        metavar="PATTERN",
+        help="Lines of system prompts that match are left out: they change every turn and would "
+        "spoil the reuse of what follows. May be repeated; '' for none. Default: billing headers "
+        "and token counters of known agents",
+    )
+    return all_flags
+
+
+def _without_help(theirs: argparse.ArgumentParser) -> argparse.ArgumentParser:
+    """A parser that can be another's parent."""
+    action = next(a for a in theirs._actions if a.dest == "help")
+    theirs._remove_action(action)
+    for name in action.option_strings:
+        del theirs._option_string_actions[name]
+    return theirs
+
+
+def run(args: argparse.Namespace) -> None:
+    """Load and tune, then serve until Ctrl-C."""
+    args.sparsity = sparsity_of(args.sparsity)
+    args.model = checked_name(args.model)
+    args.drop_line = patterns(args.drop_line)
+    import mlx.core as mx
+    from mlx_lm import server
+
+    from ..config import PrefillConfig
+    from ..predictors.verified import resolved
+    from ..server.generator import Generator
+    from ..server.handler import Handler
+    from ..server.prompts import PromptCache
+    from ..server.provider import Provider
+
+    PrefillConfig(sparsity=resolved(args.sparsity, None)[0])
+    logging.basicConfig(
+        level=args.log_level, format="%(asctime)s - %(levelname)s - %(message)s"
+    )
+    if args.host not in LOOPBACK and not args.api_key:
+        logging.warning(
+            f"anybody who reaches {args.host}:{args.port} can use this server: set --api-key."
+        )
+    check_free(args.host, args.port)
+    if mx.distributed.init().size() > 1:
+        fail("serve runs on one machine; for several use mlx_lm.server.")
+    server.maybe_set_recommended_wired_limit()
+    tune = tune_for_long_prompts if not args.no_tune else lambda model: None
+    provider = Provider(args, tune)
+    disk = disk_cache(args.cache_dir, args.cache_gb)
+    prompts = PromptCache(args.prompt_cache_size, disk, provider.identity)
+    generator = Generator(provider, prompts, args.sparse_prefix)
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    try:
+        provider.loaded.wait()
+        if provider.failure is not None:
+            raise provider.failure
+        started = lambda port: print(banner(args, provider, port), flush=True)
+        server._run_http_server(
+            args.host, args.port, generator, listening(started), Handler
+        )
+    except KeyboardInterrupt:
+        print("mlx_fastforward: stopped.", file=sys.stderr)
+    finally:
+        generator.stop_and_join()
+
+
+def tune_for_long_prompts(model: Any) -> None:
+    """Now, and not in the first request."""
+    from ..tokens.plan import CHUNK
+
+    tune_first(model, CHUNK)
+
+
+def patterns(given: Optional[list[str]]) -> list[str]:
+    """The value of --drop-line; raises ConfigError."""
+    for pattern in given or []:
+        try:
+            re.compile(pattern)
+        except re.error as e:
+            raise ConfigError(f"--drop-line {pattern!r} is no pattern: {e}.") from None
+    return list(DROPPED) if given is None else [p for p in given if p]
+
+
+def disk_cache(folder: Optional[Path], gb: float) -> Any:
+    """The folder of --cache-dir, None without one."""
+    from ..server.disk import DiskCache
+
+    if not gb > 0:
+        raise ConfigError(f"--cache-gb must be above 0, got {gb:g}.")
+    if folder is None:
+        return None
+    try:
+        return DiskCache(folder, int(gb * 1e9))
+    except OSError as e:
+        fail(f"--cache-dir {folder}: {e.strerror or e}.")
+
+
+def check_free(host: str, port: int) -> None:
+    """Say now, not after loading, that the port is taken."""
+    try:
+        ThreadingHTTPServer((host, port), None).server_close()  # type: ignore[arg-type]
+    except OSError as e:
+        fail(f"cannot listen at {host}:{port}: {e.strerror}; try another --port.")
+
+
+def listening(started: Callable[[int], None]) -> type[ThreadingHTTPServer]:
+    """A server class that tells which port it got."""
+
+    class Server(ThreadingHTTPServer):
+        daemon_threads = True
+        request_queue_size = 128
+
+        def server_activate(self) -> None:
+            super().server_activate()
+            started(self.server_address[1])
+
+        def handle_error(self, request: Any, client_address: Any) -> None:
+            logging.debug("a connection broke", exc_info=True)
+
+    return Server
+
+
+def banner(args: argparse.Namespace, provider: Any, port: int) -> str:
+    """What runs, and where."""
+    from ..attachment import engine_of
+
+    engine = engine_of(provider.model)
+    assert engine is not None
+    mode = "dense (stock mlx-lm)"
+    if engine.device.dense:
+        mode += ", the fastest on this device; --no-tune runs sparsely"
+    if engine.sparse:
+        mode = f"{engine.config.sparsity:.0%} of FFN neurons dropped per {engine.block_size} tokens"
+        mode += f", selector {engine.selector.name}"
+    host = f"[{args.host}]" if ":" in args.host else args.host
+    lines = [
+        "mlx_fastforward serve",
+        f"model    {args.model}",
+        f"prefill  {mode}" + (f" ({engine.chosen})" if engine.chosen else ""),
+        f"url      http://{host}:{port}",
+    ]
+    if engine.predictor is not None:
+        lines.insert(3, f"predictor {engine.predictor}")
+    return "\n".join(lines)

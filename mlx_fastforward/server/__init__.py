@@ -1,0 +1,1 @@
+"""mlx-lm's server over models that prefill sparsely."""

@@ -1,0 +1,265 @@
+"""mlx-lm's generation thread, which reads each prompt as its request asks."""
+
+import functools
+import itertools
+import logging
+import re
+import threading
+import time
+import types
+from dataclasses import replace
+from queue import Empty, Queue
+from typing import Any, Callable, Iterator, Optional
+
+import mlx.core as mx
+from mlx_lm import server
+from mlx_lm.generate import stream_generate
+
+from ..attachment import resumed, switched
+from ..session import common_prefix
+from .batches import Batches, read_chunk
+from .metrics import Metrics
+from .names import renamed
+from .prompts import PromptCache
+from .provider import Provider
+from .requests import Asked, ClientGone, Reading
+
+POLL = 0.2  # seconds between looks at whether client and thread are still there
+PAUSE = 0.5  # seconds between the death of a thread and the next one
+DIED = "the generation thread died; try again."
+Segments = tuple[list[int], list[list[int]], list[str], str, Any]
+
+
+class ThreadDied(RuntimeError):
+    """The generation thread ended while a request was in it; the next one finds a new thread."""
+
+
+class Generator(server.ResponseGenerator):
+    """Serves Asked requests; a thread that dies fails what it had in hand and is replaced.
+
+    Args:
+        sparse_prefix: Also read sparsely what every turn begins with: system prompt and tools.
+    """
+
+    model_provider: Provider
+    prompt_cache: PromptCache
+
+    def __init__(
+        self, provider: Provider, prompt_cache: PromptCache, sparse_prefix: bool = False
+    ):
+        self.sparse_prefix = sparse_prefix
+        self.deaths = 0
+        self.metrics = Metrics(lambda: self.requests.qsize(), lambda: self.deaths)
+        self.volatile = [re.compile(p) for p in provider.cli_args.drop_line]
+        self._counting = threading.Lock()
+        self._asked: Optional[Asked] = None  # the generation thread's, in hand
+        self._waiting = threading.local()  # the handlers', one request each
+        super().__init__(provider, prompt_cache)
+
+    # The generation thread
+
+    def _generate(self) -> None:
+        batches = functools.partial(Batches, lambda: self.prompt_cache.in_hand())
+        run = renamed(server.ResponseGenerator._generate, BatchGenerator=batches)
+        run(self)
+
+    def _run_generate(self) -> None:
+        try:
+            self._generate()
+        except BaseException as e:
+            self._generation_failed = True
+            if self.model_provider.failure is None and not self._stop:
+                logging.exception(f"the generation thread died: {e}")
+                self._restart()
+
+    def _restart(self) -> None:
+        time.sleep(PAUSE)
+        self.deaths += 1
+        self.model_provider.reset()  # whatever state it was left in
+        self.prompt_cache = self.prompt_cache.emptied()
+        self.model_provider.loaded.clear()
+        self._generation_thread = threading.Thread(target=self._run_generate)
+        self._generation_failed = False
+        self._generation_thread.start()
+
+    @property
+    def is_healthy(self) -> bool:
+        """The thread is alive and its model loaded."""
+        return self.generation_available() and self.model_provider.loaded.is_set()
+
+    def _tokenize(self, tokenizer: Any, request: Asked, args: Any) -> Segments:
+        if request.left.is_set():
+            raise ClientGone("the client went away")
+        prompt, segments, types, state, vision = super()._tokenize(
+            tokenizer, request, args
+        )
+        if not prompt:
+            raise ValueError("the prompt is empty.")
+        dense = len(segments[0]) if types[0] == "system" else 0
+        if not dense and vision is None:
+            dense = self._prefix(tokenizer, request, args, prompt)
+            dense = min(dense, len(segments[0]) - 1)
+            if dense:
+                segments = [prompt[:dense], segments[0][dense:], *segments[1:]]
+                types = ["system", *types]
+        engine = self.model_provider.engine(request.sparsity)
+        if self.sparse_prefix:
+            dense = 0
+        reading = Reading(engine, dense, len(prompt), request.report, request.fresh)
+        self.prompt_cache.reading, self._asked = reading, request
+        return prompt, segments, types, state, vision
+
+    def _prefix(
+        self, tokenizer: Any, request: Asked, args: Any, prompt: list[int]
+    ) -> int:
+        """Tokens of system prompt and tools where mlx-lm does not look for them.
+
+        That is where the last message is a tool's result, or tools come without a system prompt.
+        """
+        system = list(
+            itertools.takewhile(lambda m: m["role"] == "system", request.messages)
+        )
+        if not (system or request.tools) or not tokenizer.has_chat_template:
+            return 0
+        probe = replace(request, messages=[*system, {"role": "user", "content": ""}])
+        alone = super()._tokenize(tokenizer, probe, args)[0]
+        return common_prefix(alone, prompt)
+
+    def _serve_single(self, request: Any, stream: Any) -> None:
+        run = renamed(
+            server.ResponseGenerator._serve_single, stream_generate=self._read_alone
+        )
+        run(self, request, stream)
+
+    def _read_alone(
+        self,
+        model: Any,
+        tokenizer: Any,
+        prompt: list[int],
+        prompt_cache: list[Any],
+        prefill_step_size: int,
+        prompt_progress_callback: Callable[[int, int], None],
+        draft_model: Any = None,
+        **kwargs: Any,
+    ) -> Iterator[Any]:
+        """stream_generate for what cannot be batched: a draft model, a seed, quantised caches."""
+        asked, reading = self._asked, self.prompt_cache.in_hand()
+        assert asked is not None
+        left = reading.total - reading.done
+
+        def progress(done: int, _: int) -> None:
+            if asked.left.is_set():
+                raise ClientGone("the client went away")
+            prompt_progress_callback(start + done, left)
+
+        start = 0
+        parts = [(model, prompt_cache[: len(model.layers)])]
+        if draft_model is not None:
+            parts.append((draft_model, prompt_cache[len(model.layers) :]))
+        while kwargs.get("input_embeddings") is None and (n := reading.dense_left()):
+            ids = mx.array([prompt[start : start + min(n, prefill_step_size)]])
+            read_chunk(model, reading, ids.shape[1], lambda: _feed(parts, ids))
+            start += ids.shape[1]
+            progress(0, 0)
+        responses = stream_generate(
+            model,
+            tokenizer,
+            prompt[start:],
+            prompt_cache=prompt_cache,
+            prefill_step_size=prefill_step_size,
+            prompt_progress_callback=progress,
+            draft_model=draft_model,
+            **kwargs,
+        )
+        engine = reading.engine
+        plan = (
+            switched(model, False)
+            if engine is None
+            else resumed(model, engine, reading.prompt)
+        )
+        with plan:
+            for i, response in enumerate(responses):
+                if i == 0:
+                    reading.was_read(len(prompt) - start, False)
+                yield response
+
+    # The handlers' threads
+
+    def generate(  # type: ignore[override]
+        self,
+        request: Asked,
+        generation_args: Any,
+        progress_callback: Optional[Callable[[int, int], None]] = None,
+    ) -> tuple[Any, Iterator[Any]]:
+        start = time.perf_counter()
+        self._waiting.asked = request
+        self._waiting.thread = self._generation_thread
+        if not self.generation_available():
+            raise ThreadDied(DIED)
+        try:
+            ctx, responses = super().generate(
+                request, generation_args, progress_callback
+            )
+        except BaseException:
+            request.left.set()
+            raise
+
+        def timed() -> Iterator[Any]:
+            tokens = 0
+            try:
+                for tokens, response in enumerate(responses, 1):
+                    if not request.report.ttft_s:
+                        request.report.ttft_s = time.perf_counter() - start
+                    yield response
+                self.metrics.answered(request.report, len(ctx.prompt), tokens)
+            finally:
+                request.left.set()
+                ctx.stop()
+
+        return ctx, timed()
+
+    def _await_response(self, response_queue: Queue) -> Any:
+        waiting = self._waiting
+        while True:
+            if waiting.asked.gone():
+                raise ClientGone("the client went away")
+            try:
+                return response_queue.get(timeout=POLL)
+            except Empty:
+                pass
+            if (
+                waiting.thread is not self._generation_thread
+                or not self.generation_available()
+            ):
+                raise ThreadDied(DIED)
+
+    def drop_lines(self, body: dict[str, Any]) -> None:
+        """Take lines out of system prompts that change every turn: what follows could not be reused."""
+        messages = body.get("messages")
+        for m in messages if isinstance(messages, list) else []:
+            if isinstance(m, dict) and m.get("role") == "system":
+                if isinstance(text := m.get("content"), str):
+                    m["content"] = self._lasting(text)
+                for part in text if isinstance(text, list) else []:
+                    if isinstance(part, dict) and isinstance(part.get("text"), str):
+                        part["text"] = self._lasting(part["text"])
+
+    def _lasting(self, text: str) -> str:
+        lines = text.splitlines(keepends=True)
+        return "".join(l for l in lines if not any(p.search(l) for p in self.volatile))
+
+    def count(self, body: dict[str, Any]) -> int:
+        """Tokens of a chat's prompt for the loaded model."""
+        with self._counting:
+            tokenizer = self.model_provider.own_tokenizer()
+            request = Asked("chat", "", body["messages"], body.get("tools"), None)
+            args = types.SimpleNamespace(
+                chat_template_kwargs=body.get("chat_template_kwargs")
+            )
+            return len(super()._tokenize(tokenizer, request, args)[0])
+
+
+def _feed(parts: list[tuple[Any, list[Any]]], ids: mx.array) -> None:
+    for model, cache in parts:
+        model(ids, cache=cache)
+        mx.eval([c.state for c in cache])

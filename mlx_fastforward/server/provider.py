@@ -1,0 +1,135 @@
+"""mlx-lm's model provider, whose models come back attached."""
+
+import copy
+import threading
+from argparse import Namespace
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, Callable, Optional
+
+import mlx.nn as nn
+from mlx_lm.server import ModelProvider
+from mlx_lm.utils import _download
+
+from ..attachment import attach, engine_of
+from ..build import engine_for
+from ..config import PrefillConfig
+from ..engine import Engine
+from ..errors import LoadProblem
+from ..hub import problems
+from ..predictors.base import BaseModel
+from ..predictors.file import PredictorFile
+from ..predictors.search import named_predictor, predictor_for
+from ..predictors.verified import resolved
+from .disk import fingerprint, identity
+
+Prepare = Callable[[nn.Module], None]
+
+
+class Provider(ModelProvider):
+    """Loads on demand as mlx-lm does; every sparsity that is asked for has its own engine.
+
+    Args:
+        cli_args: mlx_lm.server's, with sparsity ("auto" or a number) and predictor.
+        prepare: Called with each model that was attached: tunes it.
+    """
+
+    def __init__(self, cli_args: Namespace, prepare: Prepare = lambda model: None):
+        super().__init__(cli_args)
+        self.model: Any  # mlx-lm begins with None
+        self.prepare = prepare
+        self.predictor: Optional[PredictorFile] = None
+        self.marks = "", ""  # of the model, and of it with its predictors
+        self.engines: dict[float, Engine] = {}
+        self._checked: set[str] = set()
+        self._copied: Optional[tuple[Any, Any]] = None
+        self.loaded = threading.Event()  # or failed
+        self.failure: Optional[BaseException] = None
+
+    def load_default(self) -> None:
+        """Runs in the generation thread; ``loaded`` tells the others."""
+        try:
+            super().load_default()
+        except BaseException as e:
+            self.failure = e
+            raise
+        finally:
+            self.loaded.set()
+
+    def _load(
+        self, model_path: str, adapter_path: Any = None, draft_model_path: Any = None
+    ) -> None:
+        with problems(model_path, LoadProblem):
+            try:
+                super()._load(model_path, adapter_path, draft_model_path)
+                self._attach(model_path)
+            except Exception:
+                self.reset()
+                raise
+
+    def reset(self) -> None:
+        super().reset()
+        self.engines, self.predictor, self.marks = {}, None, ("", "")
+
+    def _attach(self, model_path: str) -> None:
+        model, named = self.model, self.cli_args.predictor
+        if named is None:
+            self.predictor = predictor_for(model_path, BaseModel.of(model))
+        else:
+            self.predictor = named_predictor(named)
+        value, chosen = resolved(self.cli_args.sparsity, self.predictor)
+        config = PrefillConfig.from_kwargs(sparsity=value)
+        attach(model, config, predictor=self.predictor).chosen = chosen
+        self.prepare(model)
+        extra = self.predictor.arrays() if self.predictor else []
+        self.marks = fingerprint(model), fingerprint(model, extra)
+
+    def identity(self, sparsity: float) -> str:
+        """What a prefix of the loaded model at a sparsity is, on disk."""
+        engine = self.engine(sparsity)
+        if engine is None:
+            return identity(self.marks[0], {})
+        return identity(self.marks[1], engine.settings())
+
+    def engine(self, sparsity: Optional[float]) -> Optional[Engine]:
+        """The loaded model's engine at a sparsity; None where that is dense.
+
+        Args:
+            sparsity: None for what the server was started with.
+        """
+        base = engine_of(self.model)
+        assert base is not None
+        if sparsity is None or sparsity == base.config.sparsity:
+            return base if base.sparse else None
+        if sparsity == 0:
+            return None
+        if sparsity not in self.engines:
+            config = replace(base.config, sparsity=sparsity)
+            other = engine_for(self.model, config, self.predictor, device=base.device)
+            self.engines[sparsity] = replace(other, ffns=base.ffns)
+        engine = self.engines[sparsity]
+        return engine if engine.sparse else None
+
+    def check(
+        self, model: str, adapter: Optional[str] = None, draft: Optional[str] = None
+    ) -> None:
+        """Fetch what a request names before anybody waits for it; raises LoadProblem."""
+        names = {self._model_map.get(model, model)}
+        if draft is not None:
+            names.add(self._draft_model_map.get(draft, draft))
+        for name in names - self._checked - {None}:
+            with problems(name, LoadProblem):
+                folder = _download(name)
+            if not (Path(folder) / "config.json").is_file():
+                raise LoadProblem(f"{name} holds no config.json.")
+            self._checked.add(name)
+        if adapter is not None and not Path(adapter, "adapters.safetensors").is_file():
+            raise LoadProblem(f"{adapter} holds no adapters.safetensors.")
+
+    def own_tokenizer(self) -> Any:
+        """A copy of the loaded tokenizer, for another thread: two cannot share one."""
+        if self.tokenizer is None:
+            raise LoadProblem("no model is loaded.")
+        if self._copied is None or self._copied[0] is not self.tokenizer:
+            self._copied = (self.tokenizer, copy.deepcopy(self.tokenizer))
+        return self._copied[1]

@@ -1,0 +1,107 @@
+"""One request on its way: what was asked of its prompt, and what was done."""
+
+import threading
+from dataclasses import dataclass, field
+from typing import Callable, Optional
+
+from mlx_lm.server import CompletionRequest
+
+from ..engine import Engine, Prompt
+
+
+class ClientGone(ConnectionError):
+    """The client went away before its answer was complete."""
+
+
+@dataclass
+class Report:
+    """What became of a prompt.
+
+    ttft_s: Seconds from the request to its first token, waiting in line included.
+    cached_tokens: Prompt tokens that were not read again.
+    ffn_sparsity: Share of the FFN FLOPs of the others that was skipped.
+    """
+
+    ttft_s: float = 0.0
+    cached_tokens: int = 0
+    ffn_sparsity: float = 0.0
+
+    def rounded(self) -> dict[str, float]:
+        return {
+            "cached_tokens": self.cached_tokens,
+            "ttft_s": round(self.ttft_s, 4),
+            "ffn_sparsity": round(self.ffn_sparsity, 4),
+        }
+
+
+@dataclass
+class Asked(CompletionRequest):
+    """mlx-lm's request, and how its prompt is to be read.
+
+    sparsity: What the client asked for, None for the server's own.
+    fresh: Read all of the prompt, whatever is cached.
+    gone: Whether the client has left; asked while waiting.
+    left: Set when it has: nothing more is done for it.
+    """
+
+    sparsity: Optional[float] = None
+    fresh: bool = False
+    gone: Callable[[], bool] = lambda: False
+    left: threading.Event = field(default_factory=threading.Event)
+    report: Report = field(default_factory=Report)
+
+
+@dataclass
+class Reading:
+    """A prompt while it is read.
+
+    engine: What the sparse part runs under, None where all is dense.
+    dense: Tokens from the prompt's start that stay dense: the reused part.
+    done: Tokens in the cache.
+    total: Tokens of the prompt.
+    fresh: Nothing that is cached may be used.
+    read_at: The sparsity of what the cache holds, 0 where all of it is dense.
+    """
+
+    engine: Optional[Engine]
+    dense: int
+    total: int
+    report: Report
+    fresh: bool = False
+    done: int = 0
+    read_at: float = 0.0
+    prompt: Optional[Prompt] = None
+
+    @property
+    def sparsity(self) -> float:
+        """What the sparse part is read at."""
+        return 0.0 if self.engine is None else self.engine.config.sparsity
+
+    def found(self, tokens: int, read_at: float) -> None:
+        """So many tokens were cached."""
+        self.done, self.read_at = tokens, read_at
+        self.report.cached_tokens = tokens
+        if self.engine is not None:
+            left = self.total - max(self.done, self.dense)
+            self.prompt = self.engine.prompt(left)
+
+    def last_token(self) -> None:
+        """The prompt's last token begins the answer, densely, among other decode steps."""
+        if self.engine is not None and self.prompt is not None:
+            self.engine.count(self.prompt.flops, 1, 1, None)
+
+    def dense_left(self) -> int:
+        """Tokens that are still to be read densely before the others."""
+        return max(0, self.dense - self.done)
+
+    def was_read(self, tokens: int, dense: bool) -> None:
+        """So many more tokens were read."""
+        self.done += tokens
+        if self.engine is None or self.prompt is None:
+            return
+        count = self.prompt.flops
+        if dense:
+            self.engine.count(count, 1, tokens, None)
+        if count.run != count.dense:
+            self.read_at = self.sparsity
+        self.report.ffn_sparsity = count.sparsity

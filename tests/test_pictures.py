@@ -1,0 +1,58 @@
+"""Every axis of a picture says what it shows; ticks, bars and legends agree with the figures."""
+
+import importlib
+from typing import Any
+
+import pytest
+from test_tables import BENCH, EVAL, WORST
+
+from mlx_fastforward.bench.speed.ttft import Row
+
+SPEED = importlib.import_module("mlx_fastforward.bench.speed.picture")
+SCORES = importlib.import_module("mlx_fastforward.bench.eval.picture")
+
+
+def rows() -> list[Row]:
+    """Two arms at two lengths."""
+    made = []
+    for context, factor in ((1024, 0.25), (4096, 1.0)):
+        for selector in ("probe", "trained"):
+            values = {**vars(BENCH[0]), "context": context, "selector": selector}
+            for name in ("ttft_s", "stock_ttft_s"):
+                values[name] *= factor
+            for name in ("ttft_spread_s", "stock_ttft_spread_s"):
+                values[name] = tuple(factor * v for v in values[name])
+            made.append(Row(**values))
+    return made
+
+
+def words(axis: Any) -> list[str]:
+    return [axis.get_title(), axis.get_xlabel(), axis.get_ylabel()]
+
+
+def test_bench() -> None:
+    left, right = SPEED.draw(rows(), "title").axes
+    assert all([*words(left), *words(right)])
+    assert "seconds" in left.get_ylabel() and "times as fast" in right.get_ylabel()
+    for axis in (left, right):
+        assert list(axis.get_xticks()) == [1024, 4096]
+    stock, *arms = left.containers
+    assert len(arms) == 2 and all(c.has_yerr for c in left.containers)
+    for container, spread in ((stock, (66.1, 70.91)), (arms[0], (46.02, 51.33))):
+        _, _, (bars,) = container
+        assert [y for _, y in bars.get_segments()[-1]] == pytest.approx(spread)
+    names = [t.get_text() for t in right.get_legend().get_texts()]
+    assert len(names) == len(right.lines) == 5
+
+
+def test_eval() -> None:
+    found = [*EVAL, type(EVAL[0])(**{**vars(EVAL[0]), "task": "all"})]
+    for s in found:
+        s.score_dense_bounds = s.score_sparse_bounds = (0.6, 0.9)
+    worst = {**vars(WORST), "arm": EVAL[0].arm, "document": "a"}
+    worst |= {"score_dense": 1.0, "score_sparse": 0.0}
+    figure = SCORES.draw([type(WORST)(**worst)], found, "title")
+    for axis in figure.axes:
+        assert all(words(axis))
+    (legend,) = figure.legends
+    assert [t.get_text() for t in legend.get_texts()] == ["dense", EVAL[0].arm]
