@@ -68,7 +68,8 @@ def read_places(
 class Speculative:
     """Reads prompts of one conversation by a scorer's word; ``notes`` says what else happened.
 
-    ``exact`` first tokens of the cache are as a dense model would have them.
+    ``exact`` first tokens of the cache are as a dense model would have them. ``healed``: the cache
+    was made whole after an answer.
     """
 
     def __init__(self, model: nn.Module, scorer: Scorer, config: KeepConfig):
@@ -76,6 +77,7 @@ class Speculative:
         self.scorer = scorer
         self.config = config
         self.exact = 0
+        self.healed = False
         self.notes: list[str] = []
 
     def settings(self) -> dict[str, Any]:
@@ -85,6 +87,14 @@ class Speculative:
             "keep": self.config.keep,
             "prefill_threshold": self.config.threshold,
         }
+
+    def describe(self) -> str:
+        """One line of what is done."""
+        c = self.config
+        return (
+            f"approximate: of prompts from {c.threshold:,} tokens on {c.keep:.0%} are read, "
+            f"as {self.scorer.name} says"
+        )
 
     @property
     def warning(self) -> Optional[str]:
@@ -144,7 +154,7 @@ class Speculative:
             sparsity = read_places(
                 self.model, ids, places[:-1], cache, chunk, progress, reused
             )
-            new = ids[-1:]
+            new, self.healed = ids[-1:], False
         before = time.perf_counter() - start
         responses = stream_generate(
             self.model, tokenizer, new, max_tokens, prompt_cache=cache, **kwargs
@@ -164,6 +174,11 @@ class Speculative:
                         read_tokens=int(places.size),
                     )
                 yield r
+
+    def take_notes(self) -> list[str]:
+        """What happened since the last time."""
+        taken, self.notes = self.notes, []
+        return taken
 
     def _reads_densely(self) -> bool:
         engine = engine_of(self.model)
