@@ -15,6 +15,7 @@ from .model.families import model_type
 from .model.positions import make_compact
 from .prefill import prefill
 from .session import common_prefix
+from .tokens.mapping import Translation, carried
 from .tokens.plan import CHUNK
 from .tokens.speculative import KeepConfig, importance, weights
 
@@ -57,11 +58,18 @@ class Attention:
 
 
 class DraftScorer:
-    """A small model of the same vocabulary: it reads the prompt, and looks a few tokens ahead."""
+    """A small model: it reads the prompt, and looks a few tokens ahead.
 
-    def __init__(self, model: nn.Module, name: str):
+    Args:
+        translation: For a draft of another vocabulary.
+    """
+
+    def __init__(
+        self, model: nn.Module, name: str, translation: Optional[Translation] = None
+    ):
         self.model = model
         self.name = name
+        self.translation = translation
         self.cached: list[int] = []
         self.cache: list[Any] = []
         with watched_attention(model, _unchanged) as there:
@@ -73,6 +81,12 @@ class DraftScorer:
 
     def score(self, ids: Sequence[int], start: int, config: KeepConfig) -> np.ndarray:
         """Of the tokens from ``start`` on."""
+        if self.translation is None:
+            return self._scores(ids, config)[start:]
+        theirs, spans, wanted = self.translation.to_draft(ids)
+        return carried(self._scores(theirs, config), spans, wanted)[start:]
+
+    def _scores(self, ids: Sequence[int], config: KeepConfig) -> np.ndarray:
         keep = self._reuse(ids)
         prefill(self.model, mx.array(list(ids[keep:-1])), self.cache)
         attention, token = Attention(len(ids)), int(ids[-1])
@@ -88,7 +102,7 @@ class DraftScorer:
                 c.trim(config.look_ahead)
         else:
             self.cached = []
-        return attention.importance(config.pool)[start:]
+        return attention.importance(config.pool)
 
     def _reuse(self, ids: Sequence[int]) -> int:
         """Cut the cache down to what it shares with ``ids``; returns how many tokens stay."""

@@ -23,6 +23,7 @@ from mlx_fastforward.model.positions import (
 )
 from mlx_fastforward.scorers import DraftScorer, LayersScorer
 from mlx_fastforward.speculative import Speculative, read_places
+from mlx_fastforward.tokens.mapping import Translation, carried
 from mlx_fastforward.tokens.speculative import (
     KeepConfig,
     importance,
@@ -258,6 +259,45 @@ def test_first_layers_hand_their_work_on(kind: str) -> None:
     got = models.continue_from(model, ids[119], 5, cache)
     wanted = models.decode(model, ids, 5)
     assert got[0] == wanted[0] and models.distance(got[1], wanted[1]) < 1e-4
+
+
+class Tokens:
+    """A tokenizer that cuts a text into pieces of so many letters."""
+
+    is_fast = True
+
+    def __init__(self, size: int):
+        self.size = size
+
+    def decode(self, ids: list[int], **more: Any) -> str:
+        return "".join(chr(i) * self.size for i in ids)
+
+    def __call__(self, text: str, **more: Any) -> dict[str, Any]:
+        cuts = range(0, len(text), self.size)
+        spans = [(i, min(i + self.size, len(text))) for i in cuts]
+        return {"input_ids": [ord(text[i]) for i in cuts], "offset_mapping": spans}
+
+
+def test_a_draft_of_another_vocabulary_scores_through_characters() -> None:
+    """One of 4 letters per token serves one of 2, and the other way round."""
+    spans, wanted = [(0, 4), (4, 8), (8, 9)], [(0, 2), (2, 4), (4, 6), (6, 8), (8, 9)]
+    assert carried(np.array([3.0, 1, 2]), spans, wanted).tolist() == [3, 3, 1, 1, 2]
+    back = carried(np.array([1.0, 5, 2, 1, 4]), wanted, [*spans, (9, 9)])
+    assert back.tolist() == [5, 2, 4, 0]
+    ids = [97 + i % 20 for i in range(60)]
+    draft, config = tiny("llama", vocab=128), KeepConfig(keep=0.5, **SMALL)
+    scorer = DraftScorer(draft, "other", Translation(Tokens(2), Tokens(4)))
+    scores = scorer.score(ids, 20, config)
+    assert scores.shape == (40,) and len(scorer.cached) == 30
+    assert (scores.reshape(-1, 2)[:, 0] == scores.reshape(-1, 2)[:, 1]).all()
+    slow = Tokens(2)
+    slow.is_fast = False
+    with pytest.raises(ConfigError, match="needs fast tokenizers"):
+        Translation(slow, Tokens(4))
+    with pytest.raises(UnsupportedModel, match="not those of its text"):
+        other = Tokens(2)
+        other.decode = lambda *a, **k: "xx"  # type: ignore[method-assign]
+        Translation(other, Tokens(4)).to_draft(ids)
 
 
 def stream(spec: Speculative, ids: list[int], cache: list, cached: int = 0) -> list:

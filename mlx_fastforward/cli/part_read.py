@@ -57,16 +57,14 @@ def _draft(name: str, tokenizer: Any) -> Any:
 
     from ..hub import problems
     from ..scorers import DraftScorer
+    from ..tokens.mapping import Translation
     from .models import checked_name
 
     with problems(name, LoadProblem):
         model, theirs, *_ = load(checked_name(name))
-    if theirs.get_vocab() != tokenizer.get_vocab():
-        raise ConfigError(
-            f"{name} cannot be the draft: its vocabulary is another one than the model's; take a "
-            "smaller model of the same family, or --prefill-draft self."
-        )
-    return DraftScorer(model, name)
+    if theirs.get_vocab() == tokenizer.get_vocab():
+        return DraftScorer(model, name)
+    return DraftScorer(model, name, Translation(tokenizer, theirs))
 
 
 def answers(
