@@ -146,7 +146,9 @@ class LayersScorer:
         self.hidden: Optional[mx.array] = None  # of the tokens from ``start`` on
         self.start = 0
         self.cache = make_prompt_cache(self.model)
-        make_compact(self.cache)  # windows keep all keys: which of them count is not yet known
+        make_compact(
+            self.cache
+        )  # windows keep all keys: which of them count is not yet known
 
     def score(self, ids: Sequence[int], start: int, config: KeepConfig) -> np.ndarray:
         """Of the tokens from ``start`` on; ``hidden`` are theirs."""

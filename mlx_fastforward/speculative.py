@@ -16,7 +16,14 @@ import numpy as np
 from .attachment import engine_of, reading, watched
 from .errors import brief
 from .generation import Response, stream_generate
-from .model.positions import is_whole, make_compact, pieces, ropes_of, rotated_at
+from .model.positions import (
+    is_whole,
+    make_compact,
+    pieces,
+    ropes_of,
+    rotated_at,
+    runs_of,
+)
 from .scorers import DraftScorer, LayersScorer
 from .tokens.plan import CHUNK
 from .tokens.speculative import LOW_KEEP, KeepConfig, kept_places
@@ -141,20 +148,13 @@ class Speculative:
         start = time.perf_counter()
         dense = self._reads_densely()
         self.exact = cached if dense and is_whole(cache) else min(self.exact, cached)
-        places = self.choose(ids, cached, protect)
-        if places is None:
-            new, sparsity = ids[cached:], None
-        else:
+        places, sparsity = self.choose(ids, cached, protect), 0.0
+        if places is not None:
             progress = kwargs.pop("prompt_progress_callback", None)
             chunk = kwargs.get("prefill_step_size", CHUNK)
-            reused = self.scorer if isinstance(self.scorer, LayersScorer) else None
-            if dense and self.exact == cached:
-                gaps = np.flatnonzero(np.diff(places, prepend=cached - 1) != 1)
-                self.exact = int(places[gaps[0] - 1]) + 1 if gaps[0] else cached
-            sparsity = read_places(
-                self.model, ids, places[:-1], cache, chunk, progress, reused
-            )
-            new, self.healed = ids[-1:], False
+            read = self._read(ids, places, cached, cache, chunk, progress)
+            places, sparsity = (None, 0.0) if read is None else (places, read)
+        new = ids[cached:] if places is None else ids[-1:]
         before = time.perf_counter() - start
         responses = stream_generate(
             self.model, tokenizer, new, max_tokens, prompt_cache=cache, **kwargs
@@ -162,18 +162,45 @@ class Speculative:
         with contextlib.closing(responses):
             for r in responses:
                 if places is not None:
-                    ttft = before + r.ttft
+                    count, ttft = len(ids) - cached, before + r.ttft
                     r = replace(
                         r,
                         ttft=ttft,
                         cached_tokens=cached,
-                        prompt_tokens=len(ids) - cached,
-                        prompt_tps=(len(ids) - cached) / ttft,
-                        prefill_tps=(len(ids) - cached) / ttft,
-                        ffn_sparsity=sparsity or 0.0,
+                        prompt_tokens=count,
+                        prompt_tps=count / ttft,
+                        prefill_tps=count / ttft,
+                        ffn_sparsity=sparsity,
                         read_tokens=int(places.size),
                     )
                 yield r
+
+    def _read(
+        self,
+        ids: Sequence[int],
+        places: np.ndarray,
+        cached: int,
+        cache: list[Any],
+        chunk: int,
+        progress: Any,
+    ) -> Optional[float]:
+        """read_places() of all but the last place; None where it failed, and nothing was read."""
+        layers = self.scorer if isinstance(self.scorer, LayersScorer) else None
+        try:
+            make_compact(cache)
+            args = self.model, ids, places[:-1], cache, chunk, progress, layers
+            sparsity = read_places(*args)
+        except Exception as e:
+            self.notes.append(
+                f"the prompt could not be read in part ({brief(e)}); it is read whole."
+            )
+            for c in cache:
+                c.trim(c.offset - cached)
+            return None
+        self.healed = False
+        if self.exact == cached and self._reads_densely():
+            self.exact = runs_of([*range(cached), *places])[0][1]
+        return sparsity
 
     def take_notes(self) -> list[str]:
         """What happened since the last time."""

@@ -30,7 +30,9 @@ LONG = "Keawe was poor, brave, and active; he could read and write. " * 4
 OTHER = "He sailed for some time in the island steamers, and steered a boat. " * 4
 
 
-def session_of(name: str = "llama", keep: Optional[float] = 0.4, **more: Any) -> Session:
+def session_of(
+    name: str = "llama", keep: Optional[float] = 0.4, **more: Any
+) -> Session:
     """A tiny model's; ``keep`` None reads all."""
     model = tiny(name, vocab=4096)
     session = Session(model, models.demo_tokenizer(), **more)
@@ -209,7 +211,11 @@ def test_generate_and_chat_read_in_part_where_asked(
     document.write_text(LONG * 3)
     base = ["--model", model, "--sparsity", "0", "--max-tokens", "5"]
     flags = [*base, "--file", document, "--prefill-threshold", "64"]
-    for name in (draft, other, "self"):  # another vocabulary, and the model's own layers
+    for name in (
+        draft,
+        other,
+        "self",
+    ):  # another vocabulary, and the model's own layers
         done = run("generate", "Who?", *flags, "--prefill-draft", name, "--json")
         assert (done.exit_code, done.stderr) == (0, ""), done.output
         out = json.loads(done.stdout)
@@ -241,5 +247,7 @@ def test_approximate_is_for_the_question_that_was_asked() -> None:
     cache, whole = make_prompt_cache(model), make_prompt_cache(model)
     read_places(model, ids, np.array([*range(10), *range(60, 79)]), cache)
     models.prefill(model, ids[:79], whole)
-    got, wanted = (models.continue_from(model, ids[79], 1, c)[1] for c in (cache, whole))
+    got, wanted = (
+        models.continue_from(model, ids[79], 1, c)[1] for c in (cache, whole)
+    )
     assert models.distance(got, wanted) > 1e-2

@@ -10,7 +10,7 @@ import pytest
 from mlx_lm.models.cache import KVCache, RotatingKVCache, make_prompt_cache
 from models import tiny, token_ids
 
-from mlx_fastforward import attach
+from mlx_fastforward import attach, speculative
 from mlx_fastforward.errors import ConfigError, UnsupportedModel
 from mlx_fastforward.model import positions
 from mlx_fastforward.model.positions import (
@@ -154,7 +154,9 @@ def test_a_quantised_cache_and_one_that_rotated_can_go_on() -> None:
     read_places(model, ids, np.array([*range(70, 80), *range(100, 119)]), cache)
     reference = hiding(model, range(80, 100))
     models.prefill(model, ids[:119], reference)
-    got, wanted = (models.continue_from(model, ids[119], 4, c) for c in (cache, reference))
+    got, wanted = (
+        models.continue_from(model, ids[119], 4, c) for c in (cache, reference)
+    )
     assert got[0] == wanted[0] and models.distance(got[1], wanted[1]) < 1e-4
 
 
@@ -195,7 +197,9 @@ def test_what_cannot_leave_tokens_out_is_refused() -> None:
 def test_importance_equals_the_definition() -> None:
     rng = np.random.default_rng(0)
     layers = []
-    wanted = np.full((3, 20), -np.inf)  # (queries, keys), the maximum over layers and heads
+    wanted = np.full(
+        (3, 20), -np.inf
+    )  # (queries, keys), the maximum over layers and heads
     for _ in range(2):
         q, k = rng.normal(size=(4, 3, 8)), rng.normal(size=(2, 20, 8))
         places = [17, 18, 25]
@@ -225,11 +229,15 @@ def test_the_best_chunks_stay_with_head_tail_and_what_is_protected() -> None:
     assert later.min() >= 10000 and later.size <= 0.2 * 4096
     assert set(range(14096 - 512, 14096)) <= set(later)
     assert set(range(400)) <= set(kept_places(scores, 0, config, protect=400))
-    assert kept_places(np.arange(320.0), 0, KeepConfig(keep=0.25)).tolist() == [
-        *range(20),  # a sixteenth
-        *range(276, 280),  # a chunk's last part, up to the tail
-        *range(280, 320),
-    ] or kept_places(np.arange(320.0), 0, KeepConfig(keep=0.25)).size <= 80
+    assert (
+        kept_places(np.arange(320.0), 0, KeepConfig(keep=0.25)).tolist()
+        == [
+            *range(20),  # a sixteenth
+            *range(276, 280),  # a chunk's last part, up to the tail
+            *range(280, 320),
+        ]
+        or kept_places(np.arange(320.0), 0, KeepConfig(keep=0.25)).size <= 80
+    )
     assert kept_places(scores, 0, KeepConfig(keep=1.0)).size == 6400
 
 
@@ -343,6 +351,28 @@ def test_a_draft_that_fails_a_short_prompt_and_all_kept_are_read_whole() -> None
         assert got[0].read_tokens is None and is_whole(cache)
         said = ["the draft tiny failed (out of memory); the whole prompt is read."]
         assert spec.notes == (said if isinstance(scorer, Broken) else [])
+
+
+def test_a_model_that_cannot_is_read_whole(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A failure in the middle of the reading leaves nothing behind."""
+    model, ids = tiny("llama"), token_ids(100)
+    wanted = models.decode(model, ids, 5)[1]
+    config = KeepConfig(keep=0.3, **SMALL)
+    spec = Speculative(model, DraftScorer(tiny("llama", 1), "tiny"), config)
+
+    def broken(self: Any, x: mx.array, **more: Any) -> mx.array:
+        raise TypeError("another RoPE")
+
+    rotated = speculative.rotated_at
+    monkeypatch.setattr(
+        speculative, "rotated_at", lambda places: lambda i, own, x, **more: broken(i, x)
+    )
+    got = stream(spec, ids, cache := make_prompt_cache(model))
+    assert models.distance(models.logprobs(got), wanted) < 1e-4
+    assert "another RoPE" in spec.notes[0] and got[0].read_tokens is None
+    assert cache[0].runs[0][0] == 0 and len(cache[0].runs) == 1
+    monkeypatch.setattr(speculative, "rotated_at", rotated)
+    assert stream(spec, ids, make_prompt_cache(model))[0].read_tokens
 
 
 def test_kept_tokens_are_read_sparsely() -> None:

@@ -9,9 +9,9 @@ import typer
 
 from ..errors import ConfigError
 from .conversation import Chat, banner
+from .idle import while_waiting
 from .inputs import read_text
 from .lengths import check_bytes
-from .idle import while_waiting
 from .terminal import Lines
 
 HELP = """\

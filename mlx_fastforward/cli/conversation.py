@@ -41,7 +41,9 @@ class Chat:
         self.bar = self.interactive  # while a long prompt is read
         self.console = Console(highlight=False, soft_wrap=not self.interactive)
         self.failed = False
-        self.heal: Optional[Any] = None  # makes an approximate cache whole, while nobody waits
+        self.heal: Optional[Any] = (
+            None  # makes an approximate cache whole, while nobody waits
+        )
 
     @property
     def engine(self) -> Any:
