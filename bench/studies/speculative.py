@@ -3,6 +3,7 @@
 python -m mlx_fastforward.bench.studies.speculative --draft DRAFT --keep 0.7,0.5,0.3
 """
 
+import time
 from typing import Annotated, Any, Optional
 
 import mlx.core as mx
@@ -31,13 +32,18 @@ def asked(session: Session, doc: Document, first: Question) -> tuple[str, Any]:
     return say(session, f"{doc.text}\n\n{first.text}")
 
 
-def healed(session: Session) -> None:
-    heal = Heal(session)
-    while heal.step():
-        pass
+def healed(session: Session) -> list[float]:
+    """Make the conversation whole; seconds of each step."""
+    heal, steps = Heal(session), []
+    while True:
+        start = time.perf_counter()
+        if not heal.step():
+            return steps
+        steps.append(time.perf_counter() - start)
 
 
 def main(
+    whole: Annotated[bool, typer.Option(help="Also all tokens, to compare.")] = True,
     draft: Annotated[
         Optional[str], typer.Option(help="A model; none: dense only.")
     ] = None,
@@ -63,18 +69,20 @@ def main(
     for n in (layers or "").split(","):
         if n:
             scorers.append((f"self, {n} layers", LayersScorer(net, int(n))))
-    arms: list[tuple[str, Optional[Speculative]]] = [("all read", None)]
+    arms: list[tuple[str, Optional[Speculative]]] = []
+    if whole:
+        arms.append(("all read", None))
     for name, scorer in scorers:
         for share in keep.split(","):
             config = KeepConfig(keep=float(share), threshold=256)
             arms.append((f"{name}, keep {share}", Speculative(net, scorer, config)))
-    docs = build(tokenizer, ["key-value"], [length], questions)
+    docs = build(tokenizer, ["key-value"], [length], 1 + questions // 3)
     pairs = [(d, q) for d in docs for q in d.questions][:questions]
     session = Session(net, tokenizer)
     for name, speculative in arms:
         session.speculative = speculative
         right = after = again = read = new = 0
-        speed, ttft = [], []
+        speed, ttft, steps = [], [], [0.0]
         for doc, question in track(pairs, name, transient=True):
             answer, last = asked(session, doc, question)
             right += int(found(answer, question.answers))
@@ -96,14 +104,15 @@ def main(
             session.cache, session.cached, session.messages = cache
             for c in session.cache:
                 c.trim(c.offset - count)
-            healed(session)
+            steps += healed(session)
             answer, _ = say(session, second.text)
             again += int(found(answer, second.answers))
         line = f"{name}: {right}/{len(pairs)} found, {read / new:.0%} read, "
         line += f"TTFT {sorted(ttft)[len(ttft) // 2]:.2f} s, "
         line += f"{sorted(speed)[len(speed) // 2]:.0f} tok/s"
         if follow_up:
-            line += f"; second question {after}, after healing {again}"
+            line += f"; second question {after}, after healing {again}; "
+            line += f"longest step {max(steps):.2f} s"
         print(line, flush=True)
         mx.clear_cache()
 
