@@ -154,7 +154,7 @@ class LayersScorer:
         """Of the tokens from ``start`` on; ``hidden`` are theirs."""
         keep = min(common_prefix(self.cached, list(ids)), start)
         for c in self.cache[: self.layers]:
-            c.trim(len(self.cached) - keep)
+            c.trim(c.offset - keep)
         self.cached = []
         attention, hidden = Attention(len(ids)), []
         chunks = list(range(keep, len(ids), CHUNK))

@@ -12,6 +12,7 @@ from typing import Any, Iterator, Optional, Sequence
 import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
+from mlx_lm.generate import wired_limit
 
 from .attachment import engine_of, reading, watched
 from .errors import brief
@@ -148,12 +149,13 @@ class Speculative:
         start = time.perf_counter()
         dense = self._reads_densely()
         self.exact = cached if dense and is_whole(cache) else min(self.exact, cached)
-        places, sparsity = self.choose(ids, cached, protect), 0.0
-        if places is not None:
-            progress = kwargs.pop("prompt_progress_callback", None)
-            chunk = kwargs.get("prefill_step_size", CHUNK)
-            read = self._read(ids, places, cached, cache, chunk, progress)
-            places, sparsity = (None, 0.0) if read is None else (places, read)
+        with wired_limit(self.model):
+            places, sparsity = self.choose(ids, cached, protect), 0.0
+            if places is not None:
+                progress = kwargs.pop("prompt_progress_callback", None)
+                chunk = kwargs.get("prefill_step_size", CHUNK)
+                read = self._read(ids, places, cached, cache, chunk, progress)
+                places, sparsity = (None, 0.0) if read is None else (places, read)
         new = ids[cached:] if places is None else ids[-1:]
         before = time.perf_counter() - start
         responses = stream_generate(
