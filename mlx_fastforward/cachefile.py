@@ -7,6 +7,7 @@ from mlx_lm.models.cache import QuantizedKVCache, load_prompt_cache, save_prompt
 
 from .errors import FileProblem, brief
 from .files import expanded, replace
+from .model.positions import is_whole
 
 Metadata = dict[str, str]
 
@@ -27,7 +28,9 @@ def read_cache(path: Path) -> tuple[list[Any], Metadata]:
 
 
 def write_cache(path: Path, cache: list[Any], metadata: Metadata) -> None:
-    """Whole or not at all; ``path`` ends in .safetensors."""
+    """Whole or not at all; ``path`` ends in .safetensors. Raises FileProblem."""
+    if not is_whole(cache):
+        raise FileProblem(f"{path}: a prompt that was read in part cannot be saved.")
     replace(path, lambda half: save_prompt_cache(str(half), cache, metadata))
 
 

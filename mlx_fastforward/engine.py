@@ -197,7 +197,7 @@ class Engine:
         """A call under a plan, for those who measure single layers too."""
         split = TokenSplit(plan, self.selector.probe_every)
         stay = self.survivors(plan)
-        kept = stay and TokenSplit(stay, self.selector.probe_every)
+        kept = None if stay is None else TokenSplit(stay, self.selector.probe_every)
         return Call(split, memory or [{} for _ in self.ffns], valid, kept)
 
     def survivors(self, plan: Plan) -> Optional[Plan]:

@@ -25,12 +25,14 @@ class Response(GenerationResponse):
         prefill_tps: New prompt tokens per second until the first token.
         ffn_sparsity: Share of the prompt's FFN FLOPs that was skipped: dense head and tail counted,
             selection and compensation paid.
+        read_tokens: Of prompt_tokens, those that a speculative prefill read; None: all.
     """
 
     ttft: float = 0.0
     cached_tokens: int = 0
     prefill_tps: float = 0.0
     ffn_sparsity: float = 0.0
+    read_tokens: Optional[int] = None
 
 
 def encode_prompt(tokenizer: Any, prompt: str | mx.array | Sequence[int]) -> mx.array:

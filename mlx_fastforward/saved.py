@@ -7,6 +7,7 @@ from typing import Any
 from .attachment import engine_of, is_enabled
 from .cachefile import read_cache, write_cache
 from .errors import FileProblem
+from .model.positions import is_whole
 from .predictors.search import home
 from .session import Session
 
@@ -45,13 +46,14 @@ def save(session: Session, name: str, model: str) -> Path:
     noted = {
         "messages": session.messages,
         "system_prompt": session.system_prompt,
-        "cached": session.cached,
+        "cached": session.cached if is_whole(session.cache) else [],
         "tokens": session.tokens,
         "finished": session.finished,
         "settings": how_read(session),
     }
     path = path_of(name)
-    cache = session.cache if session.cached else []
+    whole = session.cached and is_whole(session.cache)
+    cache = session.cache if whole else []
     write_cache(path, cache, {"model": model, KEY: json.dumps(noted)})
     return path
 

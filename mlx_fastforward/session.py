@@ -43,6 +43,19 @@ def rendered_text(
     return str(_templated(tokenizer, messages, template, tokenize=False))
 
 
+def system_tokens(
+    tokenizer: Any,
+    messages: list[dict[str, str]],
+    template: dict[str, Any],
+    ids: list[int],
+) -> int:
+    """Tokens of a system prompt in ``ids``, with all that stands before the first message."""
+    if messages[0]["role"] != "system":
+        return 0
+    other = [messages[0], {"role": "user", "content": ""}]
+    return common_prefix(ids, render(tokenizer, other, template))
+
+
 def _templated(
     tokenizer: Any,
     messages: list[dict[str, str]],
@@ -85,6 +98,7 @@ class Session:
         self.max_kv_size = max_kv_size
         self.system_prompt = system_prompt
         self.template = template or {}
+        self.speculative: Any = None  # a Speculative, where prompts are read in part
         self.reset()
 
     def reset(self) -> None:
@@ -105,6 +119,7 @@ class Session:
         """Another model goes on with the conversation, and reads it anew."""
         self.model, self.tokenizer = model, tokenizer
         self.tokens = []
+        self.speculative = None  # its draft was the other model's
         self.forget_cache()
 
     def set_system(self, text: Optional[str]) -> None:
@@ -158,10 +173,7 @@ class Session:
     ) -> Iterator[Response]:
         """Stream what follows ``ids``; ``before`` is the answer so far, if they hold one."""
         said, reason, tokens = before or "", None, list(ids)
-        new = ids[self._reuse(ids) :]
-        responses = stream_generate(
-            self.model, self.tokenizer, new, prompt_cache=self.cache, **kwargs
-        )
+        responses = self._stream(ids, self._reuse(ids), **kwargs)
         try:
             with contextlib.closing(responses):
                 for r in responses:
@@ -179,6 +191,21 @@ class Session:
                 self.tokens, self.finished = tokens, reason == "stop"
             else:  # stopped while reading: as if never asked
                 self.messages.pop()
+
+    def _stream(self, ids: list[int], cached: int, **kwargs: Any) -> Any:
+        if self.speculative is None:
+            new = ids[cached:]
+            return stream_generate(
+                self.model, self.tokenizer, new, prompt_cache=self.cache, **kwargs
+            )
+        return self.speculative.stream_generate(
+            self.tokenizer,
+            ids,
+            cached,
+            self.cache,
+            protect=system_tokens(self.tokenizer, self.messages, self.template, ids),
+            **kwargs,
+        )
 
     def _joined(self, ids: list[int], tokens: list[int], text: str) -> str:
         """``text`` with the space before it, which mlx-lm leaves out where an answer begins."""

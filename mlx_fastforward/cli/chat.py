@@ -16,6 +16,7 @@ from .inputs import (
 )
 from .lengths import check_bytes
 from .models import load_model
+from .part_read import keep_config, refuse_beside, speculative
 
 
 def chat(
@@ -40,6 +41,10 @@ def chat(
     chat_template_config: o.ChatTemplateConfig = None,
     max_kv_size: o.MaxKvSize = None,
     prefill_step_size: o.PrefillStepSize = 2048,
+    prefill_draft: o.PrefillDraft = None,
+    keep: o.Keep = 0.5,
+    prefill_threshold: o.PrefillThreshold = 8192,
+    heal: o.Heal = True,
 ) -> None:
     """Chat with a model that reads long prompts sparsely.
 
@@ -56,6 +61,9 @@ def chat(
         check_choice("--selector", selector, o.SELECTORS)
         share = sparsity_of(sparsity)
         template = template_config(chat_template_config)
+        keeping = keep_config(prefill_draft, keep, prefill_threshold)
+        if keeping is not None:
+            refuse_beside(**{"--max-kv-size": max_kv_size})
         document = read_text(file) if file is not None else None
         load = partial(
             load_model,
@@ -73,8 +81,10 @@ def chat(
 
         if seed is not None:
             mx.random.seed(seed)
+        session = Session(net, tokenizer, system_prompt, max_kv_size, template)
+        session.speculative = speculative(net, tokenizer, prefill_draft, keeping)
         loop = Chat(
-            Session(net, tokenizer, system_prompt, max_kv_size, template),
+            session,
             model or "demo",
             tune=not no_tune,
             force=force,
@@ -91,5 +101,9 @@ def chat(
         if file is not None and document is not None:
             check_bytes(net, document, force)
             loop.pending.append((str(file), document))
+        if session.speculative is not None and heal:
+            from ..heal import Heal
+
+            loop.heal = Heal(session)
         banner(loop)
         run(loop)

@@ -9,6 +9,7 @@ import typer
 
 from ..errors import ConfigError
 from .conversation import Chat, banner
+from .idle import while_waiting
 from .inputs import read_text
 from .lengths import check_bytes
 from .terminal import Lines
@@ -31,7 +32,7 @@ Ctrl-C stops an answer. Alt-Enter starts a new line; a paste may have many."""
 
 def run(chat: Chat, lines: Optional[Any] = None) -> None:
     """Until the end of the input; in a pipe, a problem on the way makes it a failure."""
-    lines = lines or Lines(chat.interactive)
+    lines = lines or Lines(chat.interactive, while_waiting(chat.heal))
     while True:
         chat.tell_pending()
         if (line := lines.read()) is None:

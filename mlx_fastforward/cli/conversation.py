@@ -41,6 +41,9 @@ class Chat:
         self.bar = self.interactive  # while a long prompt is read
         self.console = Console(highlight=False, soft_wrap=not self.interactive)
         self.failed = False
+        self.heal: Optional[Any] = (
+            None  # makes an approximate cache whole, while nobody waits
+        )
 
     @property
     def engine(self) -> Any:
@@ -169,6 +172,9 @@ class Chat:
                     raise typer.Exit(130) from None
                 stopped = True
         self.console.out("")
+        if self.session.speculative is not None:
+            for note in self.session.speculative.take_notes():
+                self.say(note)
         self.tell_end(last, stopped)
         return last
 
@@ -239,6 +245,9 @@ def banner(chat: Chat) -> None:
     else:
         chat.console.print(Text(f"model    {chat.model}"))
     chat.console.print(Text(f"prefill  {mode}"))
+    if (speculative := chat.session.speculative) is not None:
+        after = "; the rest follows while you read" if chat.heal is not None else ""
+        chat.console.print(Text(f"         {speculative.describe()}{after}"))
     if engine.chosen is not None:
         chat.note(f"         {engine.chosen}")
     if engine.predictor is not None:

@@ -3,8 +3,9 @@
 import json
 import random
 import sys
+from functools import partial
 from pathlib import Path
-from typing import Annotated, Any, Optional
+from typing import Annotated, Any, Callable, Optional
 
 import typer
 from rich.console import Console
@@ -26,6 +27,7 @@ from .inputs import (
 from .lengths import check_bytes, check_tokens, patiently
 from .models import load_model
 from .outputs import status_line
+from .part_read import answers, keep_config, refuse_beside, speculative
 from .prompt import add_stops, asked_text, prompt_tokens
 from .terminal import prefill_progress
 
@@ -103,6 +105,9 @@ def generate(
     quantized_kv_start: Annotated[
         int, o.opt("Step from which the KV cache is quantised.", panel=o.SAMPLING)
     ] = 5000,
+    prefill_draft: o.PrefillDraft = None,
+    keep: o.Keep = 0.5,
+    prefill_threshold: o.PrefillThreshold = 8192,
     draft_model: Annotated[
         Optional[str], o.opt("A model for speculative decoding.", panel=o.SAMPLING)
     ] = None,
@@ -133,6 +138,15 @@ def generate(
             fail("--max-tokens -1 does not go with --draft-model; give a number.", 2)
         if draft_model is not None and prompt_cache_file is not None:
             fail("--prompt-cache-file does not go with --draft-model.", 2)
+        keeping = keep_config(prefill_draft, keep, prefill_threshold)
+        if keeping is not None:
+            refuse_beside(
+                **{
+                    "--draft-model": draft_model,
+                    "--prompt-cache-file": prompt_cache_file,
+                    "--max-kv-size": max_kv_size,
+                }
+            )
         cache = None
         if prompt_cache_file is not None:
             cache, model = _cached_prompt(prompt_cache_file, model)
@@ -162,6 +176,8 @@ def generate(
             len(text),
             Console(stderr=True),
         )
+        reader = speculative(net, tokenizer, prefill_draft, keeping)
+        raw = ignore_chat_template or not tokenizer.has_chat_template
         more: dict[str, Any] = {"max_kv_size": max_kv_size}
         if draft_model is not None:
             draft = _draft(draft_model, tokenizer)
@@ -191,9 +207,14 @@ def generate(
             net,
             tokenizer,
             ids,
-            {"model": model or "demo", **engine.settings()},
+            {
+                "model": model or "demo",
+                **engine.settings(),
+                **(reader.settings() if reader is not None else {}),
+            },
             json_output,
             figures,
+            partial(answers, reader, None if raw else system_prompt, template),
             max_tokens=max_tokens,
             sampler=sampling(
                 tokenizer,
@@ -251,10 +272,9 @@ def _run(
     settings: dict[str, Any],
     json_output: bool,
     verbose: Optional[bool],
+    answers: Callable[..., Any],
     **kwargs: Any,
 ) -> None:
-    from ..generation import stream_generate
-
     text, last = "", None
     try:
         with prefill_progress(model, sys.stderr.isatty(), Console(stderr=True)) as (
@@ -262,7 +282,7 @@ def _run(
             finish,
         ):
             kwargs["prompt_progress_callback"] = tick
-            for last in stream_generate(model, tokenizer, ids, **kwargs):
+            for last in answers(model, tokenizer, ids, **kwargs):
                 finish()
                 text += last.text
                 if not json_output:
@@ -296,6 +316,7 @@ def report(text: str, r: Any, settings: dict[str, Any]) -> dict[str, Any]:
         "prefill_tps": round(r.prefill_tps, 2),
         "decode_tps": round(r.generation_tps, 2),
         "ffn_sparsity": round(r.ffn_sparsity, 4),
+        "read_tokens": r.prompt_tokens if r.read_tokens is None else r.read_tokens,
         "peak_memory_gb": round(r.peak_memory, 3),
         "settings": settings,
     }

@@ -7,6 +7,7 @@ import typer
 
 MODEL = "Model"
 SPARSE = "Sparse prefill"
+SPECULATIVE = "Speculative prefill (approximate: part of the prompt is not read)"
 SAMPLING = "Generation"
 SELECTORS = ("auto", "trained", "probe", "first-block")
 
@@ -81,6 +82,31 @@ Predictor = Annotated[
         "Trained predictors (fastforward.json and .safetensors): folder or repository. "
         "Default: those beside the model, else your newest for it; none for none.",
         panel=SPARSE,
+    ),
+]
+PrefillDraft = Annotated[
+    Optional[str],
+    opt(
+        "A small model that says which tokens of a long prompt matter: folder or repository, or "
+        "'self' for the model's own first layers. Only those are read; what others say is lost "
+        "until it is read, too. Default: off.",
+        panel=SPECULATIVE,
+    ),
+]
+Keep = Annotated[
+    float,
+    opt("Share of a long prompt that is read, above 0 to 1.", panel=SPECULATIVE),
+]
+PrefillThreshold = Annotated[
+    int,
+    opt("Prompts of fewer new tokens are read whole.", panel=SPECULATIVE, min=1),
+]
+Heal = Annotated[
+    bool,
+    opt(
+        "Read the rest of the prompt while you read the answer and type.",
+        "--heal/--no-heal",
+        panel=SPECULATIVE,
     ),
 ]
 Compensator = Annotated[

@@ -14,6 +14,11 @@ from .errors import fail
 def status_line(r: Any, why: Optional[str] = None) -> str:
     """One quiet line about an answer. r: Response; why: nothing was skipped."""
     skipped = why or f"{r.ffn_sparsity:.0%} of the prompt's FFN skipped"
+    if r.read_tokens is not None:
+        share = (
+            f"{r.read_tokens:,} of them read ({r.read_tokens / r.prompt_tokens:.0%})"
+        )
+        skipped = f"{share} · {skipped}" if r.ffn_sparsity else share
     reused = f" (+{r.cached_tokens:,} cached)" if r.cached_tokens else ""
     return (
         f"{r.prompt_tokens:,} prompt tokens{reused} · TTFT {r.ttft:.2f} s · "

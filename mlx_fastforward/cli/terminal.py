@@ -18,15 +18,16 @@ LONG_PROMPT = 512
 class Lines:
     """One message after the other; None at the end of the input."""
 
-    def __init__(self, interactive: bool):
+    def __init__(self, interactive: bool, waiting: dict[str, Any] = {}):
         self.session = prompt_session() if interactive else None
+        self.waiting = waiting  # what is done until a line comes
 
     def read(self) -> Optional[str]:
         if self.session is None:
             return decoded(sys.stdin.buffer.readline()) or None
         while True:
             try:
-                return self.session.prompt("› ")
+                return self.session.prompt("› ", **self.waiting)
             except KeyboardInterrupt:
                 print("(Ctrl-D or /quit leaves)")
             except EOFError:
