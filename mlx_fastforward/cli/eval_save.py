@@ -55,7 +55,8 @@ def save_verified(
             bar.update(tasks[phase], completed=done, total=total)
 
         curves = _curves(net, tokenizer, predictor, tick)
-        made = replace(predictor or PredictorFile(base), curves=curves)
+        made = predictor or PredictorFile(base)
+        made = made if curves is None else replace(made, curves=curves)
         found = verify(
             net, tokenizer, made, documents, device, lambda *n: tick("verify", *n)
         )
