@@ -29,6 +29,7 @@ test: $(DEV)
 
 # the server's page in the system's chromium; make test skips it without playwright
 test-page: $(DEV)
+	@command -v chromium google-chrome >/dev/null || { echo "make: test-page needs chromium or google-chrome" >&2; exit 1; }
 	$(BIN)/python -m pip install -qq -e '.[browser]'
 	$(BIN)/python -m pytest -q tests/test_server_page.py
 

@@ -10,7 +10,7 @@ class ConfigError(FastForwardError, ValueError):
 
 
 class UnsupportedModel(FastForwardError, ValueError):
-    """The model has no gated FFN that this package knows."""
+    """Nothing of the model can run sparsely, or it cannot be read in part."""
 
 
 class PredictorError(FastForwardError, ValueError):
