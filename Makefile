@@ -9,7 +9,7 @@ DEV := $(VENV)/.installed-dev
 export MODEL ?=
 export REPO ?=
 OUT ?= build/evidence
-MINUTES ?= 10
+export MINUTES ?= 10
 EVAL ?=
 BENCH ?=
 LONGBENCH ?= --tasks qasper,hotpotqa,gov_report --limit 20
@@ -46,7 +46,7 @@ format: $(DEV)
 results: $(DEV)
 	mkdir -p build
 	$(BIN)/python -m pytest -q tests/test_results.py
-	$(BIN)/mlx_fastforward bench report $(wildcard results/*-*.json) --html build/report.html
+	[ -z "$(wildcard results/*-*.json)" ] || $(FF) bench report $(wildcard results/*-*.json) --html build/report.html
 
 # a predictor file for MODEL, and what it does: speed, answers, what each sparsity costs
 evidence: predictor
@@ -57,7 +57,7 @@ evidence: predictor
 predictor: $(INSTALLED)
 	mkdir -p $(OUT)
 	$(FF) doctor $(WITH)
-	$(FF) train $(WITH) --minutes $(MINUTES) --out $(OUT)/predictor --overwrite
+	$(FF) train $(WITH) --minutes "$$MINUTES" --out $(OUT)/predictor --overwrite
 
 longbench: $(INSTALLED)
 	$(BIN)/python -m pip install -qq -e '.[eval]'

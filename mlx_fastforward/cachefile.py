@@ -1,8 +1,13 @@
 """Prompt caches in files, in mlx-lm's format: its commands read ours, and ours read its."""
 
+import hashlib
 from pathlib import Path
-from typing import Any, Optional
+from typing import Any, Optional, Sequence
 
+import mlx.core as mx
+import mlx.nn as nn
+import numpy as np
+from mlx.utils import tree_flatten
 from mlx_lm.models.cache import QuantizedKVCache, load_prompt_cache, save_prompt_cache
 
 from .errors import FileProblem, brief
@@ -10,6 +15,23 @@ from .files import expanded, replace
 from .model.positions import is_whole
 
 Metadata = dict[str, str]
+
+
+def fingerprint(model: nn.Module, others: Sequence[mx.array] = ()) -> str:
+    """A hash of what a model's caches depend on: its config, and its parameters and other arrays.
+
+    Of these names, shapes, types and some values; LoRA counts.
+    """
+    digest, samples = hashlib.sha256(), []
+    digest.update(repr(getattr(model, "args", None)).encode())
+    unnamed = [("", w) for w in others]
+    parameters: Any = tree_flatten(model.parameters())
+    for name, w in [*parameters, *unnamed]:
+        digest.update(f"{name} {w.shape} {w.dtype}\n".encode())
+        step = max(1, w.size // 64)
+        samples.append(w.reshape(-1)[::step][:64].astype(mx.float32))
+    digest.update(np.array(mx.concatenate(samples)).tobytes())
+    return digest.hexdigest()[:32]
 
 
 def read_cache(path: Path) -> tuple[list[Any], Metadata]:

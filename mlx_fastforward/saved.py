@@ -5,8 +5,9 @@ from pathlib import Path
 from typing import Any
 
 from .attachment import engine_of, is_enabled
-from .cachefile import read_cache, write_cache
+from .cachefile import fingerprint, read_cache, write_cache
 from .errors import FileProblem
+from .model.caches import counted
 from .model.positions import is_whole
 from .predictors.search import home
 from .session import Session
@@ -50,6 +51,7 @@ def save(session: Session, name: str, model: str) -> Path:
         "tokens": session.tokens,
         "finished": session.finished,
         "settings": how_read(session),
+        "model": fingerprint(session.model),
     }
     path = path_of(name)
     whole = session.cached and is_whole(session.cache)
@@ -58,7 +60,7 @@ def save(session: Session, name: str, model: str) -> Path:
     return path
 
 
-def load(session: Session, name: str, model: str) -> bool:
+def load(session: Session, name: str) -> bool:
     """Take up a saved conversation; whether its prompt cache serves, too.
 
     It does for the same model under the same settings, or where it was read densely. Raises
@@ -76,17 +78,16 @@ def load(session: Session, name: str, model: str) -> bool:
         ]
         cached, tokens = (list(map(int, noted[k])) for k in ("cached", "tokens"))
         system, settings = noted["system_prompt"], noted["settings"]
-        finished = bool(noted["finished"])
+        finished, mark = bool(noted["finished"]), noted.get("model")
     except (KeyError, TypeError, ValueError):
         raise FileProblem(f"{path} is no conversation of chat.") from None
+    same = mark == fingerprint(session.model)
+    lengths = set(counted(cache)) == {len(cached)}
     session.reset()
     session.messages, session.system_prompt = messages, system
     session.finished = finished
-    same = metadata.get("model") == model
     session.tokens = tokens if same else []
-    fits = len(cache) == len(session.cache) and {c.offset for c in cache} == {
-        len(cached)
-    }
+    fits = lengths and len(cache) == len(session.cache)
     if not same or not fits or settings not in ({}, how_read(session)):
         return False
     session.cache, session.cached = cache, cached

@@ -140,7 +140,7 @@ def test_a_prompt_that_was_read_in_part_is_never_saved(tmp_path: Path) -> None:
     assert not list(tmp_path.iterdir())
     saved.save(session, "part", "tiny")
     other = session_of()
-    saved.load(other, "part", "tiny")
+    saved.load(other, "part")
     assert other.messages == session.messages and other.cached == []
 
 

@@ -4,6 +4,7 @@ import functools
 import os
 import threading
 import time
+import types
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, Iterator, Optional
@@ -12,7 +13,7 @@ import models
 import numpy as np
 import pytest
 from mlx_lm import server
-from mlx_lm.models.cache import KVCache, make_prompt_cache
+from mlx_lm.models.cache import CacheList, KVCache, make_prompt_cache
 from mlx_lm.utils import load
 from models import demo_tokenizer, token_ids
 
@@ -20,7 +21,7 @@ import mlx_fastforward as ff
 from mlx_fastforward.attachment import switched
 from mlx_fastforward.cli.serve import parser, patterns
 from mlx_fastforward.prefill import prefill
-from mlx_fastforward.server.batches import Batches, whose_turn
+from mlx_fastforward.server.batches import Batches, Kept, whose_turn
 from mlx_fastforward.server.disk import DiskCache
 from mlx_fastforward.server.generator import Generator, ThreadDied
 from mlx_fastforward.server.names import renamed
@@ -128,7 +129,8 @@ def test_answers_in_company_equal_answers_alone(
         assert (request.report.ffn_sparsity != 0) == (share != 0)
         if request.messages[0]["role"] == "user":
             assert request.report.ffn_sparsity == pytest.approx(share)
-        assert request.report.cached_tokens == 0 < request.report.ttft_s
+        # one that was done early leaves the template's first tokens to the others
+        assert request.report.cached_tokens < 4 and request.report.ttft_s > 0
     shares = [a.report.ffn_sparsity for a in asked]
     assert [s != 0 for s in shares] == [1, 1, 0, 0, 1, 0]
 
@@ -330,7 +332,27 @@ def test_prefixes_survive_a_restart(
     assert sorted(names) == [".json"] * 2 + [".safetensors"] * 2
     for path in tmp_path.glob("*.json"):
         path.write_text("{")
-    assert not DiskCache(tmp_path, 1).entries and not list(tmp_path.iterdir())
+    for name in ("config.json", "model.safetensors"):
+        (tmp_path / name).write_text("{}")  # somebody else's
+    assert not DiskCache(tmp_path, 1).entries
+    assert sorted(p.name for p in tmp_path.iterdir()) == [
+        "config.json",
+        "model.safetensors",
+    ]
+
+
+def test_a_cached_prefix_is_read_once(serving: Generator) -> None:
+    """Also where a layer has several caches."""
+    tokens = list(range(30))
+    caches = [CacheList(KVCache(), KVCache())]
+    for part in caches[0].caches:
+        part.update_and_fetch(*[models.mx.ones((1, 1, 10, 8))] * 2)
+    prompts, found = PromptCache(20), []
+    hand = {"fresh": False, "sparsity": 0.0, "found": lambda *a: found.append(a)}
+    prompts.reading = types.SimpleNamespace(**hand)  # type: ignore[assignment]
+    prompts.insert_cache("m", tokens[:10], Kept(caches, 0.0))
+    _, left = prompts.fetch_nearest_cache("m", tokens)
+    assert left == tokens[10:] and found == [(10, 0.0)]
 
 
 def test_the_folder_keeps_to_its_size(tmp_path: Path) -> None:

@@ -169,6 +169,4 @@ def _result(source: str, found: dict[str, Any]) -> Result:
     if not rows or not all(r.ttft_s > 0 and r.stock_ttft_s > 0 for r in rows):
         raise ValueError("no rows with times")
     parts = {n: found[n] for n in ("created", "machine", "versions", "model", "run")}
-    done = Result(source, rows=rows, quality=list(found["quality"]), **parts)
-    done.chip, done.weights  # KeyErrors show now
-    return done
+    return Result(source, rows=rows, quality=list(found["quality"]), **parts)

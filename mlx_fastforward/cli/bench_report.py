@@ -36,6 +36,11 @@ def report(
         if html is not None and html == markdown:
             fail("--html and --markdown must be two files.", 2)
         results = [read(path) for path in files]
+        for path, result in zip(files, results):
+            try:
+                pages.markdown([result])
+            except (KeyError, TypeError, ValueError) as e:
+                fail(f"{path} is damaged: {type(e).__name__} {e}.")
         if html is not None:
             text = pages.page(results)
             write(html, lambda half: half.write_text(text, encoding="utf-8"))

@@ -145,7 +145,7 @@ def save(chat: Chat, name: str) -> None:
 def load(chat: Chat, name: str) -> None:
     from .. import saved
 
-    read = saved.load(chat.session, name, chat.model)
+    read = saved.load(chat.session, name)
     turns = sum(m["role"] == "user" for m in chat.session.messages)
     how = "nothing need be read again"
     if not read:

@@ -184,10 +184,12 @@ def generate(
             more = {"draft_model": draft, "num_draft_tokens": num_draft_tokens}
         read = 0
         if cache is not None:
+            from mlx_lm.models.cache import make_prompt_cache
+
             from ..cachefile import check_cache
             from ..generation import cached_tokens
 
-            check_cache(cache, len(net.layers), kv_bits, kv_group_size)
+            check_cache(cache, len(make_prompt_cache(net)), kv_bits, kv_group_size)
             more["prompt_cache"], read = cache, cached_tokens(cache)
         if warning := check_tokens(net, read + len(ids), force):
             print(f"mlx_fastforward: {warning}", file=sys.stderr)

@@ -5,6 +5,7 @@ import logging
 import os
 import re
 import signal
+import socket
 import sys
 import types
 from http.server import ThreadingHTTPServer
@@ -225,7 +226,11 @@ def disk_cache(folder: Optional[Path], gb: float) -> Any:
 def check_free(host: str, port: int) -> None:
     """Say now, not after loading, that the port is taken."""
     try:
-        ThreadingHTTPServer((host, port), None).server_close()  # type: ignore[arg-type]
+        passive = {"type": socket.SOCK_STREAM, "flags": socket.AI_PASSIVE}
+        family, kind, *_ = socket.getaddrinfo(host, port, **passive)[0]
+        with socket.socket(family, kind) as probe:
+            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            probe.bind((host, port))
     except OSError as e:
         fail(f"cannot listen at {host}:{port}: {e.strerror}; try another --port.")
 

@@ -4,7 +4,6 @@ import time
 from pathlib import Path
 from typing import Any, Callable, Optional
 
-from ..errors import FastForwardError
 from .verified_table import show_verified
 
 DOCUMENTS = 8
@@ -22,21 +21,20 @@ def verified(
     Args:
         minutes: That are left, about; two documents of each kind are read even so.
     """
-    from ..bench.eval.verify import verify
+    from ..bench.eval.verify import tokens_read, verify
     from ..predictors.file import load_predictor, update_predictor
 
-    end = time.perf_counter() + 60 * minutes
-    try:
-        found = verify(
-            net,
-            tokenizer,
-            load_predictor(out),
-            DOCUMENTS,
-            tick=lambda done, total: tick("verifying", done, total, ""),
-            late=lambda: time.perf_counter() > end,
-        )
-    except FastForwardError:
+    end, made = time.perf_counter() + 60 * minutes, load_predictor(out)
+    if not tokens_read(net, made, DOCUMENTS):
         return None
+    found = verify(
+        net,
+        tokenizer,
+        made,
+        DOCUMENTS,
+        tick=lambda done, total: tick("verifying", done, total, ""),
+        late=lambda: time.perf_counter() > end,
+    )
     update_predictor(out, verified=found)
     return found
 

@@ -42,7 +42,7 @@ def check_body(body: dict[str, Any], vocabulary: Optional[int]) -> None:
             raise Refused(
                 400, f"sparsity must be at least 0 and below 1, got {sparsity}."
             )
-        body["sparsity"] = round(float(sparsity), 2)
+        body["sparsity"] = min(round(float(sparsity), 2), 0.99)
     if not isinstance(body.get("cache_prompt", True), bool):
         raise Refused(400, "cache_prompt must be true or false.")
     for name in ("prompt", "model", "adapters", "draft_model"):
@@ -60,9 +60,22 @@ def check_body(body: dict[str, Any], vocabulary: Optional[int]) -> None:
             raise Refused(400, "messages must not be empty.")
         for message in body["messages"]:
             _check_message(message)
+    _check_sampling(body, vocabulary)
+
+
+def _check_sampling(body: dict[str, Any], vocabulary: Optional[int]) -> None:
+    """What mlx-lm's samplers would raise on in the midst of others' answers."""
+    _expect(body, "xtc_threshold", (int, float), "a number from 0 to 0.5")
+    if not 0 <= body.get("xtc_threshold", 0) <= 0.5:
+        raise Refused(400, "xtc_threshold must be from 0 to 0.5.")
+    _expect(body, "top_k", int, "a whole number")
+    if vocabulary and body.get("top_k", 0) >= vocabulary:
+        del body["top_k"]  # all of them
     bias = body.get("logit_bias")
     if isinstance(bias, dict) and vocabulary:
-        for token in bias:
+        for token, value in bias.items():
+            if isinstance(value, bool) or not isinstance(value, (int, float)):
+                raise Refused(400, f"logit_bias: {brief_json(value)} is no number.")
             if not str(token).isdecimal() or int(token) >= vocabulary:
                 raise Refused(
                     400, f"logit_bias: {token!r} is no token below {vocabulary}."
@@ -82,6 +95,11 @@ def _strings(body: dict[str, Any]) -> None:
         raise Refused(
             400, f"stop must be a text or a list of texts, got {brief_json(stop)}."
         )
+    for word in words:
+        try:
+            word.encode()
+        except UnicodeEncodeError:
+            raise Refused(400, "stop holds half of a character.") from None
 
 
 def _objects(body: dict[str, Any], name: str) -> None:
@@ -106,7 +124,16 @@ def _check_message(message: dict[str, Any]) -> None:
     for part in parts:
         if part.get("type") == "text" and not isinstance(part.get("text"), str):
             raise Refused(400, "a text part needs a text.")
+        if part.get("type") == "image_url":
+            _check_image(part["image_url"] if "image_url" in part else None)
     _objects(message, "tool_calls")
+
+
+def _check_image(image: Any) -> None:
+    """The server fetches nothing for anybody."""
+    url = image.get("url") if isinstance(image, dict) else image
+    if not isinstance(url, str) or not url.startswith("data:"):
+        raise Refused(400, "an image must be a data: URL.")
 
 
 def brief_json(value: Any) -> str:

@@ -13,12 +13,11 @@ import time
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any, Iterable, Optional, Sequence
+from typing import Any, Iterable, Optional
 
 import mlx.core as mx
-import mlx.nn as nn
 import numpy as np
-from mlx.utils import tree_flatten, tree_map
+from mlx.utils import tree_map
 from mlx_lm.models.cache import (
     can_trim_prompt_cache,
     load_prompt_cache,
@@ -30,6 +29,7 @@ from ..files import expanded, replacing, write_text
 from ..version import __version__
 
 FORMAT = 1
+OURS = ".prefix"  # in the names: no other file of the folder is touched
 OLDEST = 30 * 86400  # seconds without use
 WORTH = 256  # tokens: fewer are read again in no time
 VERSIONS = {
@@ -38,18 +38,6 @@ VERSIONS = {
     "mlx_lm": version("mlx-lm"),
     "mlx_fastforward": __version__,
 }
-
-
-def fingerprint(model: nn.Module, others: Sequence[mx.array] = ()) -> str:
-    """A hash of a model's parameters, and of other arrays: names, shapes, types, some values."""
-    digest, samples = hashlib.sha256(), []
-    unnamed = [("", w) for w in others]
-    for name, w in [*tree_flatten(model.parameters()), *unnamed]:
-        digest.update(f"{name} {w.shape} {w.dtype}\n".encode())
-        step = max(1, w.size // 64)
-        samples.append(w.reshape(-1)[::step][:64].astype(mx.float32))
-    digest.update(np.array(mx.concatenate(samples)).tobytes())
-    return digest.hexdigest()[:32]
 
 
 def identity(mark: str, settings: dict[str, Any]) -> str:
@@ -92,13 +80,15 @@ class DiskCache:
 
     def __init__(self, folder: Path, most_bytes: int):
         self.folder = expanded(folder)
-        self.folder.mkdir(parents=True, exist_ok=True)
+        self.folder.mkdir(
+            parents=True, exist_ok=True, mode=0o700
+        )  # prompts are private
         self.most_bytes = most_bytes
         self.lock = threading.Lock()
         self.entries: dict[Path, Entry] = {}
-        for half in self.folder.glob(".writing-*"):
+        for half in self.folder.glob(f".writing-*{OURS}*"):
             half.unlink(missing_ok=True)
-        for path in self.folder.glob("*.json"):
+        for path in self.folder.glob(f"*{OURS}.json"):
             self._add(path)
         self._evict()
         self.jobs: queue.Queue = queue.Queue(maxsize=4)
@@ -155,7 +145,7 @@ class DiskCache:
 
     def _write(self, mark: str, tokens: list[int], cache: list[Any]) -> None:
         name = hashlib.sha256(f"{mark} {tokens}".encode()).hexdigest()[:32]
-        path = self.folder / f"{name}.json"
+        path = self.folder / f"{name}{OURS}.json"
         with replacing(path.with_suffix(".safetensors")) as half:
             save_prompt_cache(str(half), cache)
             info = {

@@ -23,6 +23,8 @@ from .requests import Asked, ClientGone
 LARGEST = 64 << 20  # bytes of a body
 PAGE = Path(__file__).parent / "page.html"
 OPENAI = ("/v1/completions", "/v1/chat/completions", "/chat/completions")
+ANTHROPIC = ("/v1/messages", "/v1/messages/count_tokens")
+ROUTES = {"/", "/health", "/metrics", "/v1/models", *OPENAI, *ANTHROPIC}
 OPEN = ("/", "/health")  # need no key
 
 
@@ -84,7 +86,8 @@ class Handler(APIHandler):
         except Exception as e:
             logging.exception("a request failed")
             self.refuse(500, brief(e))
-        counted = asked_for if self.status not in (401, 404) else "other"
+        known = asked_for in ROUTES and self.status not in (401, 404)
+        counted = asked_for if known else "other"
         self.response_generator.metrics.requests.labels(counted, self.status).inc()
 
     def completion(self) -> None:
@@ -97,7 +100,9 @@ class Handler(APIHandler):
         body, generator = self.body, self.response_generator
         body.setdefault("model", "default_model")
         generator.drop_lines(body)
-        check_body(body, self.vocabulary if body.get("logit_bias") else None)
+        check_body(
+            body, self.vocabulary if body.keys() & {"logit_bias", "top_k"} else None
+        )
         try:
             generator.model_provider.check(
                 body["model"], body.get("adapters"), body.get("draft_model")

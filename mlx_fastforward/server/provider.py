@@ -13,6 +13,7 @@ from mlx_lm.utils import _download
 
 from ..attachment import attach, engine_of
 from ..build import engine_for
+from ..cachefile import fingerprint
 from ..config import PrefillConfig
 from ..engine import Engine
 from ..errors import LoadProblem
@@ -21,7 +22,7 @@ from ..predictors.base import BaseModel
 from ..predictors.file import PredictorFile
 from ..predictors.search import named_predictor, predictor_for
 from ..predictors.verified import resolved
-from .disk import fingerprint, identity
+from .disk import identity
 
 Prepare = Callable[[nn.Module], None]
 
@@ -86,10 +87,12 @@ class Provider(ModelProvider):
 
     def identity(self, sparsity: float) -> str:
         """What a prefix of the loaded model at a sparsity is, on disk."""
-        engine = self.engine(sparsity)
+        engine, args = self.engine(sparsity), self.cli_args
+        how = {n: getattr(args, n, None) for n in ("kv_bits", "kv_group_size")}
+        how["draft"] = self.model_key and self.model_key[2]
         if engine is None:
-            return identity(self.marks[0], {})
-        return identity(self.marks[1], engine.settings())
+            return identity(self.marks[0], how)
+        return identity(self.marks[1], how | engine.settings())
 
     def engine(self, sparsity: Optional[float]) -> Optional[Engine]:
         """The loaded model's engine at a sparsity; None where that is dense.
