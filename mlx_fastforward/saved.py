@@ -54,6 +54,7 @@ def save(session: Session, name: str, model: str) -> Path:
         "model": fingerprint(session.model),
     }
     path = path_of(name)
+    path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)  # for you alone
     whole = session.cached and is_whole(session.cache)
     cache = session.cache if whole else []
     write_cache(path, cache, {"model": model, KEY: json.dumps(noted)})

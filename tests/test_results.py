@@ -24,7 +24,7 @@ SHARED = sorted(p for p in RESULTS.glob("*.json") if p.name != "schema.json")
 def row(context: int, speedup: float, sparsity: float = 0.5) -> ttft.Row:
     times = (2 / speedup, (1.5 / speedup, 3 / speedup), 2.0, (1.9, 2.2))
     rest = (speedup, 1.5, 0.6, 1.4, 0.4, 100.0, 1.0, 1.1, 20.0, 20.0)
-    return ttft.Row(context, sparsity, 128, "trained", "chunk", 0, *times, *rest)
+    return ttft.Row(context, sparsity, 0.0, 128, "trained", "chunk", 0, *times, *rest)
 
 
 @pytest.fixture(scope="module")

@@ -59,7 +59,7 @@ def described(name: str, folder: Path) -> Iterator[str]:
         net, _ = load_model(folder, lazy=True)
         base = replace(BaseModel.of(net), name=name)
     yield f"supported: {base.model_type}, {base.sizes()}"
-    predictor = predictor_for(name, base)
+    predictor = predictor_for(name, base, fetch=False)
     kind = (
         f"predictor {predictor.source}" if predictor else "no predictor: selector probe"
     )

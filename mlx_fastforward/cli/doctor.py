@@ -1,7 +1,7 @@
 """mlx_fastforward doctor: what is installed, what this machine offers, what runs for a model and why."""
 
 import warnings
-from typing import Annotated, Any, Iterator
+from typing import Annotated, Any, Iterator, Optional
 
 from rich.console import Console
 from rich.text import Text
@@ -36,14 +36,14 @@ def doctor(
         console = Console(highlight=False, soft_wrap=True)
         for label, said in [*_system(), *_own()]:
             _print(console, label, said)
-        if not _is_here(name):
+        if (place := _place(name)) is None:
             _print(console, "model", f"{name}: not on this machine; chat downloads it")
             return
         with warnings.catch_warnings(record=True) as caught:
             warnings.simplefilter("always")
             try:
                 net, _ = load_model(
-                    model,
+                    model and place,
                     lazy=True,
                     sparsity=share,
                     selector=selector,
@@ -63,14 +63,16 @@ def _print(console: Console, label: str, said: str) -> None:
     console.print(Text.assemble((f"{label:<12}", "bold"), said))
 
 
-def _is_here(name: str) -> bool:
-    """Whether a model can be opened without a download."""
+def _place(name: str) -> Optional[str]:
+    """Where a model can be opened without a download; None where it cannot."""
     from .. import hub
 
     if not hub.looks_like_a_repository(name):
-        return True
+        return name
     folder = hub.cached_folder(name, ["config.json", "*.safetensors"])
-    return folder is not None and any(folder.glob("*.safetensors"))
+    if folder is None or not any(folder.glob("*.safetensors")):
+        return None
+    return str(folder)
 
 
 def _system() -> Iterator[Line]:

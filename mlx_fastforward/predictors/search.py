@@ -41,13 +41,16 @@ def named_predictor(name: str | Path) -> Optional[PredictorFile]:
 
 
 def predictor_for(
-    model: str, base: BaseModel, revision: Optional[str] = None
+    model: str,
+    base: BaseModel,
+    revision: Optional[str] = None,
+    fetch: bool = True,
 ) -> Optional[PredictorFile]:
     """The predictor to use when nobody named one: beside the model, else the user's newest for it.
 
     One of the user's that did no better than none at all is passed over. Raises PredictorError where the chosen one is damaged.
     """
-    if (beside := beside_model(model, revision)) is not None:
+    if (beside := beside_model(model, revision, fetch)) is not None:
         return load_predictor(beside)
     own = ((folder, details(folder)) for folder in own_folders())
     fitting = [p for p, d in own if fits(d, base) and better_than_none(d)]
@@ -55,7 +58,9 @@ def predictor_for(
     return load_predictor(newest) if newest is not None else None
 
 
-def beside_model(model: str, revision: Optional[str] = None) -> Optional[Path]:
+def beside_model(
+    model: str, revision: Optional[str] = None, fetch: bool = True
+) -> Optional[Path]:
     """The model's own folder, local or of the hub, if a predictor lies in it.
 
     mlx-lm downloads the JSON with a model but not the predictor's weights: they are fetched here.
@@ -66,6 +71,8 @@ def beside_model(model: str, revision: Optional[str] = None) -> Optional[Path]:
     if folder is None or not (folder / JSON_NAME).is_file():
         return None
     if not (folder / TENSORS_NAME).is_file():
+        if not fetch:
+            return None
         hub.download(model, [JSON_NAME, TENSORS_NAME], revision=folder.name)
     return folder
 
