@@ -3,7 +3,7 @@
 import contextlib
 import sys
 from dataclasses import replace
-from typing import Any, Iterator, Optional
+from typing import Any, Iterator, Optional, Sequence
 
 import mlx.nn as nn
 from mlx_lm.models.cache import (
@@ -13,12 +13,15 @@ from mlx_lm.models.cache import (
 )
 
 from .attachment import engine_of, switched
+from .checkpoints import Checkpoints, trimmable
+from .engine import EDGE
 from .errors import TemplateError
 from .generation import Response, stream_generate
 from .model.caches import counted, parts
+from .prefill import pausing
 
 
-def common_prefix(a: list[int], b: list[int]) -> int:
+def common_prefix(a: Sequence[Any], b: Sequence[Any]) -> int:
     """Length of the longest common prefix."""
     for i, (x, y) in enumerate(zip(a, b)):
         if x != y:
@@ -65,6 +68,34 @@ def _templated(
         raise TemplateError(f"the model's chat template refused: {reason}") from e
 
 
+def lasting_places(
+    tokenizer: Any,
+    messages: list[dict[str, str]],
+    template: dict[str, Any],
+    ids: list[int],
+) -> list[int]:
+    """How far later prompts will agree with ``ids``, those of ``messages``, whatever is answered.
+
+    The first place is the end of the system prompt, if that is long: a short one costs little to read
+    again, and the dense head would end there. The last place is before what the template adds for the
+    answer alone, such as the beginning of its thinking.
+    """
+    found = []
+    text, some = rendered_text(tokenizer, messages, template), {"content": "."}
+    if messages[0]["role"] == "system":
+        other = [messages[0], {"role": "user", **some}]
+        head = text[: common_prefix(text, rendered_text(tokenizer, other, template))]
+        n = common_prefix(ids, tokenizer.encode(head, add_special_tokens=False))
+        found = [n] if n >= EDGE else []
+    turns = [{"role": role, **some} for role in ("assistant", "user")]
+    later = rendered_text(tokenizer, messages + turns, template)
+    tail = text[common_prefix(text, later) :]
+    n = max(1, len(tokenizer.encode(tail, add_special_tokens=False)))
+    while n < len(ids) and len(tokenizer.decode(ids[-n:])) < len(tail):
+        n += 1
+    return sorted({*found, len(ids) - n})
+
+
 class Session:
     """Messages so far, and a prompt cache that holds a prefix of them.
 
@@ -100,6 +131,7 @@ class Session:
         """Keep the conversation, but read it anew at the next turn."""
         self.cache = make_prompt_cache(self.model, self.max_kv_size)
         self.cached: list[int] = []
+        self.checkpoints = Checkpoints()
 
     def take_model(self, model: nn.Module, tokenizer: Any) -> None:
         """Another model goes on with the conversation, and reads it anew."""
@@ -158,13 +190,14 @@ class Session:
     ) -> Iterator[Response]:
         """Stream what follows ``ids``; ``before`` is the answer so far, if they hold one."""
         said, reason, tokens = before or "", None, list(ids)
-        new = ids[self._reuse(ids) :]
+        keep = self._reuse(ids)
+        places = self._places(ids, kwargs) if before is None else []
         responses = stream_generate(
-            self.model, self.tokenizer, new, prompt_cache=self.cache, **kwargs
+            self.model, self.tokenizer, ids[keep:], prompt_cache=self.cache, **kwargs
         )
         try:
             with contextlib.closing(responses):
-                for r in responses:
+                for r in self._with_checkpoints(responses, keep, places):
                     if r.generation_tokens > len(tokens) - len(ids):
                         tokens.append(r.token)
                     if said == before and r.text:
@@ -179,6 +212,27 @@ class Session:
                 self.tokens, self.finished = tokens, reason == "stop"
             else:  # stopped while reading: as if never asked
                 self.messages.pop()
+
+    def _places(self, ids: list[int], kwargs: dict[str, Any]) -> list[int]:
+        """Where to keep a checkpoint while ``ids`` are read; none if the cache can be trimmed."""
+        answer = kwargs.get("max_tokens", 256)
+        most = float("inf") if answer < 0 else len(ids) + answer
+        if trimmable(self.cache, most):
+            return []
+        with contextlib.suppress(TemplateError):
+            return lasting_places(self.tokenizer, self.messages, self.template, ids)
+        return []
+
+    def _with_checkpoints(
+        self, responses: Iterator[Response], keep: int, places: list[int]
+    ) -> Iterator[Response]:
+        """The same responses; ``keep`` tokens of the prompt are in the cache."""
+        if later := [n - keep for n in places if n > keep]:
+            at = lambda n: self.checkpoints.add(keep + n, self.cache)
+            with pausing(self.model, later, at):
+                first = next(responses)
+            yield first
+        yield from responses
 
     def _joined(self, ids: list[int], tokens: list[int], text: str) -> str:
         """``text`` with the space before it, which mlx-lm leaves out where an answer begins."""
@@ -214,12 +268,13 @@ class Session:
         keep = min(common_prefix(self.cached, ids), len(ids) - 1)
         surplus = len(self.cached) - keep
         if surplus and not can_trim_prompt_cache(self.cache):
-            keep = 0
+            keep = self.checkpoints.back(self.cache, keep)
+        elif surplus:
+            self.checkpoints.drop_from(keep + 1)
+            trim_prompt_cache(self.cache, surplus)
         if keep == 0:
             self.forget_cache()
-        elif surplus:
-            trim_prompt_cache(self.cache, surplus)
-            self.cached = self.cached[:keep]
+        self.cached = self.cached[:keep]
         return keep
 
     def _settle(self, tokens: list[int]) -> None:
@@ -234,8 +289,9 @@ class Session:
             for part, count in zip(parts(self.cache), counts):
                 part.trim(count - known)
         elif max(counts, default=0) > known or self._uncertain(len(counts)):
-            self.forget_cache()
-            return
+            known = self.checkpoints.back(self.cache, known)
+            if known == 0:
+                self.forget_cache()
         self.cached = tokens[:known]
 
     def _uncertain(self, counting: int) -> bool:
