@@ -200,7 +200,8 @@ class Engine:
     ) -> None:
         """count_call() under this engine's settings."""
         parts = (self.shapes, self.keep, self.selector, self.compensator)
-        count_call(count, (batch, new), plan, *parts)
+        products = [ffn.products for ffn in self.ffns]
+        count_call(count, (batch, new), plan, *parts, products)
 
     def drop_unsupported(self) -> None:
         """Keep layers dense whose projections cannot be sliced, and say so once."""

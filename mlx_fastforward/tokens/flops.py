@@ -33,9 +33,9 @@ class FlopCount:
         return 1 - self.run / self.dense if self.dense else 0.0
 
 
-def dense_ffn(tokens: int, d: int, f: int) -> float:
-    """Three products of one layer."""
-    return 6.0 * tokens * d * f
+def dense_ffn(tokens: int, d: int, f: int, products: int = 3) -> float:
+    """All products of one layer; two without a gate."""
+    return 2.0 * products * tokens * d * f
 
 
 def overhead(
@@ -62,6 +62,7 @@ def count_call(
     keep: Sequence[Optional[int]],
     selector: Selector,
     compensator: Optional[Compensator],
+    products: Sequence[int] = (),
 ) -> None:
     """Add one call to a count.
 
@@ -69,16 +70,18 @@ def count_call(
         tokens: Rows of the call, and tokens per row.
         plan: None where the call ran densely.
         keep: Neurons that each layer keeps, None for a dense layer.
+        products: Of each layer's FFN; without, three.
     """
     batch, new = tokens
     for layer, ((d, f), kept) in enumerate(prefilled(list(zip(shapes, keep)))):
-        whole = batch * dense_ffn(new, d, f)
+        n = products[layer] if products else 3
+        whole = batch * dense_ffn(new, d, f, n)
         count.dense += whole
         count.run += whole
         if plan is None or kept is None:
             continue
         split = TokenSplit(plan, selector.probe_every)
-        saved = dense_ffn(split.sparse_tokens, d, f - kept)
+        saved = dense_ffn(split.sparse_tokens, d, f - kept, n)
         paid = overhead(split, layer, d, f, kept, selector, compensator)
         count.run += batch * plan.blocks * (paid - saved)
 
