@@ -1,7 +1,7 @@
 """The one loop that feeds a prompt to a model in chunks."""
 
 import contextlib
-from typing import Any, Callable, Iterator, Optional, Sequence
+from typing import Any, Callable, Iterator, Optional
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -34,31 +34,6 @@ def read(model: nn.Module, tokens: mx.array, cache: Any, prompt: int) -> float:
 
 
 @contextlib.contextmanager
-def pausing(
-    model: nn.Module, places: Sequence[int], at: Callable[[int], None]
-) -> Iterator[None]:
-    """Calls of the model in here end at these places of their tokens, and ``at(place)`` is called there.
-
-    mlx-lm's chunks stay what they are, its statistics too; one with a place inside takes several calls.
-    """
-    done, left = 0, sorted(places)
-
-    def around(_: int, own: Any, tokens: mx.array, cache: Any, **kwargs: Any) -> Any:
-        nonlocal done
-        while left and left[0] < done + tokens.shape[1]:
-            if n := left[0] - done:
-                own(tokens[:, :n], cache=cache, **kwargs)
-                mx.eval([c.state for c in cache])
-            done, tokens = done + n, tokens[:, n:]
-            at(left.pop(0))
-        done += tokens.shape[1]
-        return own(tokens, cache=cache, **kwargs)
-
-    with watched([model], around):
-        yield
-
-
-@contextlib.contextmanager
 def by_layers(
     model: nn.Module, tick: Callable[[int, float], None], least: int = 512
 ) -> Iterator[None]:
@@ -88,4 +63,29 @@ def by_layers(
         return y
 
     with watched(prefilled(model.layers), around):
+        yield
+
+
+@contextlib.contextmanager
+def pausing(
+    model: nn.Module, places: list[int], at: Callable[[int], None]
+) -> Iterator[None]:
+    """Calls of the model in here end at these places of their tokens, and ``at(place)`` is called there.
+
+    mlx-lm's chunks stay what they are, its statistics too; one with a place inside takes several calls.
+    """
+    done, left = 0, sorted(places)
+
+    def around(_: int, own: Any, tokens: mx.array, cache: Any, **kwargs: Any) -> Any:
+        nonlocal done
+        while left and left[0] < done + tokens.shape[1]:
+            if n := left[0] - done:
+                own(tokens[:, :n], cache=cache, **kwargs)
+                mx.eval([c.state for c in cache])
+            done, tokens = done + n, tokens[:, n:]
+            at(left.pop(0))
+        done += tokens.shape[1]
+        return own(tokens, cache=cache, **kwargs)
+
+    with watched([model], around):
         yield

@@ -190,14 +190,14 @@ class Session:
     ) -> Iterator[Response]:
         """Stream what follows ``ids``; ``before`` is the answer so far, if they hold one."""
         said, reason, tokens = before or "", None, list(ids)
-        keep = self._reuse(ids)
-        places = self._places(ids, kwargs) if before is None else []
+        new = ids[self._reuse(ids) :]
         responses = stream_generate(
-            self.model, self.tokenizer, ids[keep:], prompt_cache=self.cache, **kwargs
+            self.model, self.tokenizer, new, prompt_cache=self.cache, **kwargs
         )
         try:
             with contextlib.closing(responses):
-                for r in self._with_checkpoints(responses, keep, places):
+                places = [] if before is not None else self._places(ids, **kwargs)
+                for r in self._with_checkpoints(responses, places):
                     if r.generation_tokens > len(tokens) - len(ids):
                         tokens.append(r.token)
                     if said == before and r.text:
@@ -212,27 +212,6 @@ class Session:
                 self.tokens, self.finished = tokens, reason == "stop"
             else:  # stopped while reading: as if never asked
                 self.messages.pop()
-
-    def _places(self, ids: list[int], kwargs: dict[str, Any]) -> list[int]:
-        """Where to keep a checkpoint while ``ids`` are read; none if the cache can be trimmed."""
-        answer = kwargs.get("max_tokens", 256)
-        most = float("inf") if answer < 0 else len(ids) + answer
-        if trimmable(self.cache, most):
-            return []
-        with contextlib.suppress(TemplateError):
-            return lasting_places(self.tokenizer, self.messages, self.template, ids)
-        return []
-
-    def _with_checkpoints(
-        self, responses: Iterator[Response], keep: int, places: list[int]
-    ) -> Iterator[Response]:
-        """The same responses; ``keep`` tokens of the prompt are in the cache."""
-        if later := [n - keep for n in places if n > keep]:
-            at = lambda n: self.checkpoints.add(keep + n, self.cache)
-            with pausing(self.model, later, at):
-                first = next(responses)
-            yield first
-        yield from responses
 
     def _joined(self, ids: list[int], tokens: list[int], text: str) -> str:
         """``text`` with the space before it, which mlx-lm leaves out where an answer begins."""
@@ -262,6 +241,27 @@ class Session:
             with switched(self.model, sparse):
                 for _ in stream_generate(self.model, self.tokenizer, ids, 2):
                     pass
+
+    def _places(self, ids: list[int], max_tokens: float = 256, **_: Any) -> list[int]:
+        """Where to keep a checkpoint while ``ids`` are read; none if the cache can be trimmed."""
+        answer = max_tokens if max_tokens >= 0 else float("inf")
+        if trimmable(self.cache, len(ids) + answer):
+            return []
+        with contextlib.suppress(TemplateError):
+            return lasting_places(self.tokenizer, self.messages, self.template, ids)
+        return []
+
+    def _with_checkpoints(
+        self, responses: Iterator[Response], places: list[int]
+    ) -> Iterator[Response]:
+        """The same responses; the prompt is read for the first one."""
+        keep = len(self.cached)
+        if later := [n - keep for n in places if n > keep]:
+            at = lambda n: self.checkpoints.add(keep + n, self.cache)
+            with pausing(self.model, later, at):
+                first = next(responses)
+            yield first
+        yield from responses
 
     def _reuse(self, ids: list[int]) -> int:
         """Cut the cache down to what it shares with ``ids``; returns how many tokens stay."""
