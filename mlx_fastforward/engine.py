@@ -201,7 +201,7 @@ class Engine:
         """count_call() under this engine's settings."""
         parts = (self.shapes, self.keep, self.selector, self.compensator)
         products = [ffn.products for ffn in self.ffns]
-        count_call(count, (batch, new), plan, *parts, products)
+        count_call(count, (batch, new), plan, *parts, products=products)
 
     def drop_unsupported(self) -> None:
         """Keep layers dense whose projections cannot be sliced, and say so once."""

@@ -33,7 +33,7 @@ TEMPLATE = (
 class Rereading(Session):
     """Without checkpoints."""
 
-    def _places(self, *_: Any) -> list[int]:
+    def _places(self, *_: Any, **__: Any) -> list[int]:
         return []
 
 

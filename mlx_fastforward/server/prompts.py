@@ -4,6 +4,7 @@ from typing import Any, Callable, Optional
 
 from mlx_lm.models.cache import LRUPromptCache, can_trim_prompt_cache
 
+from ..model.caches import counted
 from .batches import Kept
 from .disk import WORTH, DiskCache
 from .requests import Reading
@@ -52,8 +53,8 @@ class PromptCache(LRUPromptCache):
         if cache is None:
             reading.found(0, 0.0)
             return None, tokens
-        # empty layers, as an image model may have, do not count
-        done = max(getattr(c, "offset", 0) for c in cache)
+        # states of linear attention and empty layers do not count
+        done = max(counted(cache), default=0)
         reading.found(done, at)
         return list(cache), tokens[done:]
 

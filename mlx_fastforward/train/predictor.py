@@ -74,7 +74,7 @@ def labels(norms: mx.array, widths: Sequence[int]) -> tuple[mx.array, mx.array]:
 
     norms: (layers, B, f), of ``widths[layer]`` neurons each and then padding.
     """
-    f = mx.array(widths, mx.uint32)[:, None, None]
+    f = mx.array(list(widths), mx.uint32)[:, None, None]
     places = mx.arange(norms.shape[-1], dtype=mx.uint32)
     inside = places < f
     order = mx.argsort(mx.where(inside, -norms, mx.inf), axis=-1)
