@@ -7,7 +7,6 @@ from typing import Any
 from .attachment import engine_of, is_enabled
 from .cachefile import read_cache, write_cache
 from .errors import FileProblem
-from .model.caches import counted
 from .predictors.search import home
 from .session import Session
 
@@ -83,7 +82,9 @@ def load(session: Session, name: str, model: str) -> bool:
     session.finished = finished
     same = metadata.get("model") == model
     session.tokens = tokens if same else []
-    fits = len(cache) == len(session.cache) and set(counted(cache)) == {len(cached)}
+    fits = len(cache) == len(session.cache) and {c.offset for c in cache} == {
+        len(cached)
+    }
     if not same or not fits or settings not in ({}, how_read(session)):
         return False
     session.cache, session.cached = cache, cached

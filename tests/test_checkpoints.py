@@ -10,7 +10,7 @@ import pytest
 from mlx_lm.models.cache import make_prompt_cache
 from models import logprobs
 
-from mlx_fastforward import attach, checkpoints, detach, saved
+from mlx_fastforward import attach, checkpoints, detach
 from mlx_fastforward.attachment import reading, watched
 from mlx_fastforward.bench.studies import checkpoints as study
 from mlx_fastforward.bench.studies import zoo
@@ -144,19 +144,3 @@ def test_checkpoints_are_few(monkeypatch: Any) -> None:
     for place in (20, 30):
         kept.add(place, cache)
     assert list(kept.places) == [30]
-
-
-@pytest.mark.parametrize("name", HYBRID)
-def test_a_saved_conversation_goes_on(
-    name: str, monkeypatch: Any, tmp_path: Any
-) -> None:
-    """Its cache is whole, its checkpoints are not kept."""
-    monkeypatch.setattr(saved, "folder", lambda: tmp_path)
-    session = session_of(name)
-    study.ask(session, *TURNS[0])
-    saved.save(session, "kept", name)
-    other = Session(session.model, session.tokenizer)
-    assert saved.load(other, "kept", name)
-    assert other.cached == session.cached and not other.checkpoints.places
-    other.render = lambda text=None: session.tokens + [20, 21]  # type: ignore[method-assign]
-    ask(other, "", "</think>Yes.", len(session.cached))

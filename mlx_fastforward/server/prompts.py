@@ -4,7 +4,6 @@ from typing import Any, Callable, Optional
 
 from mlx_lm.models.cache import LRUPromptCache, can_trim_prompt_cache
 
-from ..model.caches import counted
 from .batches import Kept
 from .disk import WORTH, DiskCache
 from .requests import Reading
@@ -53,8 +52,8 @@ class PromptCache(LRUPromptCache):
         if cache is None:
             reading.found(0, 0.0)
             return None, tokens
-        # states of linear attention and empty layers do not count
-        done = max(counted(cache), default=0)
+        # empty layers, as an image model may have, do not count
+        done = max(getattr(c, "offset", 0) for c in cache)
         reading.found(done, at)
         return list(cache), tokens[done:]
 
