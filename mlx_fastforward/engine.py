@@ -240,7 +240,8 @@ class Engine:
             pruned = [self.prunes(i) for i in range(len(self.ffns))]
             skipping = Skipping(stay, pruned, self.pruner)
         parts = (self.shapes, self.neurons, self.selector, self.compensator)
-        count_call(count, (batch, new), plan, *parts, skipping)
+        products = [ffn.products for ffn in self.ffns]
+        count_call(count, (batch, new), plan, *parts, skipping, products)
 
     def drop_unsupported(self) -> None:
         """Keep layers dense whose projections cannot be sliced, and say so once."""

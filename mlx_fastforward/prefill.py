@@ -76,3 +76,28 @@ def by_layers(
 
     with watched(prefilled(model.layers), around):
         yield
+
+
+@contextlib.contextmanager
+def pausing(
+    model: nn.Module, places: list[int], at: Callable[[int], None]
+) -> Iterator[None]:
+    """Calls of the model in here end at these places of their tokens, and ``at(place)`` is called there.
+
+    mlx-lm's chunks stay what they are, its statistics too; one with a place inside takes several calls.
+    """
+    done, left = 0, sorted(places)
+
+    def around(_: int, own: Any, tokens: mx.array, cache: Any, **kwargs: Any) -> Any:
+        nonlocal done
+        while left and left[0] < done + tokens.shape[1]:
+            if n := left[0] - done:
+                own(tokens[:, :n], cache=cache, **kwargs)
+                mx.eval([c.state for c in cache])
+            done, tokens = done + n, tokens[:, n:]
+            at(left.pop(0))
+        done += tokens.shape[1]
+        return own(tokens, cache=cache, **kwargs)
+
+    with watched([model], around):
+        yield

@@ -3,7 +3,7 @@
 import contextlib
 import sys
 from dataclasses import replace
-from typing import Any, Iterator, Optional
+from typing import Any, Iterator, Optional, Sequence
 
 import mlx.nn as nn
 from mlx_lm.models.cache import (
@@ -13,12 +13,15 @@ from mlx_lm.models.cache import (
 )
 
 from .attachment import engine_of, switched
+from .checkpoints import Checkpoints, trimmable
+from .engine import EDGE
 from .errors import TemplateError
 from .generation import Response, stream_generate
 from .model.caches import counted, parts
+from .prefill import pausing
 
 
-def common_prefix(a: list[int], b: list[int]) -> int:
+def common_prefix(a: Sequence[Any], b: Sequence[Any]) -> int:
     """Length of the longest common prefix."""
     for i, (x, y) in enumerate(zip(a, b)):
         if x != y:
@@ -78,6 +81,30 @@ def _templated(
         raise TemplateError(f"the model's chat template refused: {reason}") from e
 
 
+def lasting_places(
+    tokenizer: Any,
+    messages: list[dict[str, str]],
+    template: dict[str, Any],
+    ids: list[int],
+) -> list[int]:
+    """How far later prompts will agree with ``ids``, those of ``messages``, whatever is answered.
+
+    The first place is the end of the system prompt, if that is long: a short one costs little to read
+    again, and the dense head would end there. The last place is before what the template adds for the
+    answer alone, such as the beginning of its thinking.
+    """
+    text, some = rendered_text(tokenizer, messages, template), {"content": "."}
+    n = system_tokens(tokenizer, messages, template, ids)
+    found = [n] if n >= EDGE else []
+    turns = [{"role": role, **some} for role in ("assistant", "user")]
+    later = rendered_text(tokenizer, messages + turns, template)
+    tail = text[common_prefix(text, later) :]
+    n = max(1, len(tokenizer.encode(tail, add_special_tokens=False)))
+    while n < len(ids) and len(tokenizer.decode(ids[-n:])) < len(tail):
+        n += 1
+    return sorted({*found, len(ids) - n})
+
+
 class Session:
     """Messages so far, and a prompt cache that holds a prefix of them.
 
@@ -114,6 +141,7 @@ class Session:
         """Keep the conversation, but read it anew at the next turn."""
         self.cache = make_prompt_cache(self.model, self.max_kv_size)
         self.cached: list[int] = []
+        self.checkpoints = Checkpoints()
 
     def take_model(self, model: nn.Module, tokenizer: Any) -> None:
         """Another model goes on with the conversation, and reads it anew."""
@@ -176,7 +204,9 @@ class Session:
         responses = self._stream(ids, self._reuse(ids), **kwargs)
         try:
             with contextlib.closing(responses):
-                for r in responses:
+                whole = before is None and self.speculative is None
+                places = self._places(ids, **kwargs) if whole else []
+                for r in self._with_checkpoints(responses, places):
                     if r.generation_tokens > len(tokens) - len(ids):
                         tokens.append(r.token)
                     if said == before and r.text:
@@ -236,17 +266,39 @@ class Session:
                 for _ in stream_generate(self.model, self.tokenizer, ids, 2):
                     pass
 
+    def _places(self, ids: list[int], max_tokens: float = 256, **_: Any) -> list[int]:
+        """Where to keep a checkpoint while ``ids`` are read; none if the cache can be trimmed."""
+        answer = max_tokens if max_tokens >= 0 else float("inf")
+        if trimmable(self.cache, len(ids) + answer):
+            return []
+        with contextlib.suppress(TemplateError):
+            return lasting_places(self.tokenizer, self.messages, self.template, ids)
+        return []
+
+    def _with_checkpoints(
+        self, responses: Iterator[Response], places: list[int]
+    ) -> Iterator[Response]:
+        """The same responses; the prompt is read for the first one."""
+        keep = len(self.cached)
+        if later := [n - keep for n in places if n > keep]:
+            at = lambda n: self.checkpoints.add(keep + n, self.cache)
+            with pausing(self.model, later, at):
+                first = next(responses)
+            yield first
+        yield from responses
+
     def _reuse(self, ids: list[int]) -> int:
         """Cut the cache down to what it shares with ``ids``; returns how many tokens stay."""
         keep = min(common_prefix(self.cached, ids), len(ids) - 1)
         surplus = len(self.cached) - keep
         if surplus and not can_trim_prompt_cache(self.cache):
-            keep = 0
+            keep = self.checkpoints.back(self.cache, keep)
+        elif surplus:
+            self.checkpoints.drop_from(keep + 1)
+            trim_prompt_cache(self.cache, surplus)
         if keep == 0:
             self.forget_cache()
-        elif surplus:
-            trim_prompt_cache(self.cache, surplus)
-            self.cached = self.cached[:keep]
+        self.cached = self.cached[:keep]
         return keep
 
     def _settle(self, tokens: list[int]) -> None:
@@ -261,8 +313,9 @@ class Session:
             for part, count in zip(parts(self.cache), counts):
                 part.trim(count - known)
         elif max(counts, default=0) > known or self._uncertain(len(counts)):
-            self.forget_cache()
-            return
+            known = self.checkpoints.back(self.cache, known)
+            if known == 0:
+                self.forget_cache()
         self.cached = tokens[:known]
 
     def _uncertain(self, counting: int) -> bool:

@@ -31,7 +31,7 @@ def test_base_model(name: str, bits: int) -> None:
     base = BaseModel.of(model, "org/model")
     wanted = ("org/model", model.model_type, models.LAYERS, models.HIDDEN, models.FFN)
     assert base == BaseModel(*wanted, mark(models.tiny(name)))
-    assert base.widths == [models.FFN] * models.LAYERS and base.width == models.FFN
+    assert base.widths == [models.FFN] * models.LAYERS
     assert base.sizes() == "4 layers, hidden 32, FFN 128"
     attach(model)
     assert BaseModel.of(model, "org/model") == base
@@ -41,8 +41,7 @@ def test_layers_of_several_widths(tmp_path: Path) -> None:
     base = BaseModel.of(tiny_model(wide=1024))
     assert base.ffn_size == base.widths == [F, 1024, F]
     assert base.sizes() == "3 layers, hidden 32, FFN 64 to 1,024"
-    with pytest.raises(PredictorError, match="not equally wide"):
-        base.width
+    assert base.widest == 1024
     save(tmp_path, width=[F, 1024, F])
     edit(tmp_path, "base_model", fingerprint=base.fingerprint)
     load_predictor(tmp_path).check(base)

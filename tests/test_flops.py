@@ -127,6 +127,21 @@ def test_a_prompt() -> None:
     assert prompt.flops == FlopCount(3 * 6 * 57 * 32 * 128, 3 * (ffn + selection))
 
 
+@pytest.mark.parametrize(
+    "name, products", [("nemotron", 2), ("phi3", 3), ("starcoder2", 2)]
+)
+def test_without_a_gate_there_are_two_products(name: str, products: int) -> None:
+    """Nor is a gate missing where it shares a matrix with up."""
+    model = zoo.tiny(name)
+    attach(model, models.settings(selector="first-block"))
+    with reading(model, 56) as prompt:
+        models.prefill(model, models.token_ids(56))
+    ffn = 2 * products * 32  # a head, the first block and a tail; four blocks at half
+    dense = 3 * ffn * 56 * 128
+    assert prompt.flops.dense == dense
+    assert 0 < dense - prompt.flops.run <= 3 * ffn * 40 * 64
+
+
 @pytest.mark.parametrize("tokens", [100, 520, 2049, 4097, 5000])
 @pytest.mark.parametrize("block", [16, 512])
 def test_the_plans_of_a_prompt_are_those_of_its_calls(tokens: int, block: int) -> None:

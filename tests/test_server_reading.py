@@ -19,6 +19,7 @@ from models import demo_tokenizer, token_ids
 
 import mlx_fastforward as ff
 from mlx_fastforward.attachment import switched
+from mlx_fastforward.bench.studies import checkpoints as study
 from mlx_fastforward.cli.serve import parser, patterns
 from mlx_fastforward.prefill import prefill
 from mlx_fastforward.server.batches import Batches, Kept, whose_turn
@@ -226,6 +227,24 @@ def test_a_tool_result_at_the_end_keeps_the_prefix(serving: Generator) -> None:
     system = again.report.cached_tokens
     assert system > 30 and asked.report.cached_tokens > system
     assert asked.report.ffn_sparsity > 0.05
+
+
+def test_a_tool_result_is_kept_without_the_thinking_after_it(
+    serving: Generator,
+) -> None:
+    """As a message is; a raw prompt is not cut."""
+    tokenizer = study.tokenizer()
+    start = tokenizer.encode("<think>", add_special_tokens=False)
+    tokenizer._think_start, tokenizer._think_start_tokens = "<think>", tuple(start)
+    tokenizer._think_end_tokens = tuple(tokenizer.encode("</think>"))
+    asked = chat("Look it up.", SYSTEM)
+    asked.messages.append({"role": "assistant", "content": "Looking."})
+    asked.messages.append({"role": "tool", "content": STORY})
+    prompt, segments, types, *_ = serving._tokenize(tokenizer, asked, settings(1))
+    assert types == ["system", "user", "assistant"] and sum(segments, []) == prompt
+    assert segments[2] == start and len(segments[0]) > 30
+    raw = Asked("text", tokenizer.decode(prompt), [], None, None)
+    assert serving._tokenize(tokenizer, raw, settings(1))[2] == ["assistant"]
 
 
 def test_the_prefix_can_be_read_sparsely_too(

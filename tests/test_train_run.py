@@ -199,6 +199,39 @@ def test_a_predictor_of_every_kind(
     assert not mx.array_equal(sparse, fresh(name, dtype)(ids))
 
 
+def unequal() -> nn.Module:
+    """The second layer wider than the others, and the last one, which is not fitted, wider still."""
+    model = models.tiny("llama", vocab=4096, wide=160)
+    wider = models.tiny("llama", 1, vocab=4096, wide=192)
+    model.layers[-1].mlp = wider.layers[1].mlp
+    return model
+
+
+@pytest.mark.parametrize(
+    "kind, compensator, steps, least",
+    [("token-wise", "low-rank", 40, 0.55), ("pooled", "mlp", 8, 0.45)],
+)
+def test_layers_of_several_widths(
+    kind: str, compensator: str, steps: int, least: float, tmp_path: Path
+) -> None:
+    """Each layer's predictor is for its own neurons, and learns which."""
+    asked = replace(SMALL, kind=kind, compensator=compensator, steps=steps)
+    run = prepared(tmp_path, asked, model=unequal())
+    assert sum(estimate.seconds(run).values()) > 0
+    found = run()["calibration"]
+    widths = [F, 160, F, 192]
+    model, file = unequal(), load_predictor(tmp_path)
+    file.check(BaseModel.of(model))
+    assert file.layers is not None
+    assert [w.w2.shape[1] for w in file.layers] == widths
+    assert len(found["recall"]) == 3 and min(found["recall"]) > least
+    engine = attach(model, models.settings(selector="trained"), predictor=file)
+    assert engine.keep == [F // 2, 80, F // 2, None]
+    with reading(model, 60) as prompt:
+        mx.eval(model(mx.array([models.token_ids(60)])))
+    assert prompt.flops.sparsity > 0.1
+
+
 def test_what_the_file_says_of_itself(tmp_path: Path) -> None:
     made = prepared(tmp_path, replace(MLP, seed=3, data="/home/me/a.txt"))()
     info = load_predictor(tmp_path).details

@@ -36,7 +36,7 @@ def matrix(*shape: int) -> np.ndarray:
 
 def state_dict() -> dict[str, np.ndarray]:
     """The checkpoint as PyTorch stores it: Linear weights (out, in)."""
-    d, f = BASE.hidden_size, BASE.width
+    d, f = BASE.hidden_size, BASE.widest
     shapes = {
         "predictor.query": (d,),
         "predictor.w1.weight": (RANK, d),

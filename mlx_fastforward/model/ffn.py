@@ -132,6 +132,12 @@ class GatedFFN:
         return linear.shape(self._inputs()[0])[1], linear.shape(self.down)[1]
 
     @property
+    def products(self) -> int:
+        """Matrix products of d x f: three, or two without a gate."""
+        rows = sum(linear.shape(m)[0] for m in self._inputs())
+        return 1 + rows // self.shape[1]
+
+    @property
     def share(self) -> tuple[int, int]:
         """(rank, processes): which of the equal parts of the neurons is here."""
         return linear.share(self.down)

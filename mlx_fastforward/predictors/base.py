@@ -42,14 +42,9 @@ class BaseModel:
         return size if isinstance(size, list) else [size] * self.layers
 
     @property
-    def width(self) -> int:
-        """Neurons of a layer where all have as many; raises PredictorError."""
-        if isinstance(self.ffn_size, list):
-            raise PredictorError(
-                f"the FFNs of {self.name} are not equally wide, and train fits only such ones; "
-                "use the untrained selector probe."
-            )
-        return self.ffn_size
+    def widest(self) -> int:
+        """Neurons of the widest layer."""
+        return max(self.widths)
 
     def sizes(self) -> str:
         """Layers and widths in words."""

@@ -25,6 +25,7 @@ from .provider import Provider
 from .requests import Asked, ClientGone, Reading
 
 POLL = 0.2  # seconds between looks at whether client and thread are still there
+TAIL = 11  # tokens in which mlx-lm looks for the beginning of the thinking
 PAUSE = 0.5  # seconds between the death of a thread and the next one
 DIED = "the generation thread died; try again."
 Segments = tuple[list[int], list[list[int]], list[str], str, Any]
@@ -95,6 +96,8 @@ class Generator(server.ResponseGenerator):
         )
         if not prompt:
             raise ValueError("the prompt is empty.")
+        if types == ["assistant"] and request.request_type == "chat" and vision is None:
+            segments, types = _before_thinking(tokenizer, prompt)
         dense = len(segments[0]) if types[0] == "system" else 0
         if not dense and vision is None:
             dense = self._prefix(tokenizer, request, args, prompt)
@@ -257,6 +260,19 @@ class Generator(server.ResponseGenerator):
                 chat_template_kwargs=body.get("chat_template_kwargs")
             )
             return len(super()._tokenize(tokenizer, request, args)[0])
+
+
+def _before_thinking(tokenizer: Any, prompt: list[int]) -> tuple[list, list[str]]:
+    """A prompt that is cut where the template opens the thinking: later turns agree up to there.
+
+    As mlx-lm does where the last message is a user's; here it is a tool's result.
+    """
+    start = -1
+    if tokenizer.has_thinking:
+        start = tokenizer.rfind_think_start(prompt, start=len(prompt) - TAIL)
+    if start <= 0:
+        return [prompt], ["assistant"]
+    return [prompt[:start], prompt[start:]], ["user", "assistant"]
 
 
 def _feed(parts: list[tuple[Any, list[Any]]], ids: mx.array) -> None:

@@ -49,9 +49,9 @@ class Skipping:
     pruner: Pruner
 
 
-def dense_ffn(tokens: int, d: int, f: int) -> float:
-    """Three products of one layer."""
-    return 6.0 * tokens * d * f
+def dense_ffn(tokens: int, d: int, f: int, products: int = 3) -> float:
+    """All products of one layer; two without a gate."""
+    return 2.0 * products * tokens * d * f
 
 
 def overhead(
@@ -79,6 +79,7 @@ def count_call(
     selector: Selector,
     compensator: Optional[Compensator],
     skipping: Optional[Skipping] = None,
+    products: Sequence[int] = (),
 ) -> None:
     """Add one call to a count.
 
@@ -87,21 +88,23 @@ def count_call(
         plan: None where the call ran densely.
         keep: Neurons that each layer keeps, None for a dense layer.
         skipping: None where every token stays.
+        products: Of each layer's FFN; without, three.
     """
     batch, new = tokens
     for layer, ((d, f), kept) in enumerate(prefilled(list(zip(shapes, keep)))):
-        count.dense += batch * dense_ffn(new, d, f)
+        n = products[layer] if products else 3
+        count.dense += batch * dense_ffn(new, d, f, n)
         here, stay = plan, new
         if plan is not None and skipping is not None and skipping.layers[layer]:
             here, stay = skipping.survivors, skipping.survivors.tokens
             count.run += batch * skipping.pruner.flops(plan.stop - plan.start, d)
             if compensator is not None and compensator.whole:
                 count.run += batch * compensator.flops(layer, new - stay, d, 0)
-        count.run += batch * dense_ffn(stay, d, f)
+        count.run += batch * dense_ffn(stay, d, f, n)
         if here is None or kept is None:
             continue
         split = TokenSplit(here, selector.probe_every)
-        saved = dense_ffn(split.sparse_tokens, d, f - kept)
+        saved = dense_ffn(split.sparse_tokens, d, f - kept, n)
         paid = overhead(split, layer, d, f, kept, selector, compensator)
         count.run += batch * here.blocks * (paid - saved)
 

@@ -37,10 +37,11 @@ def capture(
 ) -> tuple[mx.array, mx.array]:
     """One sequence through the model -> x (layers, blocks, N, d) and norms (layers, blocks, f).
 
-    Both float16. Tokens that fill no block are left out. An attached model is taken as it runs:
+    Both float16; f is the widest layer's, norms of others are padded with zeros. Tokens that fill no block are left out. An attached model is taken as it runs:
     sparsely, inside ``reading``.
     """
     ffns = ffns_of(model)
+    widest = max(ffn.shape[1] for ffn in ffns)
     xs: list[mx.array] = []
     norms: list[mx.array] = []
 
@@ -50,7 +51,8 @@ def capture(
         found = block_norms(ffns[layer], blocks, score)
         mx.eval(blocks, found)  # layer by layer: no layer's activations outlive it
         xs.append(blocks.astype(mx.float16))
-        norms.append(found.astype(mx.float16))
+        padding = [(0, 0), (0, widest - found.shape[1])]
+        norms.append(mx.pad(found.astype(mx.float16), padding))
         return own(x)
 
     with watched([ffn.mlp for ffn in ffns], keep):

@@ -26,7 +26,7 @@ MLP_PASSES = 5
 
 def bytes_per_token(base: BaseModel, block: int) -> float:
     """On disk: every layer's input, and its block's share of the norms, in float16."""
-    return 2.0 * (base.layers - 1) * (base.hidden_size + base.width / block)
+    return 2.0 * (base.layers - 1) * (base.hidden_size + base.widest / block)
 
 
 def default_tokens(base: BaseModel, block: int = 128) -> int:
@@ -53,7 +53,7 @@ def free_disk(folder: Path) -> float:
 
 def memory(base: BaseModel, settings: Settings) -> float:
     """Bytes of memory besides what the model takes to read, at most: the largest phase."""
-    layers, d, f = base.layers - 1, base.hidden_size, base.width
+    layers, d, f = base.layers - 1, base.hidden_size, base.widest
     r, k, n = settings.rank, settings.compensator_rank + 1, settings.length
     rows = layers * BLOCKS
     tokens = rows * settings.block_size
@@ -87,7 +87,7 @@ def seconds(run: Run, verifying: int = 0) -> dict[str, float]:
     if settings.compensator != "none":
         start = time.perf_counter()
         first = x[0].astype(mx.float32)
-        kept = marked(mx.random.normal((len(first), run.base.width)), 1)
+        kept = marked(mx.random.normal((len(first), run.base.widths[0])), 1)
         fit_low_rank(run.ffns[0], lambda: [(first, kept)], settings.compensator_rank)
         # an mlp sees about as many tokens as the closed form, several times
         passes = MLP_PASSES if settings.compensator == MLP else 1

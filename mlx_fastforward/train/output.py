@@ -1,11 +1,13 @@
 """What a run leaves behind: the predictor file and what it says of itself."""
 
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
 import mlx.core as mx
 
+from ..neurons.compensators import LowRankWeights
+from ..neurons.predictor import PredictorWeights
 from ..predictors.base import BaseModel
 from ..predictors.file import MLP, PredictorFile, save_predictor
 from .mlp import ACTIVATION
@@ -24,6 +26,21 @@ def write(folder: Path, predictor: PredictorFile, info: dict[str, Any]) -> None:
                 if isinstance(value, mx.array):
                     tensors[f"layers.{i}.{part}.{name}"] = value
     save_predictor(folder, info, tensors)
+
+
+def as_wide(weights: Any, f: int) -> Any:
+    """A layer's weights for a layer of f neurons: cut, or with zeros for those that are too many."""
+    if isinstance(weights, PredictorWeights):
+        bias = None if weights.bias is None else _first(weights.bias, f)
+        return replace(weights, w2=_first(weights.w2.T, f).T, bias=bias)
+    if isinstance(weights, LowRankWeights):
+        return replace(weights, u=_first(weights.u, f))
+    return weights
+
+
+def _first(rows: mx.array, n: int) -> mx.array:
+    missing = max(0, n - len(rows))
+    return mx.pad(rows[:n], [(0, missing)] + [(0, 0)] * (rows.ndim - 1))
 
 
 def information(

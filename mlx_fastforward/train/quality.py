@@ -28,16 +28,16 @@ def recall(
 
     Args:
         predictors: One per captured layer.
-        captured: (x (layers, blocks, N, d), norms (layers, blocks, f)) per sequence.
+        captured: (x (layers, blocks, N, d), norms (layers, blocks, f)) per sequence, as of capture().
     """
     sums, blocks = mx.zeros((len(predictors),)), 0
     for x, norms in captured:
-        keep = norms.shape[-1] // 2
         found = []
         for layer, weights in enumerate(predictors):
             scores = weights(mx.array(x[layer]).astype(mx.float32))
-            truth = mx.array(norms[layer]).astype(mx.float32)
-            found.append(mx.sum(hits(scores, truth, keep)))
+            f = scores.shape[-1]
+            truth = mx.array(norms[layer, :, :f]).astype(mx.float32)
+            found.append(mx.sum(hits(scores, truth, f // 2)))
         sums, blocks = sums + mx.stack(found), blocks + x.shape[1]
         mx.eval(sums)
     shares: Any = (sums / max(1, blocks)).tolist()

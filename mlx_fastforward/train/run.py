@@ -38,8 +38,8 @@ from .descent import Curve, Descent
 from .importance import importances
 from .low_rank import fit_low_rank
 from .mlp import ACTIVATION, BLOCKS, fit_mlp
-from .output import information, write
-from .predictor import KINDS, RATE, loss, weights_of
+from .output import as_wide, information, write
+from .predictor import KINDS, RATE, Predictors, loss, weights_of
 from .quality import drift, recall
 from .reconstruction import Blocks, error_left, marked
 from .report import write_report
@@ -183,11 +183,10 @@ class Run:
 
     # Predictors
 
-    def _network(self) -> nn.Module:
-        d, f = self.base.hidden_size, self.base.width
+    def _network(self) -> Predictors:
+        widths = [ffn.shape[1] for ffn in self.ffns]
         kind = KINDS[self.settings.kind]
-        net: nn.Module = kind(len(self.ffns), d, self.settings.rank, f)
-        return net
+        return kind(self.base.hidden_size, self.settings.rank, widths)
 
     def predictors(self, stage: str) -> Curve:
         """Descent on random blocks; the sparse stage goes on with both kinds of inputs."""
@@ -232,7 +231,7 @@ class Run:
         """Time of one step, measured on a network that is thrown away."""
         shape = (len(self.ffns), BATCH, self.settings.block_size, self.base.hidden_size)
         x = mx.random.normal(shape)
-        norms = mx.random.uniform(shape=(*shape[:2], self.base.width))
+        norms = mx.random.uniform(shape=(*shape[:2], max(self.net.widths)))
         trial = Descent(self._network(), loss, 10, RATE, self.work / "none")
         trial.once(x, norms)
         start = time.perf_counter()
@@ -270,11 +269,11 @@ class Run:
         batches = Batches(
             self.fitted(stage), self.settings.seed, blocks=BLOCKS, longest=1
         )
-        f = self.base.width
+        f = self.base.widths[layer]
 
         def batch(step: int) -> tuple[mx.array, mx.array]:
             x, norms = batches(step, slice(layer, layer + 1))
-            return x[0], norms[0]
+            return x[0], norms[0, :, :f]
 
         def tick(descent: Descent, details: str) -> None:
             done = layer + descent.step / descent.steps
@@ -305,7 +304,7 @@ class Run:
             1, int(min(FIT_TOKENS / self.settings.length, share * len(captured)))
         )
         chosen = captured[:: -(-len(captured) // most)]
-        weights, f = weights_of(self.net, layer), self.base.width
+        weights, f = weights_of(self.net, layer), self.base.widths[layer]
 
         def blocks() -> Iterator[tuple[mx.array, mx.array]]:
             for store, i in chosen:
@@ -389,7 +388,11 @@ class Run:
     def fitted_file(self, stage: str) -> PredictorFile:
         """What is fitted so far. The last layer never runs sparsely: a copy."""
         layers = [*range(len(self.ffns)), len(self.ffns) - 1][: self.base.layers]
-        predictors = [weights_of(self.net, i) for i in layers]
+        pairs = list(zip(layers, self.base.widths))
+        predictors = [as_wide(weights_of(self.net, i), f) for i, f in pairs]
         compensator = self._compensator(stage, *layers)
+        if compensator is not None:
+            fitted = zip(compensator.layers, self.base.widths)
+            compensator.layers = [as_wide(w, f) for w, f in fitted]
         importance = self.state.importance
         return PredictorFile(self.base, predictors, compensator, importance, {}, "")
