@@ -144,7 +144,7 @@ class Estimated(Engine):
         self, inside: Call, layer: int, y: mx.array, x: mx.array
     ) -> mx.array:
         guess: Any = self.compensator(layer, x)  # type: ignore
-        return self.ffns[layer].guessed(guess, x.dtype)
+        return guess.phi @ (guess.u.T @ self.ffns[layer].down_matrix().T)
 
 
 class Corrected(Estimated):
