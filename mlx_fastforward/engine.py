@@ -17,7 +17,15 @@ from .neurons.compensators import Compensator
 from .neurons.selectors import Selector, SelectorInputs, at_least_one, top_neurons
 from .tokens.flops import FlopCount, Shapes, Skipping, count_call
 from .tokens.plan import CHUNK, Plan, plan_call, shortest_sparse
-from .tokens.pruning import FIRST, CentredNorm, Kept, Pruner, keep_best, survivors
+from .tokens.pruning import (
+    FIRST,
+    CentredNorm,
+    Kept,
+    Pruner,
+    keep_best,
+    mean_token,
+    survivors,
+)
 from .tokens.split import TokenSplit
 
 # Larger blocks do not need a larger dense head: 128 tokens are the paper's block. What follows a
@@ -259,8 +267,9 @@ class Engine:
         if call.survivors is None or not self.prunes(layer):
             return self.run(call, layer, x)
         kept = self.who_stays(call, layer, x)
-        y = self.run(call.of(kept), layer, kept.take(x))
-        return kept.put(y, self.without_ffn(layer, kept.others(x)))
+        inside = call.of(kept)
+        y = self.run(inside, layer, kept.take(x))
+        return kept.put(y, self.without_ffn(inside, layer, y, kept.others(x)))
 
     def who_stays(self, call: Call, layer: int, x: mx.array) -> Kept:
         """The tokens that do not skip a layer's FFN. Padding goes first."""
@@ -274,14 +283,18 @@ class Engine:
             scores = mx.where(valid > 0, scores, -mx.inf)
         return keep_best(scores, plan, call.survivors.plan.tokens)
 
-    def without_ffn(self, layer: int, x: mx.array) -> mx.array:
-        """What tokens (B, n, d) get that skip the FFN: the compensator's estimate, or nothing."""
-        ffn, compensator = self.ffns[layer], self.compensator
-        if compensator is None or not compensator.whole or ffn.unsupported():
-            return mx.zeros_like(x)
-        guess = compensator(layer, x)
-        assert isinstance(guess, Estimate)
-        return ffn.guessed(guess, x.dtype)
+    def without_ffn(
+        self, inside: Call, layer: int, y: mx.array, x: mx.array
+    ) -> mx.array:
+        """What tokens x (B, n, d) get that skip the FFN: the mean output of the middle's others.
+
+        Args:
+            y: Outputs of those who stay, whose call is ``inside``.
+        """
+        plan, valid = inside.split.plan, inside.valid
+        middle = slice(plan.start, plan.stop)
+        mean = mean_token(y[:, middle], None if valid is None else valid[:, middle])
+        return mx.broadcast_to(mean.astype(x.dtype), x.shape)
 
     def run(self, call: Call, layer: int, x: mx.array) -> mx.array:
         """The FFN of all of a call's tokens, sparse where the layer is."""

@@ -185,7 +185,7 @@ class OracleMLP(nn.Module):
     """A layer's FFN under the per-block oracle, in float64 and from the equations.
 
     Everything is computed densely; in each sparse block only the K best neurons count. ``stay``
-    tokens of start..stop run, those farthest from their mean; the others get nothing.
+    tokens of start..stop run, those farthest from their mean; the others get the mean of their outputs.
     """
 
     def __init__(
@@ -219,8 +219,9 @@ class OracleMLP(nn.Module):
         start, stop = self.middle
         stay = reference.top_k(reference.far_from_mean(x[start:stop]), self.stay)
         places = [*range(start), *(start + i for i in stay), *range(stop, len(x))]
-        y = np.zeros_like(x)
-        y[places] = self._sparse(x[places], range(start, start + self.stay, BLOCK))
+        run = self._sparse(x[places], range(start, start + self.stay, BLOCK))
+        y = np.tile(run[start : start + self.stay].mean(axis=0), (len(x), 1))
+        y[places] = run
         return y
 
     def _sparse(self, x: np.ndarray, blocks: range) -> np.ndarray:

@@ -88,32 +88,6 @@ def test_the_sparse_ffn(kinds: Kinds, bits: int, tmp_path: Path) -> None:
     assert models.distance(found, wanted) < 1e-5
 
 
-@pytest.mark.parametrize("estimated", [True, False])
-@pytest.mark.parametrize("bias", [True, False])
-def test_what_tokens_get_that_skip_the_ffn(
-    bias: bool, estimated: bool, tmp_path: Path
-) -> None:
-    """The low-rank guesses of all neurons through the down projection, or nothing."""
-    model = models.tiny("llama", mlp_bias=bias)
-    kinds = ("token-wise", "low-rank" if estimated else "mlp")
-    engine = attach_kinds(model, tmp_path, kinds)
-    engine.config = models.settings(prune_tokens=0.4)
-    call = engine.begin(None, 1, TOKENS, None)
-    assert call is not None
-    found = float64(engine.forward(call, LAYER, X)[0])
-    kept = engine.who_stays(call, LAYER, X)
-    others = kept.order[0, kept.count :].tolist()
-    assert len(others) == 16 and HEAD <= min(others) and max(others) < STOP
-    wanted = np.zeros((16, HIDDEN))
-    if estimated:
-        w = weights(engine.compensator.layers[LAYER])  # type: ignore
-        phi = reference.features(float64(X[0])[others], w["center"], w["v"])
-        down = model.layers[LAYER].mlp.down_proj
-        wanted = phi @ w["u"].T @ reference.weight(down).T
-        wanted += float64(down.bias) if bias else 0
-    assert np.allclose(found[others], wanted, rtol=1e-4, atol=1e-5)
-
-
 # Compensators of one's own
 
 

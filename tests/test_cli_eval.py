@@ -15,7 +15,7 @@ from mlx_fastforward.bench.eval.summaries import Summary
 from mlx_fastforward.bench.eval.tasks import BUILT
 from mlx_fastforward.cli import eval_save, first_use
 from mlx_fastforward.cli.eval import _tasks as asked_tasks
-from mlx_fastforward.cli.eval_tables import verdict
+from mlx_fastforward.cli.eval_tables import frontier, verdict
 from mlx_fastforward.config import DeviceSettings
 from mlx_fastforward.predictors.verified import chosen
 
@@ -206,6 +206,19 @@ def test_verdicts() -> None:
         values |= {"arm": "x", "score_sparse": 0.5, "score_dense": 0.5 - difference}
         values |= {"score_difference": difference, "score_difference_bounds": bounds}
         assert said in verdict(Summary(**values))
+
+
+def test_the_frontier() -> None:
+    """A star where nobody skips as much at a lower KL; the most skipped last."""
+    arms = {"a": (0.4, 0.02), "b": (0.2, 0.03), "c": (0.1, 0.01), "d": (0.4, 0.05)}
+    values: dict[str, Any] = dict.fromkeys(Summary.__dataclass_fields__)
+    found = [
+        Summary(**values | {"arm": arm, "ffn_sparsity": skipped, "kl": kl})
+        for arm, (skipped, kl) in arms.items()
+    ]
+    names, *_, marks = (list(column.cells) for column in frontier(found).columns)
+    assert dict(zip(names, marks)) == {"a": "*", "b": "", "c": "*", "d": ""}
+    assert names[:2] == ["c", "b"]
 
 
 def test_save_keeps_what_auto_goes_by(

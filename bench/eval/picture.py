@@ -28,12 +28,15 @@ def draw(records: Sequence[Record], found: Sequence[Summary], title: str) -> Any
     """The three figures side by side."""
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(14, 4.6), layout="constrained")
-    axes = figure.subplots(1, 3)
     arms = list(dict.fromkeys(s.arm for s in found))
+    panels = 4 if len(arms) > 1 else 3
+    figure = Figure(figsize=(4.7 * panels, 4.6), layout="constrained")
+    axes = figure.subplots(1, panels)
     _scores(axes[0], [s for s in found if s.score_dense is not None], arms)
     _kl(axes[1], [s for s in found if s.task != ALL], arms)
     _depths(axes[2], [r for r in records if r.task in PLANTED], arms)
+    if len(arms) > 1:
+        _frontier(axes[3], found)
     for axis in axes:
         axis.spines[["top", "right"]].set_visible(False)
     scores, kl = (axis.get_legend_handles_labels() for axis in axes[:2])
@@ -105,6 +108,14 @@ def _depths(axis: Any, records: list[Record], arms: list[str]) -> None:
             color=f"C{i - 1}" if arm else DENSE,
         )
     axis.set(xlabel="depth of the fact in the document, %", xticks=DEPTHS)
+
+
+def _frontier(axis: Any, found: Sequence[Summary]) -> None:
+    """All tasks of every arm: what it skips, and what that costs."""
+    axis.set(title="KL by FFN FLOPs skipped", yscale="log", xlabel="skipped, %")
+    for i, s in enumerate({s.arm: s for s in found}.values()):
+        kl, at = max(LEAST_KL, s.kl), 100 * s.ffn_sparsity
+        axis.errorbar([at], [kl], _errors([kl], [s.kl_bounds]), fmt="o", color=f"C{i}")
 
 
 def _bin(record: Record) -> int:

@@ -5,6 +5,7 @@ python -m mlx_fastforward.bench.studies.pruning --prompts 6
 Attention is that of the last tokens of what is read: --separate lets it see each question.
 """
 
+import functools
 import time
 from dataclasses import dataclass, field, fields, replace
 from typing import Annotated, Any, Iterator, Optional
@@ -19,9 +20,8 @@ from ...attachment import watched_attention
 from ...config import PrefillConfig
 from ...engine import Call, Engine
 from ...model.ffn import GatedFFN
-from ...neurons.compensators import Compensator
 from ...predictors.file import PredictorFile
-from ...tokens.pruning import CentredNorm, Pruner
+from ...tokens.pruning import CentredNorm, Pruner, mean_token
 from ..environment import describe
 from ..eval.arms import Arm
 from ..eval.evaluation import Record, evaluate
@@ -62,18 +62,13 @@ class Attention(Pruner):
 
 @dataclass
 class Oracle(Pruner):
-    """Whose FFN adds most to what they get without it: saves nothing, for measuring."""
+    """Whose output is farthest from the mean one: saves nothing, for measuring."""
 
     ffns: list[GatedFFN]
-    compensator: Optional[Compensator]
 
     def score(self, layer: int, x: mx.array, valid: Optional[mx.array]) -> mx.array:
-        ffn = self.ffns[layer]
-        y = ffn.activations_and_output(x)[1]
-        if self.compensator is not None:
-            guess: Any = self.compensator(layer, x)
-            y = y - ffn.guessed(guess, x.dtype)
-        return mx.sum(mx.square(y), axis=-1)
+        y = self.ffns[layer].activations_and_output(x)[1]
+        return mx.sum(mx.square(y - mean_token(y, valid)), axis=-1)
 
     def flops(self, tokens: int, d: int) -> float:
         return 0.0
@@ -81,22 +76,18 @@ class Oracle(Pruner):
 
 @dataclass
 class Sampled(Pruner):
-    """What some of the neurons add beyond their guesses: one in ``every`` speaks for the others."""
+    """How far some of the neurons are from their means: one in ``every`` speaks for the others."""
 
     ffns: list[GatedFFN]
-    compensator: Optional[Compensator]
     every: int
 
     def score(self, layer: int, x: mx.array, valid: Optional[mx.array]) -> mx.array:
         ffn = self.ffns[layer]
         some = mx.arange(self.every // 2, ffn.shape[1], self.every)
         z = ffn.kept_activations(x.reshape(-1, x.shape[-1]), some)
-        if self.compensator is not None:
-            guess: Any = self.compensator(layer, x)
-            phi = guess.phi.reshape(len(z), -1)
-            z = z - phi @ mx.take(guess.u, some, axis=0).T.astype(z.dtype)
-        z = z.astype(mx.float32) * mx.take(ffn.down_norms(), some)
-        return mx.sum(mx.square(z), axis=-1).reshape(x.shape[:2])
+        z = z.reshape(*x.shape[:2], -1)
+        far = (z - mean_token(z, valid)) * mx.take(ffn.down_norms(), some)
+        return mx.sum(mx.square(far), axis=-1)
 
     def flops(self, tokens: int, d: int) -> float:
         return 4.0 * tokens * d * (self.ffns[1].shape[1] // self.every)
@@ -137,17 +128,42 @@ class Tap:
         return own(q, k, v, **more)
 
 
-class Mean(Engine):
-    """Tokens that skip get the mean output of those who stay: needs no weights."""
+class Nothing(Engine):
+    """Tokens that skip the FFN get nothing."""
+
+    def without_ffn(
+        self, inside: Call, layer: int, y: mx.array, x: mx.array
+    ) -> mx.array:
+        return mx.zeros_like(x)
+
+
+class Estimated(Engine):
+    """They get the low-rank compensator's guesses of all neurons through the down projection."""
+
+    def without_ffn(
+        self, inside: Call, layer: int, y: mx.array, x: mx.array
+    ) -> mx.array:
+        guess: Any = self.compensator(layer, x)  # type: ignore
+        return guess.phi @ (guess.u.T @ self.ffns[layer].down_matrix().T)
+
+
+class Corrected(Estimated):
+    """The same, and the mean of what the guesses miss in those who stay."""
 
     def forward(self, call: Call, layer: int, x: mx.array) -> mx.array:
         if call.survivors is None or not self.prunes(layer):
             return self.run(call, layer, x)
         kept = self.who_stays(call, layer, x)
-        y = self.run(call.of(kept), layer, kept.take(x))
-        mean = mx.mean(y, axis=1, keepdims=True)
-        rest = mx.broadcast_to(mean, (len(x), x.shape[1] - kept.count, x.shape[2]))
-        return kept.put(y, rest)
+        inside, stayed = call.of(kept), kept.take(x)
+        y = self.run(inside, layer, stayed)
+        guess = functools.partial(self.without_ffn, inside, layer, y)
+        missed = super(Estimated, self).without_ffn(
+            inside, layer, y - guess(stayed), x[:, :1]
+        )
+        return kept.put(y, guess(kept.others(x)) + missed)
+
+
+INSTEAD = {"nothing": Nothing, "estimate": Estimated, "corrected": Corrected}
 
 
 @dataclass(frozen=True)
@@ -156,24 +172,23 @@ class Variant(Arm):
 
     importance: str = "norm"
     tap: Tap = field(default_factory=Tap)
-    instead: str = "estimate"
+    instead: str = "mean"
 
     def engine(
         self, model: nn.Module, predictor: Optional[PredictorFile]
     ) -> Optional[Engine]:
         engine = super().engine(model, predictor)
         assert engine is not None
-        if self.instead != "estimate":
-            engine = replace(engine, compensator=None)
-        if self.instead == "mean":
-            engine = Mean(**{f.name: getattr(engine, f.name) for f in fields(engine)})
+        if self.instead in INSTEAD:
+            parts = {f.name: getattr(engine, f.name) for f in fields(engine)}
+            engine = INSTEAD[self.instead](**parts)
         pruners: dict[str, Any] = {
             "norm": CentredNorm,
             "random": Random,
             "attention": lambda: Attention(self.tap.received, engine.edge),
-            "oracle": lambda: Oracle(engine.ffns, engine.compensator),
-            "sampled": lambda: Sampled(engine.ffns, engine.compensator, 16),
-            "few sampled": lambda: Sampled(engine.ffns, engine.compensator, 64),
+            "oracle": lambda: Oracle(engine.ffns),
+            "sampled": lambda: Sampled(engine.ffns, 16),
+            "few sampled": lambda: Sampled(engine.ffns, 64),
             "out of reach": lambda: OutOfReach(engine.compensator),
         }
         return replace(engine, pruner=pruners[self.importance]())
@@ -200,7 +215,7 @@ def arms(tap: Tap) -> Iterator[Variant]:
             said = f"tokens {share:.0%} by {name}"
             yield Variant(said, config, importance=name, tap=tap)
             if name in ("norm", "random"):
-                for instead in ("nothing", "mean"):
+                for instead in INSTEAD:
                     other = f"{said}, {instead} instead"
                     yield Variant(other, config, importance=name, instead=instead)
 

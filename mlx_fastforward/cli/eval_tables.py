@@ -46,6 +46,8 @@ def show(environment: dict[str, Any], found: Any, worst: Any) -> None:
         rows = [s for s in texts if s.task == "continuation"]
         show_table(_perplexity(rows), console)
     show_table(_worst(worst), console)
+    if len(whole := _wholes(found)) > 1:
+        show_table(frontier(whole), console)
     for arm in dict.fromkeys(s.arm for s in answered):
         say(verdict([s for s in answered if s.arm == arm][-1]), console)
 
@@ -120,6 +122,25 @@ def _named(table: Table, found: Any) -> Iterator[tuple[str, Any]]:
             table.add_section()
         yield "" if s.arm == last else s.arm, s
         last = s.arm
+
+
+def _wholes(found: Any) -> list[Any]:
+    """Every arm's summary of all tasks."""
+    return list({s.arm: s for s in found}.values())
+
+
+def frontier(whole: Any) -> Table:
+    """Every arm's summary of all tasks by what it skips, a mark on those worth having."""
+    title = (
+        "All tasks by FFN FLOPs skipped; *: no other arm skips as much at a lower KL"
+    )
+    table = _table(title, "arm", "skipped", "KL", "score", "")
+    for s in sorted(whole, key=lambda s: s.ffn_sparsity):
+        more = (o for o in whole if o.ffn_sparsity >= s.ffn_sparsity)
+        score = "-" if s.score_sparse is None else f"{s.score_sparse:.3f}"
+        mark = "" if any(o.kl < s.kl for o in more) else "*"
+        table.add_row(s.arm, f"{s.ffn_sparsity:.1%}", f"{s.kl:.4f}", score, mark)
+    return table
 
 
 def _perplexity(found: Any) -> Table:

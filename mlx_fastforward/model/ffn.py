@@ -191,12 +191,6 @@ class GatedFFN:
             self._guesses = known = (tag, y.astype(dtype))
         return known[1]
 
-    def guessed(self, guess: Estimate, dtype: mx.Dtype) -> mx.array:
-        """The FFN's output by guesses alone. phi: (..., n, k) -> (..., n, d)."""
-        y = (guess.phi @ self._guessed(guess.u, dtype)).astype(dtype)
-        bias = linear.unwrapped(self.down)[0].get("bias")
-        return y if bias is None else y + bias
-
     def sparse(
         self, x: mx.array, neurons: mx.array, guess: Optional[Estimate] = None
     ) -> mx.array:

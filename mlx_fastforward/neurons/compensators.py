@@ -17,11 +17,9 @@ class Compensator:
     """Gives back what dropped neurons would have added. A new one is a name and two methods.
 
     name: as in --compensators of eval.
-    whole: it returns an Estimate, whose guesses stand in for a whole FFN too.
     """
 
     name = ""
-    whole = False
     layers: Sequence[Any] = ()
 
     def __call__(self, layer: int, x: mx.array) -> mx.array | Estimate:
@@ -99,7 +97,6 @@ class LowRankCompensator(Compensator):
     """
 
     name = "low-rank"
-    whole = True
 
     def __init__(self, layers: Sequence[LowRankWeights]):
         self.layers = layers

@@ -98,8 +98,6 @@ def count_call(
         if plan is not None and skipping is not None and skipping.layers[layer]:
             here, stay = skipping.survivors, skipping.survivors.tokens
             count.run += batch * skipping.pruner.flops(plan.stop - plan.start, d)
-            if compensator is not None and compensator.whole:
-                count.run += batch * compensator.flops(layer, new - stay, d, 0)
         count.run += batch * dense_ffn(stay, d, f, n)
         if here is None or kept is None:
             continue

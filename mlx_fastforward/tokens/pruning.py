@@ -76,6 +76,15 @@ def keep_best(scores: mx.array, plan: Plan, count: int) -> Kept:
     return Kept(mx.concatenate([head, best, tail, ranked[:, stay:]], axis=1), count)
 
 
+def mean_token(x: mx.array, valid: Optional[mx.array]) -> mx.array:
+    """The mean of the tokens that are real, float32. (B, n, d), valid (B, n) -> (B, 1, d)."""
+    x = x.astype(mx.float32)
+    if valid is None:
+        return mx.mean(x, axis=1, keepdims=True)
+    real = mx.maximum(mx.sum(valid, axis=1), 1)[:, None, None]
+    return mx.sum(x * valid[..., None], axis=1, keepdims=True) / real
+
+
 class Pruner:
     """Scores tokens: who needs the FFN. A new one is these two methods."""
 
@@ -101,12 +110,8 @@ class CentredNorm(Pruner):
     """
 
     def score(self, layer: int, x: mx.array, valid: Optional[mx.array]) -> mx.array:
-        x = x.astype(mx.float32)
-        if valid is None:
-            return mx.sum(mx.square(x - mx.mean(x, axis=1, keepdims=True)), axis=-1)
-        real = mx.maximum(mx.sum(valid, axis=1), 1)[:, None, None]
-        mean = mx.sum(x * valid[..., None], axis=1, keepdims=True) / real
-        return mx.sum(mx.square(x - mean), axis=-1)
+        far = x.astype(mx.float32) - mean_token(x, valid)
+        return mx.sum(mx.square(far), axis=-1)
 
     def flops(self, tokens: int, d: int) -> float:
         return 2.0 * tokens * d
