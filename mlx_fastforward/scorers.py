@@ -1,7 +1,6 @@
 """Who says which tokens of a prompt matter: a small draft model, or the model's own first layers."""
 
 import contextlib
-from functools import partial
 from typing import Any, Iterator, Optional, Sequence
 
 import mlx.core as mx
@@ -164,15 +163,13 @@ class LayersScorer:
                 if i == chunks[-1]:
                     attention.last = min(config.look_ahead, chunk.shape[1])
                     attention.places = list(range(len(ids) - attention.last, len(ids)))
-                    if not stack.enter_context(self._watched(attention)):
+                    seen = watched_attention(self.model, attention)
+                    if not stack.enter_context(seen):
                         raise UnsupportedModel("attention cannot be watched")
                 hidden.append(self._first(chunk))
         self.cached, self.start = list(ids), start
         self.hidden = mx.concatenate(hidden, axis=1)[:, start - keep :]
         return attention.importance(config.pool)[start:]
-
-    def _watched(self, attention: Attention) -> Any:
-        return watched_attention(self.model, attention)
 
     def _first(self, chunk: mx.array) -> mx.array:
         """What the first layers make of a chunk, (1, L, d)."""
@@ -206,4 +203,4 @@ class LayersScorer:
 
 
 def _unchanged(layer: int, own: Any, *args: Any, **kwargs: Any) -> Any:
-    return partial(own, *args, **kwargs)()
+    return own(*args, **kwargs)

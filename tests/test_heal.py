@@ -11,7 +11,7 @@ import pytest
 from commands import bad, one_line, run
 from mlx_lm.models.cache import make_prompt_cache
 from models import tiny, token_ids
-from prompt_toolkit import PromptSession
+from prompt_toolkit.application import create_app_session
 from prompt_toolkit.input import create_pipe_input
 from prompt_toolkit.output import DummyOutput
 
@@ -19,6 +19,7 @@ from mlx_fastforward import heal as healing
 from mlx_fastforward import saved
 from mlx_fastforward.cachefile import write_cache
 from mlx_fastforward.cli.idle import while_waiting
+from mlx_fastforward.cli.terminal import Lines
 from mlx_fastforward.errors import FileProblem
 from mlx_fastforward.heal import Heal
 from mlx_fastforward.model.positions import is_whole
@@ -161,7 +162,10 @@ def test_first_layers_serve_a_conversation() -> None:
 
 
 def test_a_line_is_typed_while_steps_run() -> None:
-    with create_pipe_input() as keys:
+    with (
+        create_pipe_input() as keys,
+        create_app_session(input=keys, output=DummyOutput()),
+    ):
 
         class Steps:
             taken, status = 0, "approximate"
@@ -169,19 +173,18 @@ def test_a_line_is_typed_while_steps_run() -> None:
             def step(self) -> bool:
                 self.taken += 1
                 if self.taken == 3:
-                    keys.send_text("hi\n")
+                    keys.send_text("hi\r")
                 return self.taken < 1000
 
         steps = Steps()
-        prompt: Any = PromptSession(input=keys, output=DummyOutput())
-        assert prompt.prompt("› ", **while_waiting(steps)) == "hi"
+        assert Lines(True, while_waiting(steps)).read() == "hi"
         assert 3 <= steps.taken
 
         class Broken(Steps):
             forgotten = False
 
             def step(self) -> bool:
-                keys.send_text("yes\n")
+                keys.send_text("yes\r")
                 raise RuntimeError("out of memory")
 
             def forget(self) -> None:
@@ -189,7 +192,7 @@ def test_a_line_is_typed_while_steps_run() -> None:
 
         broken = Broken()
         waiting = while_waiting(broken)
-        assert prompt.prompt("› ", **waiting) == "yes" and broken.forgotten
+        assert Lines(True, waiting).read() == "yes" and broken.forgotten
         assert waiting["bottom_toolbar"]() == " approximate: out of memory"
     assert while_waiting(None) == {}
 

@@ -34,7 +34,7 @@ def asked(session: Session, doc: Document, first: Question) -> tuple[str, Any]:
 
 def healed(session: Session) -> list[float]:
     """Make the conversation whole; seconds of each step."""
-    heal, steps = Heal(session), []
+    heal, steps = Heal(session), list[float]()
     while True:
         start = time.perf_counter()
         if not heal.step():
