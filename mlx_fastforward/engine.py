@@ -203,9 +203,9 @@ class Engine:
         valid: Optional[mx.array] = None,
     ) -> Call:
         """A call under a plan, for those who measure single layers too."""
-        split = TokenSplit(plan, self.selector.probe_every)
-        stay = self.survivors(plan)
-        kept = stay and TokenSplit(stay, self.selector.probe_every)
+        every, stay = self.selector.probe_every, self.survivors(plan)
+        split = TokenSplit(plan, every)
+        kept = None if stay is None else TokenSplit(stay, every)
         return Call(split, memory or [{} for _ in self.ffns], valid, kept)
 
     def survivors(self, plan: Plan) -> Optional[Plan]:
