@@ -127,7 +127,8 @@ def test_the_table_the_picture_and_the_environment(
     args = ["--model", folder, "--block-sizes", 8, "--png", png]
     args += ["--prune-tokens", 0.25]
     done, found = report(tmp_path, *BENCH, *args)
-    assert re.search(r"^100 +probe 50%, block 8, chunk +\d", done.stdout, re.M)
+    wanted = r"^100 +probe 50%, tokens 25%, block 8, chunk +\d"
+    assert re.search(wanted, done.stdout, re.M)
     assert png.read_bytes().startswith(b"\x89PNG")
     assert arms(found) == [(100, 0.5, 0.25, "probe", 8, "chunk", 0)]
     assert found["rows"][0]["ffn_flops_skipped"] > 0.1

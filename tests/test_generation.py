@@ -19,7 +19,7 @@ from mlx_fastforward.generation import encode_prompt
 
 TOKENS = 12 * BLOCK + 5
 PROMPT = token_ids(TOKENS)
-MEASURED = ["ttft", "cached_tokens", "prefill_tps", "ffn_sparsity"]
+MEASURED = ["ttft", "cached_tokens", "prefill_tps", "ffn_sparsity", "read_tokens"]
 
 
 def responses(model: nn.Module, prompt: Any, n: int = 6, **more: Any) -> list[Response]:

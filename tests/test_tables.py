@@ -22,6 +22,7 @@ BENCH = [
     Row(
         4096,
         0.5,
+        0.0,
         1024,
         "first-block",
         "columns",

@@ -282,7 +282,7 @@ def test_ctrl_c(flags: Flags, out: Path) -> None:
         assert WORK in left(out) and not set(FILES[:2]) & set(left(out))
     for last in ("write_report", "write", "forget"):
         assert interrupted(run_module, last, *flags) == wanted
-    line = interrupted(verify, "verify", *flags)  # the predictor was written
+    line = interrupted(train_module, "verified", *flags)  # the predictor was written
     assert line.startswith("stopped; the predictor is made, and not verified: ")
     assert f"eval --save --predictor {out} --model " in line
     assert left(out) == FILES
