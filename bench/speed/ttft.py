@@ -58,6 +58,7 @@ class Row:
     stock_peak_memory_gb: float
     decode_tps: float
     stock_decode_tps: float
+    unpack: int = 0
 
 
 @dataclass
@@ -182,13 +183,14 @@ def row(
         max(stock.peak),
         statistics.median(sparse.decode or [0.0]),
         statistics.median(stock.decode or [0.0]),
+        settings["unpack"],
     )
 
 
 def arm_name(row: Row) -> str:
     """Short, for tables and pictures."""
     if not row.sparsity:
-        return "tuned: dense"
+        return "dense, dequantised first" if row.unpack else "tuned: dense"
     parts = [
         f"{row.selector} {row.sparsity:.0%}",
         f"block {row.block_size}",
@@ -196,4 +198,6 @@ def arm_name(row: Row) -> str:
     ]
     if row.attention_block:
         parts.append(f"attention by {row.attention_block}")
+    if row.unpack:
+        parts.append("dequantised first")
     return ", ".join(parts)

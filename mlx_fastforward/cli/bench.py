@@ -15,7 +15,7 @@ from ..errors import ConfigError
 from . import options as o
 from .errors import interruptible, one_line_errors
 from .first_use import tuned
-from .inputs import DTYPES, check_choice, numbers
+from .inputs import DTYPES, FAST, check_choice, check_fast, numbers
 from .lengths import check_lengths_of
 from .models import dtype_name, public_name, stock_model
 from .outputs import check_files, write, write_json
@@ -68,6 +68,13 @@ def bench(
     compensator: o.Compensator = "auto",
     trust_remote_code: o.TrustRemoteCode = False,
     no_tune: o.NoTune = False,
+    fast: Annotated[
+        bool,
+        o.opt(
+            "One more arm: dense, packed FFN weights dequantised first where that is faster.",
+            "--fast",
+        ),
+    ] = False,
     num_trials: Annotated[
         int, o.opt("Runs of each arm.", "--num-trials", "-n", min=1)
     ] = 5,
@@ -103,6 +110,7 @@ def bench(
 
         check_files(json_file, png)
         check_files(save, None)
+        check_fast(fast, 0)
         sizes = numbers("--contexts", contexts, int) if contexts else None
         net, tokenizer, side = _model(
             model, random, layers, q_bits, dtype, predictor, trust_remote_code
@@ -127,6 +135,11 @@ def bench(
                 if not no_tune and not blocks and not ways:
                     engine = engine.on(tuned(net, engine, console))
                 engines += _attention_arms(engine, queries)
+        if fast:
+            engine = engine_for(net, PrefillConfig(0.0), device=FAST)
+            engines.append(
+                engine if no_tune else engine.on(tuned(net, engine, console))
+            )
         sizes = sizes or _contexts(net)
         rows: list[ttft.Row] = []
         before = thermal()

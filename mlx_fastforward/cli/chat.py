@@ -8,6 +8,7 @@ from .conversation import Chat, banner
 from .errors import interruptible, one_line_errors
 from .inputs import (
     check_choice,
+    check_fast,
     check_lengths,
     device_settings,
     read_text,
@@ -27,6 +28,7 @@ def chat(
     sparsity: o.AutoSparsity = "auto",
     block_size: o.BlockSize = None,
     no_tune: o.NoTune = False,
+    fast: o.Fast = False,
     selector: o.Selector = "auto",
     predictor: o.Predictor = None,
     max_tokens: o.MaxTokens = 256,
@@ -54,6 +56,7 @@ def chat(
         check_lengths(max_tokens, prefill_step_size, block_size)
         check_choice("--selector", selector, o.SELECTORS)
         share = sparsity_of(sparsity)
+        check_fast(fast, share)
         template = template_config(chat_template_config)
         document = read_text(file) if file is not None else None
         load = partial(
@@ -62,7 +65,7 @@ def chat(
             block_size=block_size,
             selector=selector,
             trust_remote_code=trust_remote_code,
-            device=device_settings(no_tune),
+            device=device_settings(no_tune, fast),
         )
         net, tokenizer = load(model, predictor=predictor, adapter_path=adapter_path)
         import mlx.core as mx
