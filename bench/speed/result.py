@@ -71,7 +71,7 @@ def described(model: nn.Module, engine: Engine, name: str, random: bool) -> dict
         "type": str(getattr(model, "model_type", type(model).__name__)),
         "layers": len(engine.ffns),
         "hidden_size": max(d for d, _ in engine.shapes),
-        "ffn_size": max(f for _, f in engine.shapes),
+        "ffn_size": max(f for _, f in engine.shapes) * engine.ffns[0].share[1],
         "quantisation": ", ".join(sorted(kinds)),
         "dtype": str(float_dtype(model)).rpartition(".")[2],
     }

@@ -141,6 +141,7 @@ def bench(
                 engine if no_tune else engine.on(tuned(net, engine, console))
             )
         sizes = sizes or _contexts(net)
+        processes = ranks.group().size() if ranks.several() else 1
         rows: list[ttft.Row] = []
         before = thermal()
         with Progress(console=console, disable=not console.is_terminal) as bar:
@@ -164,6 +165,8 @@ def bench(
             "dtype": dtype_name(net),
             "trials": num_trials,
         }
+        if processes > 1:
+            settings["processes"] = processes
         environment = describe() | settings
         _show(rows, environment)
         report = {"environment": environment, "rows": [asdict(r) for r in rows]}
@@ -172,6 +175,7 @@ def bench(
             name = random or public_name(model)
             by_hand = no_tune or blocks or ways
             run = {"trials": num_trials, "delay_s": delay, "tuned": not by_hand}
+            run["processes"] = processes
             about = result.described(net, engines[0], name, random is not None)
             heat = (before, thermal())
             parts = (about, machine(), heat, run, engines, rows, side)
