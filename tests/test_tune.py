@@ -117,6 +117,17 @@ def test_a_wrong_candidate_is_not_used(
     assert choice.device.dense and tuning.summary(choice).count("not used") == 4
 
 
+def test_who_is_closer_to_float32_is_not_wrong() -> None:
+    """The plain path may itself be off in its own dtype."""
+    x = mx.ones((1, 4), mx.bfloat16)
+
+    def plain(x: mx.array) -> mx.array:
+        return x * (1.1 if x.dtype == mx.bfloat16 else 1.0)
+
+    assert tuning._off(x, x, plain) == 0 and tuning._off(1.1 * x, x, plain) < 1e-2
+    assert tuning._off(1.05 * x, x, plain) > 0.03
+
+
 @pytest.mark.parametrize("bits, mode", [(0, ""), (4, "affine"), (4, "mxfp4")])
 def test_every_candidate_is_correct(bits: int, mode: str, small: None) -> None:
     """By the real clock; mxfp4 computes in bfloat16."""
