@@ -37,8 +37,8 @@ def engine_for(
         UnsupportedModel, ConfigError, PredictorError.
     """
     config = config or PrefillConfig()
-    found = reach(model, device.strategy)
-    ffns = found.ffns
+    found = reach(model)
+    ffns = [ffn.under(device.strategy, device.unpack) for ffn in found.ffns]
     if predictor is not None:
         predictor.check(BaseModel.of(model))
         predictor = predictor.part(*ffns[0].share)

@@ -21,7 +21,9 @@ class DeviceSettings:
         strategy: How columns of the down projection are taken, see model/gather.py.
         shortest: Prompts of fewer tokens stay dense.
         attention_block: Queries per attention call, see model/attention.py; 0: all of a chunk.
-        dense: Nothing is faster than stock mlx-lm here.
+        dense: No sparse prefill is faster than a dense one here.
+        unpack: Calls of at least so many tokens dequantise packed FFN weights once and multiply in
+            float; 0: never.
     """
 
     block_size: int = BLOCK_SIZE
@@ -29,10 +31,12 @@ class DeviceSettings:
     shortest: int = 0
     attention_block: int = 0
     dense: bool = False
+    unpack: int = 0
 
     def __post_init__(self) -> None:
         _check_choice("strategy", self.strategy, STRATEGIES)
-        for name, least in (("block_size", 8), ("shortest", 0), ("attention_block", 0)):
+        least_of = {"block_size": 8, "shortest": 0, "attention_block": 0, "unpack": 0}
+        for name, least in least_of.items():
             value = getattr(self, name)
             _check_number(name, value, int)
             if value < least:

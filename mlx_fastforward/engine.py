@@ -153,11 +153,12 @@ class Engine:
             "strategy": self.device.strategy,
             "shortest": self.shortest,
             "attention_block": self.device.attention_block,
+            "unpack": self.device.unpack,
         }
 
     def on(self, device: DeviceSettings) -> "Engine":
         """The same under other settings of the device; this one stays as it is."""
-        ffns = [ffn.under(device.strategy) for ffn in self.ffns]
+        ffns = [ffn.under(device.strategy, device.unpack) for ffn in self.ffns]
         return replace(self, ffns=ffns, device=device)
 
     def prompt(self, tokens: int) -> Prompt:

@@ -13,7 +13,7 @@ from . import ranks
 from .attachment import attach, detach
 from .config import DeviceSettings, PrefillConfig
 from .errors import ConfigError, check_kind
-from .model.families import Heads
+from .model.families import Heads, model_type
 from .predictors.base import BaseModel
 from .predictors.file import PredictorFile
 from .predictors.search import named_predictor, predictor_for
@@ -113,6 +113,11 @@ def _load_part(
     """This process's part of a model, cut by mlx-lm's own ``shard``."""
     folder = _download(name)
     net, _ = load_model(folder, lazy=True, trust_remote_code=trust_remote_code)
+    if not hasattr(net, "shard"):
+        raise ConfigError(
+            f"mlx-lm cannot share a {model_type(net)} model among processes by its neurons, and "
+            "pipeline parallelism is not supported; start it without mlx.launch."
+        )
     base = BaseModel.of(net)
     ranks.check_divisible(Heads.of(net, base.hidden_size), base.widths)
     return sharded_load(

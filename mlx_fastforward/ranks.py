@@ -26,10 +26,18 @@ def several() -> bool:
 
 
 def group() -> Any:
-    """mlx's group of all processes."""
+    """mlx's group of all processes; raises ConfigError where mlx.launch was told to start one."""
     import mlx.core as mx
 
-    return mx.distributed.init()
+    try:
+        return mx.distributed.init()
+    except RuntimeError as e:
+        if "parse_error" not in str(e):
+            raise
+        raise ConfigError(
+            "mlx.launch started one process, expected two or more: it takes -n for its own wherever "
+            "that stands; write --num-trials for bench's."
+        ) from None
 
 
 def is_lost_peer(e: BaseException) -> bool:

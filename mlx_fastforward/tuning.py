@@ -2,8 +2,9 @@
 
 One FFN of the model runs over a chunk of random inputs, dense and by every candidate, interleaved.
 Dense is a candidate: where nothing is faster the prompt stays dense. Each candidate is first checked
-against the plain masked FFN; one that is wrong is reported and never used. Attention is measured the
-same way: all queries of a chunk at once, as mlx-lm does, or in blocks.
+against the plain masked FFN; one that is wrong is reported and never used. Packed weights may be
+dequantised first, once per call and layer, for a float GEMM: sparse, or densely with the same answer to
+rounding. Attention is measured the same way: all queries of a chunk at once, as mlx-lm does, or in blocks.
 """
 
 import math
@@ -21,6 +22,7 @@ from .errors import ConfigError
 from .model import linear
 from .model.attention import Attention, by_queries
 from .model.families import Heads
+from .model.ffn import GatedFFN
 from .timing import interleaved
 from .tokens.plan import CHUNK, Plan
 from .tuned import heads_of, key, remember, sparse_layer
@@ -28,6 +30,7 @@ from .tuned import heads_of, key, remember, sparse_layer
 BLOCKS = (128, 256, 512, 1024, 2048)
 LENGTHS = (512, 1024)  # short prompts: from which on is sparse faster?
 STRATEGIES = ("chunk", "columns")  # "stored" costs memory: only who asks for it gets it
+UNPACK = (256, 512, 1024, CHUNK)  # tokens: from which on is dequantising first faster?
 LARGEST = 1024  # of them by default
 ROUNDS = 3
 ATTENTION_BLOCKS = (256, 512)  # queries
@@ -40,7 +43,11 @@ Tick = Callable[[float], None]  # the share that is done
 
 @dataclass(frozen=True)
 class Candidate:
-    """Times in seconds of one FFN over a chunk; ``error`` against the plain path."""
+    """Times in seconds of one FFN over a chunk; ``error`` against the plain path.
+
+    The strategy "dense" is the whole FFN, its weights dequantised first, over ``block_size`` tokens;
+    ``dense_seconds`` is what mlx-lm's own takes.
+    """
 
     block_size: int
     strategy: str
@@ -48,6 +55,7 @@ class Candidate:
     dense_seconds: float
     error: float
     correct: bool
+    unpack: int = 0
 
     @property
     def share(self) -> float:
@@ -61,6 +69,13 @@ class Choice:
 
     device: DeviceSettings
     candidates: list[Candidate]
+
+    @property
+    def share(self) -> float:
+        """Of mlx-lm's dense time, what an FFN takes over a chunk."""
+        if not self.device.dense:
+            return _best([c for c in self.candidates if c.strategy != "dense"]).share
+        return self.candidates[-1].share if self.device.unpack else 1.0
 
 
 def tune(
@@ -112,31 +127,79 @@ def search(
         limit: Seconds, about; a prompt's length is not known to gain unless there was time for it.
     """
     start = time.perf_counter()
-    sizes = [b for b in BLOCKS if b <= largest]
-    trials = [(sizes[-1], s) for s in STRATEGIES] + [(b, "") for b in sizes[:-1]]
     x, found = _inputs(engine), []  # type: mx.array, list[Candidate]
+    dense = _over_a_chunk(engine, x, fastest_dense(engine))
+    unpack = dense.device.unpack
+    sizes = [b for b in BLOCKS if b <= largest]
+    trials = [(sizes[-1], s, unpack) for s in STRATEGIES]
+    trials += [(sizes[-1], "", 0)] if unpack else []
+    trials += [(b, "", -1) for b in sizes[:-1]]
     total = len(trials) + len(LENGTHS) + 1
 
     def over() -> bool:
         return time.perf_counter() - start > limit
 
-    for done, (block, strategy) in enumerate(trials):
+    for done, (block, strategy, least) in enumerate(trials):
         if found and over():
             break
         strategy = strategy or _best(found).strategy
-        found.append(_measured(_trial(engine, block, strategy), x))
+        least = _best(found).unpack if least < 0 else least
+        found.append(_measured(_trial(engine, block, strategy, least), x))
         tick((done + 1) / total)
     best = _best(found)
-    if not best.correct or best.share > MARGIN:
-        return Choice(DeviceSettings(dense=True), found)
-    trial = _trial(engine, best.block_size, best.strategy)
+    tried = found + dense.candidates
+    if not best.correct or best.share > MARGIN * dense.share:
+        return Choice(dense.device, tried)
+    trial = _trial(engine, best.block_size, best.strategy, best.unpack)
     shortest, queries = CHUNK, 0
     if not over():
         shortest = _shortest(trial, x, lambda i: tick((len(trials) + i) / total))
     if not over():
         queries = attention_block(heads, x.dtype)
     device = replace(trial.device, shortest=shortest, attention_block=queries)
-    return Choice(device, found)
+    return Choice(device, tried)
+
+
+def fastest_dense(engine: Engine) -> Choice:
+    """From how many tokens on packed weights are better dequantised first; ``unpack`` 0: never."""
+    ffn, x = engine.ffns[sparse_layer(engine)], _inputs(engine)
+    found: list[Candidate] = []
+    for tokens in UNPACK if ffn.packed else ():
+        found.append(_unpacked(ffn, x[:, :tokens]))
+        if _gains(found[-1]):
+            return Choice(DeviceSettings(dense=True, unpack=tokens), found)
+    return Choice(DeviceSettings(dense=True), found)
+
+
+def _over_a_chunk(engine: Engine, x: mx.array, choice: Choice) -> Choice:
+    """The same with its share of a whole chunk's time, which sparse candidates must beat."""
+    if not 0 < choice.device.unpack < x.shape[1]:
+        return choice
+    found = _unpacked(engine.ffns[sparse_layer(engine)], x)
+    device = choice.device if _gains(found) else DeviceSettings(dense=True)
+    return Choice(device, [*choice.candidates, found])
+
+
+def _gains(candidate: Candidate) -> bool:
+    return candidate.correct and candidate.share < MARGIN
+
+
+def _unpacked(ffn: GatedFFN, x: mx.array) -> Candidate:
+    """The dense FFN with its weights dequantised first, beside mlx-lm's own."""
+    tokens = x.shape[1]
+    own, fast = ffn.under(ffn.strategy), ffn.under(ffn.strategy, tokens)
+    ways = {
+        "dense": lambda: own.activations_and_output(x)[1],
+        "unpacked": lambda: fast.activations_and_output(x)[1],
+    }
+    error = _off(ways["unpacked"](), x, lambda x: own.activations_and_output(x)[1])
+    seconds = interleaved(ways, ROUNDS)
+    times, correct = (seconds["unpacked"], seconds["dense"]), _correct(error, x.dtype)
+    return Candidate(tokens, "dense", *times, error, correct, tokens)
+
+
+def _correct(error: float, dtype: mx.Dtype) -> bool:
+    return error <= TOLERANCE.get(dtype, 1e-2)
 
 
 def chunk_seconds(engine: Engine) -> float:
@@ -147,9 +210,9 @@ def chunk_seconds(engine: Engine) -> float:
     return found[0] * CHUNK / few
 
 
-def _trial(engine: Engine, block: int, strategy: str) -> Engine:
-    """The engine with another block size and strategy; the model's own is left alone."""
-    trial = engine.on(DeviceSettings(block, strategy))
+def _trial(engine: Engine, block: int, strategy: str, unpack: int) -> Engine:
+    """The engine under other settings of the device; the model's own is left alone."""
+    trial = engine.on(DeviceSettings(block, strategy, unpack=unpack))
     return replace(trial, config=replace(engine.config, block_size=None))
 
 
@@ -171,19 +234,28 @@ def _measured(trial: Engine, x: mx.array) -> Candidate:
     """One candidate over a chunk."""
     plan = trial.plan(x.shape[1], empty=False, after=CHUNK)
     assert plan is not None
-    error = _error(trial, x[:, : plan.block_size])
-    sparse, dense = _seconds(trial, plan, x)
-    device, correct = trial.device, error <= TOLERANCE.get(x.dtype, 1e-2)
-    size, strategy = device.block_size, device.strategy
-    return Candidate(size, strategy, sparse, dense, error, correct)
+    device, own = trial.device, trial.ffns[sparse_layer(trial)]
+    error = _error(trial, x[:, : max(plan.block_size, device.unpack)])
+    sparse, dense = _seconds(trial, plan, x, own.under(device.strategy))
+    return Candidate(
+        device.block_size,
+        device.strategy,
+        sparse,
+        dense,
+        error,
+        _correct(error, x.dtype),
+        device.unpack,
+    )
 
 
-def _seconds(trial: Engine, plan: Plan, x: mx.array) -> tuple[float, float]:
-    """Of the sparse FFN and of the dense one, interleaved."""
+def _seconds(
+    trial: Engine, plan: Plan, x: mx.array, dense: GatedFFN
+) -> tuple[float, float]:
+    """Of the sparse FFN and of a dense one, interleaved."""
     layer, call = sparse_layer(trial), trial.call(plan)
     found = interleaved(
         {
-            "dense": lambda: trial.ffns[layer].activations_and_output(x)[1],
+            "dense": lambda: dense.activations_and_output(x)[1],
             "sparse": lambda: trial.forward(call, layer, x),
         },
         ROUNDS,
@@ -196,9 +268,19 @@ def _error(trial: Engine, block: mx.array) -> float:
     ffn = trial.ffns[sparse_layer(trial)]
     f = ffn.shape[1]
     kept = (mx.arange(f) % 2 == 0).astype(block.dtype)
-    plain = ffn.down(ffn.activations(block) * kept)
     neurons = mx.arange(0, f, 2, dtype=mx.uint32)[None]
-    return difference(ffn.sparse(block, neurons), plain)
+    ours = ffn.sparse(block, neurons)
+    return _off(ours, block, lambda x: ffn.down(ffn.activations(x) * kept))
+
+
+def _off(ours: mx.array, x: mx.array, plain: Callable[[mx.array], mx.array]) -> float:
+    """Difference from the plain path in its own dtype or, where that is less, in float32.
+
+    Quantised products in bfloat16 may themselves be several per cent off: who is closer to the truth
+    is not wrong.
+    """
+    dtypes = {x.dtype, mx.float32}
+    return min(difference(ours, plain(x.astype(dtype))) for dtype in dtypes)
 
 
 def difference(ours: mx.array, plain: mx.array) -> float:
@@ -210,11 +292,12 @@ def difference(ours: mx.array, plain: mx.array) -> float:
 
 def _shortest(trial: Engine, x: mx.array, tick: Callable[[int], None]) -> int:
     """The least of LENGTHS, or a chunk, from which on a whole prompt's FFN is faster sparse."""
+    dense = trial.ffns[sparse_layer(trial)]
     for i, length in enumerate(LENGTHS):
         plan = trial.plan(length, empty=True, after=0)
         if plan is not None:
-            sparse, dense = _seconds(trial, plan, x[:, :length])
-            if sparse < MARGIN * dense:
+            sparse, whole = _seconds(trial, plan, x[:, :length], dense)
+            if sparse < MARGIN * whole:
                 return length
         tick(i + 1)
     return CHUNK
@@ -236,7 +319,7 @@ def attention_block(heads: Heads, dtype: mx.Dtype) -> int:
     for rows in ATTENTION_BLOCKS:
         arm = by_queries(whole, rows)
         error = difference(arm(q, k, v, mask="causal"), plain)
-        if error <= TOLERANCE.get(dtype, 1e-2):
+        if _correct(error, dtype):
             arms[rows] = arm
     seconds = interleaved(
         {rows: lambda arm=arm: arm(q, k, v, mask="causal") for rows, arm in arms.items()},  # type: ignore
@@ -254,12 +337,20 @@ def summary(choice: Choice) -> str:
         for c in wrong
     ]
     device = choice.device
+    first = (
+        f" Packed weights are dequantised first from {device.unpack:,} tokens on."
+        if device.unpack
+        else ""
+    )
     if device.dense:
-        return "\n".join(["Tuned: dense prefill is fastest on this device.", *lines])
+        line = "Tuned: dense prefill is fastest on this device."
+        if first:
+            line += f"{first} An FFN takes {choice.share:.2f} of its time in mlx-lm."
+        return "\n".join([line, *lines])
     line = (
         f"Tuned: blocks of {device.block_size} tokens, {device.strategy}; an FFN takes "
-        f"{_best(choice.candidates).share:.2f} of its dense time. Prompts from "
-        f"{device.shortest} tokens on."
+        f"{choice.share:.2f} of its dense time. Prompts from "
+        f"{device.shortest} tokens on.{first}"
     )
     if device.attention_block:
         line += f" Attention in blocks of {device.attention_block} queries."

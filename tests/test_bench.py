@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import mlx.core as mx
+import mlx.nn as nn
 import numpy as np
 import pytest
 from commands import bad, report
@@ -18,7 +19,7 @@ from models import (
     token_ids,
 )
 
-from mlx_fastforward import tuned
+from mlx_fastforward import tuned, tuning
 from mlx_fastforward.attachment import attach, engine_of
 from mlx_fastforward.bench.speed import shapes, ttft
 from mlx_fastforward.bench.studies import recall
@@ -154,6 +155,24 @@ def test_the_predictor_beside_the_model_and_what_tuning_found(
     device = DeviceSettings(dense=True)
     done, found = report(tmp_path, *args)
     assert found["rows"][0]["sparsity"] == 0 and "tuned: dense" in done.stdout
+
+
+def test_the_dense_arm_that_dequantises_first(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Beside stock and sparse; as measured, or unmeasured."""
+    net = tiny("llama", vocab=4096)
+    nn.quantize(net, 32, 4)
+    packing = {"quantization": {"group_size": 32, "bits": 4}}
+    folder = save_folder(net, tmp_path / "tiny", **packing)
+    args = [*BENCH, "--model", folder, "--contexts", 300, "--fast"]
+    done, found = report(tmp_path, *args, "--no-tune")
+    assert [(r["sparsity"], r["unpack"]) for r in found["rows"]] == [(0.5, 0), (0, 256)]
+    assert re.search(r"^300 +dense, dequantised first +\d", done.stdout, re.M)
+    monkeypatch.setenv("MLX_FASTFORWARD_HOME", str(tmp_path / "home"))
+    choice = tuning.Choice(DeviceSettings(dense=True), [])
+    monkeypatch.setattr(tuning, "fastest_dense", lambda engine: choice)
+    assert report(tmp_path, *args)[1]["rows"][1]["unpack"] == 0
 
 
 @pytest.mark.parametrize(

@@ -87,6 +87,7 @@ def test_generate_with_the_demo_model() -> None:
         "strategy": "chunk",
         "shortest": 48,
         "attention_block": 0,
+        "unpack": 0,
     }
     config = mlx_fastforward.PrefillConfig(sparsity=0.4, block_size=16)
     engine = engine_for(model, config, load_predictor(data.MODEL))

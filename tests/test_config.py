@@ -23,6 +23,7 @@ BAD: dict[tuple[str, str], list[Any]] = {
     ("shortest", WHOLE): [2.5],
     ("attention_block", WHOLE): [2.5, True],
     ("attention_block", "at least 0"): [-1],
+    ("unpack", "at least 0"): [-1],
     **{(n, "True or False"): [1, None] for n in ("dense_head", "dense_tail")},
     ("sparse_decode", "True or False"): ["yes"],
     **{(name, text): ["Auto", "two\nlines", 3] for name, text in CHOICES.items()},
@@ -30,7 +31,7 @@ BAD: dict[tuple[str, str], list[Any]] = {
 
 
 def of(name: str, value: Any) -> Any:
-    device = name in ("shortest", "attention_block", "strategy")
+    device = name in ("shortest", "attention_block", "strategy", "unpack")
     return (DeviceSettings if device else PrefillConfig)(**{name: value})
 
 

@@ -80,6 +80,18 @@ def test_rows_matrix_and_norms(packing: str, sharding: str, lora: bool) -> None:
     assert projection.stored_as(linear) == packing
 
 
+@LORA
+@ALL
+def test_weights_dequantised_first(packing: str, sharding: str, lora: bool) -> None:
+    """The same products: all outputs, in any shape, and chosen ones."""
+    linear, x = made(packing, sharding, lora), normal(2, TOKENS, IN, seed=4)
+    assert projection.is_packed(linear) == (packing != "float")
+    wanted, chosen = product(x, linear), [95, 3, 3, 0, 60]
+    assert distance(projection.unpacked(linear, x), wanted) < 1e-5
+    found = projection.rows(linear, x[0], mx.array(chosen), unpack=True)
+    assert distance(found, wanted[0][:, chosen]) < 1e-5
+
+
 @pytest.mark.parametrize("strategy", STRATEGIES)
 @LORA
 @ALL
@@ -107,6 +119,7 @@ def test_parts_of_several_processes_are_added_before_the_bias(
     linear, z = made(packing, sharding), normal(TOKENS, IN, seed=4)
     wanted = product(z, linear, 3 if sharding == COLUMNS else 1)
     assert distance(linear(z), wanted) < 1e-5  # so does mlx
+    assert distance(projection.unpacked(linear, z), wanted) < 1e-5
     down = Down(linear, mx.float32)
     assert distance(down.whole(down(z, mx.arange(IN))), wanted) < 1e-5
 
@@ -154,3 +167,4 @@ def test_parameters_that_nobody_knows(packing: str, sharding: str, lora: bool) -
     base.global_scale = mx.ones((1,))
     reason = f"{type(base).__name__} with global_scale"
     assert projection.unsupported(linear) == reason
+    assert not projection.is_packed(linear)

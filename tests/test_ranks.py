@@ -15,10 +15,11 @@ import models
 import numpy as np
 import pytest
 import rank_cases
-from commands import good, one_line
+from commands import bad, good, one_line
 from rank_cases import CASES
 from reference import top_k
 
+from mlx_fastforward import ConfigError, loading, ranks
 from mlx_fastforward.attachment import engine_of
 
 HERE = Path(__file__).parent
@@ -137,6 +138,35 @@ def test_generate_is_said_once(model: Path, tmp_path: Path) -> None:
     args = ["-m", "mlx_fastforward", *base, "--sparsity", 0]
     one, two = ended(launched(tmp_path, *args, **PIPES))
     assert one == (0, dense, "") and two == (0, "", "")
+
+
+def test_bench_is_written_once(model: Path, tmp_path: Path) -> None:
+    """By rank 0, with how many there were; the model's sizes are those of the whole."""
+    saved, args = tmp_path / "saved.json", ["-m", "mlx_fastforward", "bench"]
+    args += ["--model", model, "--contexts", 64, "--block-sizes", 8, "-n", 1]
+    one, two = ended(launched(tmp_path, *args, "--save", saved, **PIPES))
+    assert one[0] == 0 and "probe 50%, block 8" in one[1] and two == (0, "", "")
+    found = json.loads(saved.read_text())
+    assert found["run"]["processes"] == RANKS
+    assert found["model"]["ffn_size"] == models.FFN
+    assert found["rows"][0]["ffn_flops_skipped"] > 0.1
+
+
+def test_what_needs_more_than_mlx_launch_gave(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It started one process; the model cannot be cut; --fast is measured in one."""
+    folder = models.save_folder(models.tiny("phi3"), tmp_path / "m")
+    with pytest.raises(ConfigError, match="cannot share a phi3 model among"):
+        loading._load_part(str(folder), None, False, False)
+    monkeypatch.setenv("MLX_RANK", "0")
+    empty = tmp_path / "hosts.json"
+    empty.write_text("\n")
+    monkeypatch.setenv("MLX_HOSTFILE", str(empty))
+    said = bad(2, "generate", "hello", "--sparsity", 0, "--fast")
+    assert said == "--fast runs in one process; start it without mlx.launch."
+    with pytest.raises(ConfigError, match="-n for its own"):
+        ranks.group()
 
 
 def test_a_rank_that_dies_ends_the_others(model: Path, tmp_path: Path) -> None:

@@ -50,7 +50,8 @@ def test_a_saved_result_is_whole_and_fits_the_schema(saved: Any) -> None:
     about, rows = saved["model"], saved["rows"]
     assert (about["name"], about["layers"], about["ffn_size"]) == ("tiny", 4, 128)
     assert (about["quantisation"], about["dtype"]) == ("float", "float32")
-    assert saved["run"] == {"trials": 1, "delay_s": 0, "tuned": False}
+    run = {"trials": 1, "delay_s": 0, "tuned": False, "processes": 1}
+    assert saved["run"] == run
     assert [r["context"] for r in rows] == [64, 96]
     assert saved["arms"][0]["device"]["strategy"] == "chunk"
     assert saved["arms"][0]["predictor"] is True
@@ -90,6 +91,19 @@ def test_the_schema_refuses(saved: Any, spoil: Callable[[Any], None]) -> None:
     CHECK.validate(found)
     spoil(found)
     assert not CHECK.is_valid(found)
+
+
+def test_a_result_from_before_some_fields_were_there(
+    saved: Any, tmp_path: Path
+) -> None:
+    found = copy.deepcopy(saved)
+    for part in (found["run"], *found["arms"], *found["rows"]):
+        part.pop("unpack", None)
+        part.pop("processes", None)
+    CHECK.validate(found)
+    path = tmp_path / "old.json"
+    path.write_text(json.dumps(found), encoding="utf-8")
+    assert [row.unpack for row in result.read(path).rows] == [0, 0]
 
 
 @pytest.mark.parametrize("path", SHARED, ids=lambda p: p.name)

@@ -40,6 +40,7 @@ def small(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(tuning, "CHUNK", CHUNK)
     monkeypatch.setattr(tuning, "BLOCKS", (16, 32, 64, 128))
     monkeypatch.setattr(tuning, "LENGTHS", (64, 128))
+    monkeypatch.setattr(tuning, "UNPACK", (64, 128, CHUNK))
 
 
 @pytest.fixture
@@ -116,16 +117,107 @@ def test_a_wrong_candidate_is_not_used(
     assert choice.device.dense and tuning.summary(choice).count("not used") == 4
 
 
+def test_who_is_closer_to_float32_is_not_wrong() -> None:
+    """The plain path may itself be off in its own dtype."""
+    x = mx.ones((1, 4), mx.bfloat16)
+
+    def plain(x: mx.array) -> mx.array:
+        return x * (1.1 if x.dtype == mx.bfloat16 else 1.0)
+
+    assert tuning._off(x, x, plain) == 0 and tuning._off(1.1 * x, x, plain) < 1e-2
+    assert tuning._off(1.05 * x, x, plain) > 0.03
+
+
 @pytest.mark.parametrize("bits, mode", [(0, ""), (4, "affine"), (4, "mxfp4")])
 def test_every_candidate_is_correct(bits: int, mode: str, small: None) -> None:
     """By the real clock; mxfp4 computes in bfloat16."""
     choice = tuning.search(made(bits, mode), HEADS, 64)
-    tried = [(c.block_size, c.strategy) for c in choice.candidates]
+    sparse = [c for c in choice.candidates if c.strategy != "dense"]
+    tried = [(c.block_size, c.strategy) for c in sparse]
     assert tried[:2] == [(64, "chunk"), (64, "columns")]
-    assert [size for size, _ in tried[2:]] == [16, 32]
+    assert [size for size, _ in tried if size < 64] == [16, 32]
+    assert (len(sparse) < len(choice.candidates)) == bool(bits)
     limit = 3e-2 if mode == "mxfp4" else 1e-3
     assert all(c.correct and c.error < limit for c in choice.candidates)
     assert all(c.seconds > 0 and c.dense_seconds > 0 for c in choice.candidates)
+
+
+def packed_costs(monkeypatch: pytest.MonkeyPatch, unpacked: Any, error: float) -> None:
+    """Dequantising first takes ``unpacked`` of the dense FFN's time, by tokens, and is wrong by ``error``."""
+    right = tuning.difference
+
+    def dense(self: GatedFFN, x: mx.array) -> Any:
+        tokens = x.shape[1]
+        return None, (unpacked(tokens) if self.unpack else 1.0) * tokens / CHUNK
+
+    def difference(ours: Any, plain: Any) -> float:
+        return error if isinstance(ours, float) else right(ours, plain)
+
+    monkeypatch.setattr(GatedFFN, "activations_and_output", dense)
+    monkeypatch.setattr(tuning, "difference", difference)
+
+
+@pytest.mark.parametrize(
+    "unpacked, error, sparse, wanted",
+    [
+        # of the dense FFN, of sparse blocks of 64 with and without: (dense, unpack)
+        (lambda n: 0.5, 1e-6, (0.3, 0.8), (False, 64)),
+        (lambda n: 0.5, 1e-6, (0.8, 0.3), (False, 0)),
+        (lambda n: 0.5, 1e-6, (0.7, 0.6), (True, 64)),  # dense, and faster than mlx-lm
+        (lambda n: 0.5 if n > 64 else 1.1, 1e-6, (0.6, 0.6), (True, 128)),
+        (lambda n: 0.99, 1e-6, (0.3, 0.8), (False, 0)),  # within the noise: not tried
+        (lambda n: 0.99, 1e-6, (0.3, 1.1), (True, 0)),
+        (lambda n: 0.1, 1e-1, (0.3, 0.8), (False, 0)),  # wrong
+        (lambda n: 0.5 if n < CHUNK else 1.5, 1e-6, (1.1, 1.1), (True, 0)),
+    ],
+)
+def test_packed_weights_are_dequantised_first_where_that_is_faster(
+    unpacked: Any,
+    error: float,
+    sparse: tuple[float, float],
+    wanted: tuple[bool, int],
+    costs: dict,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Dense is compared with the faster of the two."""
+
+    def forward(self: Engine, call: Any, layer: int, x: mx.array) -> float:
+        cost = sparse[not self.device.unpack] if self.block_size == 64 else 2.0
+        return cost * x.shape[1] / CHUNK
+
+    packed_costs(monkeypatch, unpacked, error)
+    monkeypatch.setattr(Engine, "forward", forward)
+    choice = tuning.search(made(4), HEADS, 64)
+    assert (choice.device.dense, choice.device.unpack) == wanted
+    said = tuning.summary(choice)
+    told = f"dequantised first from {wanted[1]} tokens on" in said
+    assert told == bool(wanted[1])
+    assert ("dense: wrong by 1.0e-01, not used" in said) == (error > 0.01)
+
+
+def test_fast_is_measured_once_and_only_where_it_is_asked_for(
+    home: Path, costs: dict, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """At sparsity 0, which is mlx-lm's own way otherwise."""
+    model, console = models.tiny("llama"), Console(file=io.StringIO(), width=300)
+    nn.quantize(model, 32, 4)
+    packed_costs(monkeypatch, lambda n: 0.5 if n > 64 else 2.0, 1e-6)
+    ff.attach(model, ff.PrefillConfig(0.0))
+    first_use.tune_first(model, 600, console)
+    assert engine_of(model).device == DeviceSettings() and not home.exists()
+    for _ in range(2):
+        ff.attach(model, ff.PrefillConfig(0.0), device=DeviceSettings(unpack=256))
+        first_use.tune_first(model, 255, console)
+        assert engine_of(model).device.unpack == 256
+        first_use.tune_first(model, 256, console)
+        assert engine_of(model).device == DeviceSettings(dense=True, unpack=128)
+    told = "first from 128 tokens on; an FFN takes 0.50 of its time in mlx-lm there."
+    assert console.file.getvalue().count(told) == 1
+    model = models.tiny("llama", seed=1, intermediate_size=64)  # not quantised
+    ff.attach(model, ff.PrefillConfig(0.0), device=DeviceSettings(unpack=256))
+    first_use.tune_first(model, 256, console)
+    assert engine_of(model).device.unpack == 0
+    assert "--fast: no FFN is quantised here" in console.file.getvalue()
 
 
 @pytest.mark.parametrize(
@@ -367,6 +459,7 @@ def test_the_command(home: Path, tiny: Path, monkeypatch: pytest.MonkeyPatch) ->
     wanted = [["256", "chunk"], ["256", "columns"], ["128"]]
     for line, words in zip(done.stdout.splitlines()[1:], wanted):
         assert line.split()[: len(words)] == words and "wrong" not in line
+        assert "as they are" in line
     assert done.stdout.splitlines()[-1].startswith(f"Kept in {home / 'tuned.json'}: ch")
     done = run("generate", "--model", tiny, "hello", "-m", 1, "--json")
     found = json.loads(done.stdout)["settings"]

@@ -1,7 +1,7 @@
 """A result of `bench --save`: one self-contained JSON file, as results/schema.json describes it."""
 
 import json
-from dataclasses import asdict, dataclass, fields
+from dataclasses import MISSING, asdict, dataclass, fields
 from datetime import datetime, timezone
 from importlib.metadata import version
 from pathlib import Path
@@ -71,7 +71,7 @@ def described(model: nn.Module, engine: Engine, name: str, random: bool) -> dict
         "type": str(getattr(model, "model_type", type(model).__name__)),
         "layers": len(engine.ffns),
         "hidden_size": max(d for d, _ in engine.shapes),
-        "ffn_size": max(f for _, f in engine.shapes),
+        "ffn_size": max(f for _, f in engine.shapes) * engine.ffns[0].share[1],
         "quantisation": ", ".join(sorted(kinds)),
         "dtype": str(float_dtype(model)).rpartition(".")[2],
     }
@@ -165,7 +165,12 @@ def read(path: Path) -> Result:
 
 
 def _result(source: str, found: dict[str, Any]) -> Result:
-    rows = [Row(**{f.name: r[f.name] for f in fields(Row)}) for r in found["rows"]]
+    names = [f.name for f in fields(Row) if f.default is MISSING]
+    later = [f.name for f in fields(Row) if f.default is not MISSING]
+    rows = [
+        Row(**{n: r[n] for n in names}, **{n: r[n] for n in later if n in r})
+        for r in found["rows"]
+    ]
     if not rows or not all(r.ttft_s > 0 and r.stock_ttft_s > 0 for r in rows):
         raise ValueError("no rows with times")
     parts = {n: found[n] for n in ("created", "machine", "versions", "model", "run")}

@@ -59,6 +59,7 @@ class Row:
     stock_peak_memory_gb: float
     decode_tps: float
     stock_decode_tps: float
+    unpack: int = 0
 
 
 @dataclass
@@ -184,13 +185,14 @@ def row(
         max(stock.peak),
         statistics.median(sparse.decode or [0.0]),
         statistics.median(stock.decode or [0.0]),
+        settings["unpack"],
     )
 
 
 def arm_name(row: Row) -> str:
     """Short, for tables and pictures."""
     if not row.sparsity and not row.prune_tokens:
-        return "tuned: dense"
+        return "dense, dequantised first" if row.unpack else "tuned: dense"
     parts = []
     if row.sparsity:
         parts.append(f"{row.selector} {row.sparsity:.0%}")
@@ -199,4 +201,6 @@ def arm_name(row: Row) -> str:
     parts += [f"block {row.block_size}", row.strategy]
     if row.attention_block:
         parts.append(f"attention by {row.attention_block}")
+    if row.unpack:
+        parts.append("dequantised first")
     return ", ".join(parts)

@@ -20,7 +20,6 @@ from rich.table import Table
 
 from ...config import STRATEGIES
 from ...model.ffn import GatedFFN
-from ...model.gather import Down
 from ...model.linear import dequantized
 from ...model.proof import ffn_of
 from ...timing import interleaved
@@ -42,15 +41,15 @@ class MLP(nn.Module):
         return self.down_proj(swiglu(self.gate_proj(x), self.up_proj(x)))
 
 
-def ffn(mlp: MLP, strategy: str = "chunk") -> GatedFFN:
-    found = ffn_of(mlp, strategy)
+def ffn(mlp: MLP) -> GatedFFN:
+    found = ffn_of(mlp)
     assert found is not None
     return found
 
 
-def taken(mlp: MLP, groups: mx.array, strategy: str) -> FFN:
+def taken(mlp: MLP, groups: mx.array, strategy: str, unpack: int = 0) -> FFN:
     """What the package does, with one of its strategies."""
-    own, neurons = ffn(mlp, strategy), of_groups(groups)[None]
+    own, neurons = ffn(mlp).under(strategy, unpack), of_groups(groups)[None]
     return lambda x: own.sparse(x[None], neurons)[0]
 
 
@@ -113,32 +112,8 @@ def grouped_down(linear: Any, groups: mx.array) -> FFN:
 
 def unpacked(mlp: MLP) -> FFN:
     """The dense FFN with its weights dequantised first, once for all tokens: float GEMMs."""
-
-    def project(linear: Any, x: mx.array) -> mx.array:
-        return x @ dequantized(linear, x.dtype).T
-
-    def run(x: mx.array) -> mx.array:
-        gate, up = project(mlp.gate_proj, x), project(mlp.up_proj, x)
-        return project(mlp.down_proj, swiglu(gate, up))
-
-    return run
-
-
-def taken_unpacked(mlp: MLP, groups: mx.array) -> FFN:
-    """Packed rows of gate and up taken, dequantised, multiplied; down by strategy chunk."""
-    neurons = of_groups(groups)
-
-    def project(linear: Any, x: mx.array) -> mx.array:
-        packed = (linear.weight, linear.scales, linear.biases)
-        w, scales, biases = (mx.take(p, neurons, axis=0) for p in packed)
-        size: Any = {"group_size": linear.group_size, "bits": linear.bits}
-        return x @ mx.dequantize(w, scales, biases, **size, dtype=x.dtype).T
-
-    def run(x: mx.array) -> mx.array:
-        z = swiglu(project(mlp.gate_proj, x), project(mlp.up_proj, x))
-        return Down(mlp.down_proj, x.dtype)(z, neurons)
-
-    return run
+    own = ffn(mlp).under("chunk", unpack=1)
+    return lambda x: own.activations_and_output(x[None])[1][0]
 
 
 def masked(mlp: MLP, groups: mx.array) -> FFN:
@@ -179,8 +154,9 @@ def main(
     for strategy in STRATEGIES:
         ways[f"take, {strategy}"] = taken(mlp, groups, strategy)
     if bits:
-        ways["dense, weights dequantised first"] = unpacked(mlp)
-        ways["take, rows dequantised"] = taken_unpacked(mlp, groups)
+        ways["dense, dequantised"] = unpacked(mlp)
+        for strategy in ("chunk", "columns"):
+            ways[f"take, {strategy}, dequantised"] = taken(mlp, groups, strategy, 1)
     ways["take, down in packed groups"] = grouped(mlp, groups)
     ways["gather_qmm" if bits else "gather_mm"] = gathered(mlp, groups)
     if kind == mx.float32:  # a CPU's block_masked_mm knows no other

@@ -15,7 +15,7 @@ from ..errors import ConfigError
 from . import options as o
 from .errors import interruptible, one_line_errors
 from .first_use import tuned
-from .inputs import DTYPES, check_choice, numbers
+from .inputs import DTYPES, FAST, check_choice, check_fast, numbers
 from .lengths import check_lengths_of
 from .models import dtype_name, public_name, stock_model
 from .outputs import check_files, write, write_json
@@ -69,6 +69,13 @@ def bench(
     compensator: o.Compensator = "auto",
     trust_remote_code: o.TrustRemoteCode = False,
     no_tune: o.NoTune = False,
+    fast: Annotated[
+        bool,
+        o.opt(
+            "One more arm: dense, packed FFN weights dequantised first where that is faster.",
+            "--fast",
+        ),
+    ] = False,
     num_trials: Annotated[
         int, o.opt("Runs of each arm.", "--num-trials", "-n", min=1)
     ] = 5,
@@ -104,6 +111,7 @@ def bench(
 
         check_files(json_file, png)
         check_files(save, None)
+        check_fast(fast, 0)
         sizes = numbers("--contexts", contexts, int) if contexts else None
         net, tokenizer, side = _model(
             model, random, layers, q_bits, dtype, predictor, trust_remote_code
@@ -129,7 +137,13 @@ def bench(
                 if not no_tune and not blocks and not ways:
                     engine = engine.on(tuned(net, engine, console))
                 engines += _attention_arms(engine, queries)
+        if fast:
+            engine = engine_for(net, PrefillConfig(0.0), device=FAST)
+            engines.append(
+                engine if no_tune else engine.on(tuned(net, engine, console))
+            )
         sizes = sizes or _contexts(net)
+        processes = ranks.group().size() if ranks.several() else 1
         rows: list[ttft.Row] = []
         before = thermal()
         with Progress(console=console, disable=not console.is_terminal) as bar:
@@ -153,6 +167,8 @@ def bench(
             "dtype": dtype_name(net),
             "trials": num_trials,
         }
+        if processes > 1:
+            settings["processes"] = processes
         environment = describe() | settings
         _show(rows, environment)
         report = {"environment": environment, "rows": [asdict(r) for r in rows]}
@@ -161,6 +177,7 @@ def bench(
             name = random or public_name(model)
             by_hand = no_tune or blocks or ways
             run = {"trials": num_trials, "delay_s": delay, "tuned": not by_hand}
+            run["processes"] = processes
             about = result.described(net, engines[0], name, random is not None)
             heat = (before, thermal())
             parts = (about, machine(), heat, run, engines, rows, side)

@@ -8,6 +8,7 @@ from .conversation import Chat, banner
 from .errors import interruptible, one_line_errors
 from .inputs import (
     check_choice,
+    check_fast,
     check_lengths,
     device_settings,
     read_text,
@@ -29,6 +30,7 @@ def chat(
     prune_tokens: o.PruneTokens = 0.0,
     block_size: o.BlockSize = None,
     no_tune: o.NoTune = False,
+    fast: o.Fast = False,
     selector: o.Selector = "auto",
     predictor: o.Predictor = None,
     max_tokens: o.MaxTokens = 256,
@@ -60,6 +62,7 @@ def chat(
         check_lengths(max_tokens, prefill_step_size, block_size)
         check_choice("--selector", selector, o.SELECTORS)
         share = sparsity_of(sparsity)
+        check_fast(fast, share)
         template = template_config(chat_template_config)
         keeping = keep_config(prefill_draft, keep, prefill_threshold)
         if keeping is not None:
@@ -72,7 +75,7 @@ def chat(
             block_size=block_size,
             selector=selector,
             trust_remote_code=trust_remote_code,
-            device=device_settings(no_tune),
+            device=device_settings(no_tune, fast),
         )
         net, tokenizer = load(model, predictor=predictor, adapter_path=adapter_path)
         import mlx.core as mx

@@ -9,7 +9,7 @@ from rich.console import Console
 from rich.text import Text
 
 from ..errors import brief
-from .first_use import tune_first
+from .first_use import least, tune_first
 from .inputs import sampling
 from .lengths import check_bytes, check_tokens, patiently
 from .outputs import status_line
@@ -144,7 +144,7 @@ class Chat:
 
     def tune_for(self, tokens: int) -> None:
         """Before the first message that may gain; not again where that was skipped."""
-        if self.tune and tokens >= self.engine.shortest:
+        if self.tune and tokens >= least(self.engine):
             tune_first(self.session.model, tokens)
             self.tune = False
 
@@ -225,7 +225,9 @@ def banner(chat: Chat) -> None:
 
     engine = chat.engine
     mode = "dense (stock mlx-lm)"
-    if engine.device.dense:
+    if engine.device.unpack:
+        mode = "dense, packed weights dequantised first"
+    if engine.device.dense and engine.config.sparsity:
         mode += ", the fastest on this device; --no-tune runs sparsely"
     if engine.sparse:
         mode = f"{engine.settings()['sparsity']:.0%} of FFN neurons dropped per "

@@ -199,15 +199,20 @@ def _tuned(net: Any, engine: Any) -> tuple[Any, str]:
     device = tuned.remembered(tuned.key(engine, tuned.heads_of(net, engine)))
     if device is None:
         return engine.device, "not yet: the first chat, generate or tune measures it"
+    unpacked = ""
+    if device.unpack:
+        unpacked = f"; packed weights dequantised first from {device.unpack} tokens on"
     if device.dense:
         return (
             device,
-            "dense: nothing was faster on this device; --no-tune runs sparsely",
+            "dense: nothing was faster on this device; --no-tune runs sparsely"
+            + unpacked,
         )
     queries = device.attention_block
     return device, (
         f"blocks of {device.block_size} tokens, {device.strategy}, attention "
         + (f"by {queries} queries" if queries else "whole")
+        + unpacked
     )
 
 
@@ -215,7 +220,8 @@ def _prefill(engine: Any) -> str:
     """What a long prompt gets, and what stays dense."""
     why = f" ({engine.chosen})" if engine.chosen else ""
     if engine.device.dense:
-        return "stock mlx-lm: dense is the fastest here"
+        whose = "dequantised" if engine.device.unpack else "stock mlx-lm"
+        return f"{whose}: dense is the fastest here"
     if not engine.sparse:
         return f"stock mlx-lm: sparsity {engine.config.sparsity:g}{why}"
     dense = [i for i, keep in enumerate(engine.keep) if keep is None]

@@ -1,6 +1,7 @@
 """Tuning on the way: a line and a bar before the first prompt that may gain, nothing after that."""
 
 import contextlib
+import sys
 from typing import Any, Callable, Iterator, Optional
 
 from rich.console import Console
@@ -21,21 +22,32 @@ def tune_first(model: Any, tokens: int, console: Optional[Console] = None) -> No
 
     console = console or Console(stderr=True)
     engine = engine_of(model)
-    if engine is None or engine.config.block_size is not None or not engine.sparse:
+    if engine is None or tokens < least(engine):
         return
-    if tokens < engine.shortest:
+    if engine.sparse and engine.config.block_size is not None:
         return
     try:
         device = tuned(model, engine, console)
     except KeyboardInterrupt:
         _tell(
             console,
-            f"Tuning skipped: blocks of {engine.block_size} tokens. --no-tune never asks, "
-            "mlx_fastforward tune measures another time.",
+            (
+                f"Tuning skipped: blocks of {engine.block_size} tokens. --no-tune never asks, "
+                "mlx_fastforward tune measures another time."
+                if engine.sparse
+                else "Tuning skipped: --fast is taken as it is."
+            ),
         )
         return
     if device != engine.device:
         tuning.use(model, engine, device)
+
+
+def least(engine: Any) -> int:
+    """Prompts of fewer tokens have nothing to gain by tuning."""
+    if engine.sparse:
+        return int(engine.shortest)
+    return engine.device.unpack or sys.maxsize  # with --fast
 
 
 def worth_tuning(engine: Any) -> bool:
@@ -49,12 +61,18 @@ def tuned(model: Any, engine: Any, console: Console) -> Any:
     from .. import tuned as memory
     from .. import tuning
 
-    if not any(engine.keep) or ranks.several():  # whose clock would count?
+    fast = not any(engine.keep) and engine.device.unpack
+    if not (any(engine.keep) or fast) or ranks.several():  # whose clock would count?
         return engine.device
     heads = memory.heads_of(model, engine)
     key = memory.key(engine, heads)
     if (device := memory.remembered(key)) is not None:
         return device
+    if fast:
+        choice = tuning.fastest_dense(engine)
+        memory.remember(key, choice.device)
+        _tell(console, _fast_summary(choice))
+        return choice.device
     if not worth_tuning(engine):
         return engine.device
     if (seconds := tuning.chunk_seconds(engine)) > SLOWEST:
@@ -71,6 +89,18 @@ def tuned(model: Any, engine: Any, console: Console) -> Any:
         _tell(console, tuning.summary(choice))
     memory.remember(key, device)
     return device
+
+
+def _fast_summary(choice: Any) -> str:
+    if choice.device.unpack:
+        last = choice.candidates[-1]
+        return (
+            f"--fast: packed weights are dequantised first from {last.unpack:,} tokens on; "
+            f"an FFN takes {last.share:.2f} of its time in mlx-lm there."
+        )
+    if not choice.candidates:
+        return "--fast: no FFN is quantised here, there is nothing to dequantise."
+    return "--fast: mlx-lm's own quantised products are the fastest on this device."
 
 
 def measured(engine: Any, heads: Any, console: Console) -> Any:

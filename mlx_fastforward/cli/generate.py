@@ -17,6 +17,7 @@ from .errors import fail, interruptible, one_line_errors
 from .first_use import tune_first
 from .inputs import (
     check_choice,
+    check_fast,
     check_lengths,
     device_settings,
     sampling,
@@ -59,6 +60,7 @@ def generate(
     prune_tokens: o.PruneTokens = 0.0,
     block_size: o.BlockSize = None,
     no_tune: o.NoTune = False,
+    fast: o.Fast = False,
     selector: o.Selector = "auto",
     predictor: o.Predictor = None,
     max_tokens: o.MaxTokens = 100,
@@ -130,6 +132,7 @@ def generate(
         check_lengths(max_tokens, prefill_step_size, block_size)
         check_choice("--selector", selector, o.SELECTORS)
         share = sparsity_of(sparsity)
+        check_fast(fast, share)
         template = template_config(chat_template_config)
         if draft_model is not None and ranks.rank() is not None:
             fail("--draft-model runs in one process; start it without mlx.launch.", 2)
@@ -159,7 +162,7 @@ def generate(
             prune_tokens=prune_tokens,
             block_size=block_size,
             selector=selector,
-            device=device_settings(no_tune),
+            device=device_settings(no_tune, fast),
         )
         add_stops(tokenizer, extra_eos_token)
         check_bytes(net, text, force)

@@ -4,10 +4,12 @@ import json
 from pathlib import Path
 from typing import Any, Callable, Optional
 
+from .. import ranks
 from ..config import BLOCK_SIZE, DeviceSettings
 from ..errors import ConfigError, FileProblem
 from ..files import expanded
 
+FAST = DeviceSettings(unpack=256)
 DTYPES = ("float32", "float16", "bfloat16")
 
 
@@ -65,9 +67,21 @@ def check_lengths(
         )
 
 
-def device_settings(no_tune: bool) -> Optional[DeviceSettings]:
-    """The ``device`` of load(): untuned, or what is remembered."""
+def device_settings(no_tune: bool, fast: bool = False) -> Optional[DeviceSettings]:
+    """The ``device`` of load(): untuned, or what is remembered; --fast is measured before it is used."""
+    if fast:
+        return FAST
     return DeviceSettings() if no_tune else None
+
+
+def check_fast(fast: bool, sparsity: float | str) -> None:
+    """--fast is for the dense path, in one process; raises ConfigError."""
+    if fast and sparsity != 0:
+        raise ConfigError(
+            "--fast goes with --sparsity 0: a sparse prefill takes the fastest way by itself."
+        )
+    if fast and ranks.rank() is not None:
+        raise ConfigError("--fast runs in one process; start it without mlx.launch.")
 
 
 def yes_or_no(flag: str, text: str) -> bool:

@@ -73,6 +73,15 @@ NoTune = Annotated[
         panel=SPARSE,
     ),
 ]
+Fast = Annotated[
+    bool,
+    opt(
+        "With --sparsity 0: dequantise packed FFN weights once per call where that is faster on this "
+        "device, measured once. Answers are mlx-lm's but for rounding.",
+        "--fast",
+        panel=SPARSE,
+    ),
+]
 Selector = Annotated[
     str, opt(f"How neurons are picked: {', '.join(SELECTORS)}.", panel=SPARSE)
 ]

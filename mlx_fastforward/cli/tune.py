@@ -52,10 +52,12 @@ def tune(
             fail("nothing to tune: every layer stays dense.", 2 if not sparsity else 1)
         with tuning_bar(Console(stderr=True)) as tick:
             choice = tuning.tune(net, largest, tick)
-        table = Table("block", "strategy", "of the dense time", "error")
+        table = Table("block", "strategy", "weights", "of the dense time", "error")
         for c in choice.candidates:
             error = f"{c.error:.1e}" + ("" if c.correct else ", wrong")
-            table.add_row(str(c.block_size), c.strategy, f"{c.share:.2f}", error)
+            weights = "dequantised first" if c.unpack else "as they are"
+            name, share = str(c.block_size), f"{c.share:.2f}"
+            table.add_row(name, c.strategy, weights, share, error)
         show(table)
         say(tuning.summary(choice))
         key = tuned.key(engine, tuned.heads_of(net, engine))

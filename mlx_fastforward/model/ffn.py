@@ -95,6 +95,7 @@ class GatedFFN:
         mlp: A module that proof.py has found to be one.
         order: Which rows of the input projections belong to a neuron.
         layer: Of the model, where this FFN is.
+        unpack: Calls of at least so many tokens dequantise packed weights first; 0: never.
     """
 
     def __init__(
@@ -104,20 +105,23 @@ class GatedFFN:
         order: Order,
         strategy: str = "chunk",
         layer: int = 0,
+        unpack: int = 0,
     ):
         self.mlp = mlp
         self.layout = layout
         self.order = order
         self.strategy = strategy
         self.layer = layer
+        self.unpack = unpack
         self._activation = Shell(mlp, layout)
         self._stored: dict[str, Any] = {}
         self._norms: Optional[tuple[list[Any], mx.array]] = None
         self._guesses: Optional[tuple[list[Any], mx.array]] = None
 
-    def under(self, strategy: str) -> "GatedFFN":
-        """The same with another way to take columns of the down projection."""
-        return GatedFFN(self.mlp, self.layout, self.order, strategy, self.layer)
+    def under(self, strategy: str, unpack: int = 0) -> "GatedFFN":
+        """The same with other ways to take columns of the down projection, and to multiply."""
+        parts = (self.mlp, self.layout, self.order)
+        return GatedFFN(*parts, strategy, self.layer, unpack)
 
     @property
     def down(self) -> nn.Module:
@@ -162,8 +166,20 @@ class GatedFFN:
         """
         if x.shape[1] == 0:
             return mx.zeros((*x.shape[:2], self.shape[1]), x.dtype), x
-        z = self.activations(x)
-        return z, self.down(z)
+        if not self.unpacks(x.shape[1]):
+            z = self.activations(x)
+            return z, self.down(z)
+        z = self._activation([linear.unpacked(m, x) for m in self._inputs()])
+        return z, linear.unpacked(self.down, z)
+
+    @property
+    def packed(self) -> bool:
+        """Whether any of its weights can be dequantised first."""
+        return any(linear.is_packed(m) for m in self.projections())
+
+    def unpacks(self, tokens: int) -> bool:
+        """Whether packed weights are dequantised first for so many tokens."""
+        return 0 < self.unpack <= tokens
 
     def down_norms(self) -> mx.array:
         """Norm of each neuron's down column (f,), float32, LoRA included.
@@ -199,11 +215,12 @@ class GatedFFN:
         x: (M, n, d), neurons: (M, K) -> (M, n, d).
         """
         down = Down(self.down, x.dtype, self.strategy, self._stored)
+        unpack = self.unpacks(x.shape[0] * x.shape[1])
         out: list[mx.array] = []
         for i, (block, kept) in enumerate(zip(x, neurons)):
             if out:  # one block's gathered weights at a time, whatever the scheduler
                 kept = mx.depends([kept], [out[-1]])[0]
-            z = self.kept_activations(block, kept)
+            z = self.kept_activations(block, kept, unpack)
             if guess is not None:
                 z = z - guess.phi[i] @ mx.take(guess.u, kept, axis=0).T.astype(z.dtype)
             out.append(down(z, kept))
@@ -212,7 +229,10 @@ class GatedFFN:
             y = y + guess.phi @ self._guessed(guess.u, x.dtype)
         return down.whole(y)
 
-    def kept_activations(self, x: mx.array, neurons: mx.array) -> mx.array:
+    def kept_activations(
+        self, x: mx.array, neurons: mx.array, unpack: bool = False
+    ) -> mx.array:
         """Activations of chosen neurons. x: (n, d), neurons: (K,) -> (n, K)."""
         chosen = self.order(neurons, self.shape[1])
-        return self._activation([linear.rows(m, x, chosen) for m in self._inputs()])
+        inputs = self._inputs()
+        return self._activation([linear.rows(m, x, chosen, unpack) for m in inputs])

@@ -49,6 +49,12 @@ def shape(linear: nn.Module) -> tuple[int, int]:
     return out, width * 32 // base.bits if packed else width
 
 
+def is_packed(linear: nn.Module) -> bool:
+    """Whether unpacked() does anything for it."""
+    base, _ = unwrapped(linear)
+    return type(base) in PACKED and not unsupported(linear)
+
+
 def is_matrix(module: nn.Module) -> bool:
     """Whether this is a projection: no convolution, no table, no experts."""
     return isinstance(module, (*FLOAT, *PACKED))
@@ -91,15 +97,22 @@ def dequantized(base: nn.Module, dtype: mx.Dtype) -> mx.array:
     """The float weight (out, in) of an unwrapped projection."""
     if type(base) not in PACKED:
         return base.weight
-    return mx.dequantize(
-        base.weight,
-        scales=base.scales,
-        biases=base.get("biases"),
-        group_size=base.group_size,
-        bits=base.bits,
-        mode=base.mode,
-        dtype=dtype,
-    )
+    return _dequantize(base, base.weight, base.scales, base.get("biases"), dtype)
+
+
+def _dequantize(
+    base: Any,
+    weight: mx.array,
+    scales: mx.array,
+    biases: Optional[mx.array],
+    dtype: mx.Dtype,
+) -> mx.array:
+    """Rows as they are packed in ``base``, as floats."""
+    return mx.dequantize(weight, scales, biases, **_packing(base), dtype=dtype)
+
+
+def _packing(base: Any) -> dict[str, Any]:
+    return {"group_size": base.group_size, "bits": base.bits, "mode": base.mode}
 
 
 def matrix(linear: nn.Module) -> mx.array:
@@ -114,24 +127,45 @@ def column_norms(linear: nn.Module) -> mx.array:
     return mx.sqrt(mx.sum(mx.square(matrix(linear)), axis=0))
 
 
-def rows(linear: nn.Module, x: mx.array, chosen: mx.array) -> mx.array:
-    """``linear(x)[..., chosen]`` without the other outputs. x: (n, d), chosen: (K,) -> (n, K)."""
+def unpacked(linear: nn.Module, x: mx.array) -> mx.array:
+    """``linear(x)``, a packed weight dequantised first: one float GEMM. x: (..., in) -> (..., out).
+
+    A quantised product over many rows dequantises the same tile many times. The weight waits for x, so
+    that the float copies of different layers never exist together.
+    """
+    base, lora = unwrapped(linear)
+    if not is_packed(linear):
+        own: mx.array = linear(x)
+        return own
+    packed = mx.depends([base.weight], [x])[0]
+    y = x @ _dequantize(base, packed, base.scales, base.get("biases"), x.dtype).T
+    y = summed(base, y)
+    if "bias" in base:
+        y = y + base.bias
+    if lora is not None:
+        y = y + (lora.scale * ((x @ lora.lora_a) @ lora.lora_b)).astype(x.dtype)
+    return y
+
+
+def rows(
+    linear: nn.Module, x: mx.array, chosen: mx.array, unpack: bool = False
+) -> mx.array:
+    """``linear(x)[..., chosen]`` without the other outputs. x: (n, d), chosen: (K,) -> (n, K).
+
+    unpack: Dequantise packed rows first: one float GEMM.
+    """
     if type(linear) is LoRALinear:
         z = (x @ linear.lora_a) @ mx.take(linear.lora_b, chosen, axis=1)
-        return rows(linear.linear, x, chosen) + (linear.scale * z).astype(x.dtype)
+        y = rows(linear.linear, x, chosen, unpack)
+        return y + (linear.scale * z).astype(x.dtype)
     weight = mx.take(linear.weight, chosen, axis=0)
     if type(linear) in PACKED:
-        biases = linear.get("biases")
-        y = mx.quantized_matmul(
-            x,
-            weight,
-            scales=mx.take(linear.scales, chosen, axis=0),
-            biases=None if biases is None else mx.take(biases, chosen, axis=0),
-            transpose=True,
-            group_size=linear.group_size,
-            bits=linear.bits,
-            mode=linear.mode,
-        )
+        scales, biases = mx.take(linear.scales, chosen, axis=0), linear.get("biases")
+        biases = None if biases is None else mx.take(biases, chosen, axis=0)
+        if unpack:
+            y = x @ _dequantize(linear, weight, scales, biases, x.dtype).T
+        else:
+            y = mx.quantized_matmul(x, weight, scales, biases, True, **_packing(linear))
     else:
         y = x @ weight.T
     return y + mx.take(linear.bias, chosen) if "bias" in linear else y

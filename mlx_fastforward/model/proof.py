@@ -34,10 +34,10 @@ class Reach(NamedTuple):
     odd: Optional[str]
 
 
-def reach(model: nn.Module, strategy: str = "chunk") -> Reach:
+def reach(model: nn.Module) -> Reach:
     """Find and prove a model's FFNs; raises UnsupportedModel."""
     found = found_ffns(model)
-    ffns = _proven(found, strategy)
+    ffns = _proven(found)
     proven = {id(ffn.mlp) for ffn in ffns}
     flops = [_flops(f) for f in found]
     within = sum(n for n, f in zip(flops, found) if id(f.module) in proven)
@@ -64,7 +64,7 @@ def _odd(found: list[Found]) -> Optional[str]:
     return f"FFNs whose neurons do not work each by itself: {len(found)} ({names})"
 
 
-def _proven(found: list[Found], strategy: str) -> list[GatedFFN]:
+def _proven(found: list[Found]) -> list[GatedFFN]:
     """One proof for all modules of a class that have the same settings."""
     known: dict[str, Optional[Order]] = {}
     ffns = []
@@ -72,7 +72,7 @@ def _proven(found: list[Found], strategy: str) -> list[GatedFFN]:
         if (kind := _kind(f.module)) not in known:
             known[kind] = order_of(f.module, f.layout)
         if (order := known[kind]) is not None:
-            ffns.append(GatedFFN(f.module, f.layout, order, strategy, f.layer))
+            ffns.append(GatedFFN(f.module, f.layout, order, layer=f.layer))
     return ffns
 
 
