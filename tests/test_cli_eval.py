@@ -230,7 +230,7 @@ def test_save_keeps_what_auto_goes_by(
     assert line.startswith("nothing to verify: prompts of fewer than 512 tokens")
     net = models.tiny("llama", vocab=4096)
     tiny = models.save_folder(net, tmp_path / "m", max_position_embeddings=700)
-    monkeypatch.setattr(eval_save, "SEQUENCES", 2)
+    monkeypatch.setattr(eval_save, "SEQUENCES", 1)
     monkeypatch.setattr(verify, "SPARSITIES", (0.5, 0.7))
     said = good("eval", "--save", "--model", tiny, "--prompts", 1)
     (folder,) = (tmp_path / "home" / "predictors").iterdir()
