@@ -161,7 +161,7 @@ def train(
                 _dry_run(run, console, reads)
                 return
             if new and minutes:
-                _enough(run, reads)
+                _enough(run, reads * 2 // DOCUMENTS)  # two are read however late
             start = time.perf_counter()
             try:
                 report = run()
