@@ -236,6 +236,13 @@ def test_auto_takes_the_largest_that_passes(
         resolved("most", predictor)
 
 
+@pytest.mark.parametrize("questions, wanted", [(7, 0.5), (20, 0.7)])
+def test_few_facts_prove_no_more_than_the_usual(questions: int, wanted: float) -> None:
+    table = [row(s, 0.001, 0.9) for s in (0.3, 0.5, 0.7)]
+    details = {"verified": {"rows": table, "questions": questions}}
+    assert chosen(details)[0] == wanted
+
+
 @pytest.mark.parametrize("neurons, wanted", [(8192, 64), (1024, 64), (128, 8), (8, 1)])
 def test_steps(neurons: int, wanted: int) -> None:
     assert step(neurons) == wanted

@@ -9,6 +9,7 @@ AUTO = "auto"
 USUAL = 0.5  # where nothing was verified
 # What may be lost: KL in nats per token of prose that goes on, and share of planted facts.
 MOST_KL, MOST_FACTS = 0.01, 0.03
+ENOUGH = 20  # facts, for more than the usual sparsity
 UNVERIFIED = "not verified for this model: mlx_fastforward train, or eval --save"
 
 
@@ -52,9 +53,16 @@ def better_than_none(details: dict[str, Any]) -> bool:
     return bool(own[0]["kl"] <= without["kl"] and lost <= MOST_FACTS + 1e-9)
 
 
+def _few(details: dict[str, Any]) -> bool:
+    questions = details.get("verified", {}).get("questions") if rows(details) else None
+    return isinstance(questions, int) and questions < ENOUGH
+
+
 def chosen(details: dict[str, Any]) -> tuple[float, str]:
     """The largest sparsity that passes with all below it, and why, in a few words."""
     table = rows(details)
+    if _few(details):  # a few facts cannot tell more sparsity from luck
+        table = [r for r in table if r["sparsity"] <= USUAL]
     if not table:
         return USUAL, UNVERIFIED
     best = None
