@@ -191,9 +191,8 @@ def resumed(
 def _sparse_model(base: type) -> type:
     names = list(inspect.signature(base.__call__).parameters)[1:]
 
-    @functools.wraps(
-        base.__call__
-    )  # mlx-lm looks for input_embeddings in the signature
+    # mlx-lm looks for input_embeddings in the signature
+    @functools.wraps(base.__call__)
     def call(self: Any, *args: Any, **kwargs: Any) -> Any:
         attached = self._fastforward
         if attached.enabled and not self.training:

@@ -252,6 +252,13 @@ class Engine:
         products = [ffn.products for ffn in self.ffns]
         count_call(count, (batch, new), plan, *parts, skipping, products)
 
+    def counted(self, tokens: int) -> FlopCount:
+        """The FFN FLOPs of a prompt."""
+        count = FlopCount()
+        for new, plan in self.plans(tokens):
+            self.count(count, 1, new, plan)
+        return count
+
     def drop_unsupported(self) -> None:
         """Keep layers dense whose projections cannot be sliced, and say so once."""
         reasons = [k and ffn.unsupported() for k, ffn in zip(self.keep, self.ffns)]

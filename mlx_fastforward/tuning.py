@@ -10,7 +10,7 @@ rounding. Attention is measured the same way: all queries of a chunk at once, as
 import math
 import time
 from dataclasses import dataclass, replace
-from typing import Callable, Optional
+from typing import Callable
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -206,7 +206,7 @@ def chunk_seconds(engine: Engine) -> float:
     """About what one dense FFN takes over a chunk, from a sixteenth of it."""
     few = CHUNK // 16
     x, ffn = _inputs(engine)[:, :few], engine.ffns[sparse_layer(engine)]
-    found = interleaved({0: lambda: ffn.activations_and_output(x)[1]}, 1)
+    found = interleaved({0: lambda: ffn.activations_and_output(x)[1]}, 3)
     return found[0] * CHUNK / few
 
 

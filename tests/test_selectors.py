@@ -11,7 +11,6 @@ from hypothesis import strategies as st
 from mlx_lm.models import gemma2
 from reference import float32, float64
 
-from mlx_fastforward.model.ffn import GatedFFN
 from mlx_fastforward.model.proof import ffn_of
 from mlx_fastforward.neurons import selectors
 from mlx_fastforward.neurons.predictor import PredictorWeights, parts

@@ -14,7 +14,6 @@ import numpy as np
 import pytest
 from mlx_lm import server
 from mlx_lm.models.cache import CacheList, KVCache, make_prompt_cache
-from mlx_lm.utils import load
 from models import demo_tokenizer, token_ids
 
 import mlx_fastforward as ff

@@ -98,9 +98,8 @@ def fit(
         n = min(max(1, n + (step or (1 if got < length else -1))), len(prose))
     near = range(max(1, n - 30), min(len(prose), n + 30) + 1)
     near_first = sorted(near, key=lambda c: (not _between_words(prose, c), abs(c - n)))
-    for drop in range(
-        12
-    ):  # a cut may skip over ``length``: one begun elsewhere will not
+    # a cut may skip over ``length``: one begun elsewhere will not
+    for drop in range(12):
         for cut in near_first:
             got = count(text := make(cut, drop))
             if got == length:

@@ -24,7 +24,7 @@ from ...model.families import (
     prefilled,
 )
 from ...model.proof import reach
-from ...tokens.flops import FlopCount, ideal_speedup
+from ...tokens.flops import ideal_speedup
 from ...tokens.plan import CHUNK
 
 DECODED = 16  # tokens after the first, for the decoding speed
@@ -133,12 +133,9 @@ def measure(
 
 def ideal(model: nn.Module, engine: Engine, tokens: int) -> float:
     """The speed-up that the FLOPs of a prompt allow."""
-    count = FlopCount()
-    for new, plan in engine.plans(tokens):
-        engine.count(count, 1, new, plan)
     heads, n = Heads.of(model, engine.shapes[0][0]), engine.ffns[0].share[1]
     heads = replace(heads, queries=heads.queries // n, keys=heads.keys // n)
-    return ideal_speedup(mixers(model), heads, tokens, count)
+    return ideal_speedup(mixers(model), heads, tokens, engine.counted(tokens))
 
 
 def ffn_seconds(model: nn.Module, tokens: int) -> float:

@@ -76,9 +76,9 @@ ARMS = {
         for s in (0.3, 0.5)
         for name, kind in (("with", "auto"), ("without", "none"))
     ],
-    # Without compensator and with equal budgets: what differs is who chooses.
+    # Without compensator and with the same budgets: what differs is who chooses.
     Ablation.predictors: [
-        arm(name, selector=name, compensator="none", schedule="uniform")
+        arm(name, selector=name, compensator="none", schedule="measured")
         for name in ("trained", "probe", "first-block", "oracle")
     ]
     + [arm("trained + all of the file", selector="trained")],

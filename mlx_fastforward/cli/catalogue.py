@@ -2,7 +2,7 @@
 
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, Iterator
+from typing import Iterator
 
 from .. import demo
 from ..errors import FastForwardError, LoadProblem, brief, printable
@@ -49,6 +49,7 @@ def described(name: str, folder: Path) -> Iterator[str]:
     from mlx_lm.utils import load_model
 
     from ..hub import problems
+    from ..model.families import kv_bytes
     from ..predictors.base import BaseModel
     from ..predictors.search import predictor_for
     from ..predictors.verified import resolved
@@ -66,16 +67,8 @@ def described(name: str, folder: Path) -> Iterator[str]:
     share, why = resolved("auto", predictor)
     yield f"{kind}; sparsity {share:.0%}" + (f" ({why})" if why else "")
     weights = sum(f.stat().st_size for f in folder.glob("model*.safetensors"))
-    cache = kv_bytes(net, base) * CONTEXT
+    cache = kv_bytes(net, base.hidden_size, CONTEXT)
     yield (
         f"memory: about {(weights + cache) / 1e9:.2f} GB, weights {weights / 1e9:.2f} and "
         f"{cache / 1e9:.2f} for {CONTEXT:,} tokens"
     )
-
-
-def kv_bytes(net: Any, base: Any) -> int:
-    """Of keys and values per token, in 16 bits."""
-    from ..model.families import Heads
-
-    heads = Heads.of(net, base.hidden_size)
-    return 2 * 2 * base.layers * heads.keys * heads.size

@@ -12,7 +12,7 @@ from ..errors import brief
 from .first_use import least, tune_first
 from .inputs import sampling
 from .lengths import check_bytes, check_tokens, patiently
-from .outputs import status_line
+from .outputs import prefill_line, status_line
 from .terminal import prefill_progress, show_compared
 
 
@@ -41,9 +41,8 @@ class Chat:
         self.bar = self.interactive  # while a long prompt is read
         self.console = Console(highlight=False, soft_wrap=not self.interactive)
         self.failed = False
-        self.heal: Optional[Any] = (
-            None  # makes an approximate cache whole, while nobody waits
-        )
+        # makes an approximate cache whole, while nobody waits
+        self.heal: Optional[Any] = None
 
     @property
     def engine(self) -> Any:
@@ -224,18 +223,6 @@ def banner(chat: Chat) -> None:
     from .. import demo
 
     engine = chat.engine
-    mode = "dense (stock mlx-lm)"
-    if engine.device.unpack:
-        mode = "dense, packed weights dequantised first"
-    if engine.device.dense and engine.config.sparsity:
-        mode += ", the fastest on this device; --no-tune runs sparsely"
-    if engine.sparse:
-        mode = f"{engine.settings()['sparsity']:.0%} of FFN neurons dropped per "
-        mode += f"{engine.block_size} tokens, selector {engine.selector.name}"
-        if skip := engine.config.prune_tokens:
-            mode += f"; {skip:.0%} of the tokens skip FFNs"
-        if engine.share < 1:
-            mode += f"; within reach: {engine.share:.0%} of the FFN FLOPs"
     chat.console.print(Text("mlx_fastforward chat", style="bold"))
     if chat.model == "demo":
         chat.console.print(
@@ -246,7 +233,7 @@ def banner(chat: Chat) -> None:
             chat.note(f"A document to ask it about: /file {demo.DOCUMENT}")
     else:
         chat.console.print(Text(f"model    {chat.model}"))
-    chat.console.print(Text(f"prefill  {mode}"))
+    chat.console.print(Text(f"prefill  {prefill_line(engine)}"))
     if (speculative := chat.session.speculative) is not None:
         after = "; the rest follows while you read" if chat.heal is not None else ""
         chat.console.print(Text(f"         {speculative.describe()}{after}"))

@@ -151,17 +151,14 @@ def _memory(net: Any, engine: Any, tokens: int) -> str:
     """Weights, KV cache and what sparse prefill adds, against what there is."""
     import mlx.core as mx
     from mlx.utils import tree_flatten
-    from mlx_lm.models.cache import make_prompt_cache
 
     from ..bench.machine import memory_gb
-    from ..model.families import Heads, float_dtype
+    from ..model.families import float_dtype, kv_bytes
 
     size, (d, f) = float_dtype(net).size, max(engine.shapes)
-    heads = Heads.of(net, d)
     arrays: Any = tree_flatten(net.parameters())
     weights = sum(a.nbytes for _, a in arrays)
-    windows = [getattr(c, "max_size", tokens) for c in make_prompt_cache(net)]
-    kv = sum(min(tokens, w) for w in windows) * 2 * heads.keys * heads.size * size
+    kv = kv_bytes(net, d, tokens)
     more = 2 * d * f * size if engine.sparse else 0  # gather.py: two float copies
     need = (weights + kv + more) / 1e9
     limit = mx.device_info().get("max_recommended_working_set_size")

@@ -73,11 +73,10 @@ def save_verified(
 
 def _curves(net: Any, tokenizer: Any, predictor: Any, tick: Any) -> Any:
     """Of bundled text and chats; None where the model's context is too short for any."""
-    from ..model.families import context_length
     from ..train.curves import Meter
-    from ..train.data import Sequences, open_corpus
+    from ..train.data import Sequences, open_corpus, usual_length
 
-    length = min(1920, context_length(net) or 1920)
+    length = usual_length(net)
     held = Sequences(open_corpus(None), tokenizer, length, 0, held_out=True)
     meter, costs, done = Meter(net, predictor), [], 0
     total = SEQUENCES * len(meter.trials)

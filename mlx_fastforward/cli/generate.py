@@ -295,9 +295,8 @@ def _run(
     except KeyboardInterrupt:
         print(file=sys.stderr)
         raise typer.Exit(130) from None
-    except (
-        ValueError
-    ) as e:  # mlx-lm's own refusals, e.g. an untrimmable cache with a draft model
+    # mlx-lm's own refusals, e.g. an untrimmable cache with a draft model
+    except ValueError as e:
         fail(str(e))
     assert last is not None
     if json_output:

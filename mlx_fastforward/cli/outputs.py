@@ -27,6 +27,24 @@ def status_line(r: Any, why: Optional[str] = None) -> str:
     )
 
 
+def prefill_line(engine: Any) -> str:
+    """What a long prompt gets, for banners."""
+    if not engine.sparse:
+        line = "dense (stock mlx-lm)"
+        if engine.device.unpack:
+            line = "dense, packed weights dequantised first"
+        if engine.device.dense and engine.config.sparsity:
+            line += ", the fastest on this device; --no-tune runs sparsely"
+        return line
+    line = f"{engine.settings()['sparsity']:.0%} of FFN neurons dropped per "
+    line += f"{engine.block_size} tokens, selector {engine.selector.name}"
+    if skip := engine.config.prune_tokens:
+        line += f"; {skip:.0%} of the tokens skip FFNs"
+    if engine.share < 1:
+        line += f"; within reach: {engine.share:.0%} of the FFN FLOPs"
+    return line
+
+
 def check_files(json_file: Optional[Path], png: Optional[Path]) -> None:
     """Better before the measuring than after it."""
     if png and png.suffix.lower() != ".png":

@@ -20,6 +20,7 @@ from .errors import fail, one_line_errors
 from .first_use import tune_first
 from .inputs import sparsity_of
 from .models import checked_name
+from .outputs import prefill_line
 
 EXAMPLES = """\
 Examples:
@@ -258,17 +259,12 @@ def banner(args: argparse.Namespace, provider: Any, port: int) -> str:
 
     engine = engine_of(provider.model)
     assert engine is not None
-    mode = "dense (stock mlx-lm)"
-    if engine.device.dense:
-        mode += ", the fastest on this device; --no-tune runs sparsely"
-    if engine.sparse:
-        mode = f"{engine.config.sparsity:.0%} of FFN neurons dropped per {engine.block_size} tokens"
-        mode += f", selector {engine.selector.name}"
     host = f"[{args.host}]" if ":" in args.host else args.host
     lines = [
         "mlx_fastforward serve",
         f"model    {args.model}",
-        f"prefill  {mode}" + (f" ({engine.chosen})" if engine.chosen else ""),
+        f"prefill  {prefill_line(engine)}"
+        + (f" ({engine.chosen})" if engine.chosen else ""),
         f"url      http://{host}:{port}",
     ]
     if engine.predictor is not None:

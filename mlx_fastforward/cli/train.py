@@ -26,7 +26,6 @@ PREDICTORS = ("token-wise", "pooled")
 SCORES = ("relative", "weighted", "plain")
 COMPENSATORS = ("low-rank", "mlp", "none")
 LEAST = 4096  # tokens
-LENGTH = 1920  # of a sequence
 
 
 def train(
@@ -107,11 +106,10 @@ def train(
         check_choice("--compensator", compensator, COMPENSATORS)
         from ..attachment import detach
         from ..bench.eval.verify import tokens_read
-        from ..model.families import context_length
         from ..predictors.base import BaseModel
         from ..predictors.file import JSON_NAME
         from ..predictors.search import default_folder
-        from ..train.data import Sequences, open_corpus
+        from ..train.data import Sequences, open_corpus, usual_length
         from ..train.run import WORK, Run
         from ..train.state import Settings, forget
 
@@ -121,7 +119,7 @@ def train(
         )
         detach(net)
         check_lengths_of("--length", [length or 0], net)
-        length = length or min(LENGTH, context_length(net) or LENGTH)
+        length = length or usual_length(net)
         name = public_name(model)
         base = BaseModel.of(net, name)
         out = expanded(out or default_folder(base))

@@ -236,3 +236,11 @@ def context_length(model: nn.Module) -> int | None:
     args: Any = getattr(model, "args", None)
     length = _setting(args, "max_position_embeddings")
     return length or _setting(_config(model), "max_position_embeddings")
+
+
+def kv_bytes(model: nn.Module, hidden: int, tokens: int) -> int:
+    """Of keys and values: windows hold no more than theirs, linear attention holds none."""
+    heads = Heads.of(model, hidden)
+    held = [c for c in parts(make_prompt_cache(model)) if hasattr(c, "keys")]
+    rows = sum(min(tokens, getattr(c, "max_size", tokens)) for c in held)
+    return rows * 2 * heads.keys * heads.size * float_dtype(model).size

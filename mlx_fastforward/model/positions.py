@@ -55,9 +55,8 @@ class CompactKVCache:
         self.offset = start + self.inner.offset  # the place of the next token
         self.runs: list[Run] = [(start, self.offset)] if self.inner.offset else []
         self.coming: Optional[list[Run]] = None  # of the next call; None: at the end
-        if isinstance(
-            self.inner, QuantizedKVCache
-        ):  # mlx-lm's attention asks for these
+        # mlx-lm's attention asks for these
+        if isinstance(self.inner, QuantizedKVCache):
             self.bits, self.group_size = self.inner.bits, self.inner.group_size
 
     def expect(self, runs: list[Run]) -> None:

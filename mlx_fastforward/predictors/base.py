@@ -8,7 +8,6 @@ import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
 
-from ..errors import PredictorError
 from ..model.families import layer_norm_weights
 from ..model.proof import reach
 

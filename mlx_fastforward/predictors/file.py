@@ -395,9 +395,8 @@ def save_predictor(
             mark = sha256(Path(tmp, TENSORS_NAME))
             text = json.dumps({"format": FORMAT, **info, "sha256": mark}, indent=2)
             Path(tmp, JSON_NAME).write_text(text + "\n", encoding="utf-8")
-            (path / JSON_NAME).unlink(
-                missing_ok=True
-            )  # never old JSON with new weights
+            # never old JSON with new weights
+            (path / JSON_NAME).unlink(missing_ok=True)
             for name in (TENSORS_NAME, JSON_NAME):
                 os.replace(f"{tmp}/{name}", path / name)
     except BaseException:

@@ -19,11 +19,15 @@ def rows(details: dict[str, Any]) -> list[dict[str, Any]]:
     Args:
         details: A predictor file's JSON.
     """
-    section = details.get("verified")
-    found = section.get("rows") if isinstance(section, dict) else None
+    found = _section(details).get("rows")
     found = found if isinstance(found, list) else []
     good = [r for r in found if isinstance(r, dict) and _complete(r)]
     return sorted(good, key=lambda r: r["sparsity"])
+
+
+def _section(details: dict[str, Any]) -> dict[str, Any]:
+    found = details.get("verified")
+    return found if isinstance(found, dict) else {}
 
 
 def _complete(row: dict[str, Any]) -> bool:
@@ -44,8 +48,7 @@ def better_than_none(details: dict[str, Any]) -> bool:
 
     Without a comparison it is.
     """
-    section = details.get("verified")
-    without = section.get("without") if isinstance(section, dict) else None
+    without = _section(details).get("without")
     own = [r for r in rows(details) if r["sparsity"] == USUAL]
     if not own or not isinstance(without, dict) or not _complete(without):
         return True
@@ -54,7 +57,7 @@ def better_than_none(details: dict[str, Any]) -> bool:
 
 
 def _few(details: dict[str, Any]) -> bool:
-    questions = details.get("verified", {}).get("questions") if rows(details) else None
+    questions = _section(details).get("questions")
     return isinstance(questions, int) and questions < ENOUGH
 
 

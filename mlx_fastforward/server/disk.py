@@ -80,9 +80,8 @@ class DiskCache:
 
     def __init__(self, folder: Path, most_bytes: int):
         self.folder = expanded(folder)
-        self.folder.mkdir(
-            parents=True, exist_ok=True, mode=0o700
-        )  # prompts are private
+        # prompts are private
+        self.folder.mkdir(parents=True, exist_ok=True, mode=0o700)
         self.most_bytes = most_bytes
         self.lock = threading.Lock()
         self.entries: dict[Path, Entry] = {}

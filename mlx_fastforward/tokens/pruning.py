@@ -11,9 +11,8 @@ import mlx.core as mx
 
 from .plan import Plan, cut
 
-FIRST = (
-    1  # the first layer's FFN makes of a token what the others work on: nobody skips it
-)
+# The first layer's FFN makes of a token what the others work on: nobody skips it
+FIRST = 1
 
 
 @dataclass(frozen=True)

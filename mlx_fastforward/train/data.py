@@ -14,10 +14,12 @@ from pathlib import Path
 from typing import Any, BinaryIO, Callable, Optional
 
 import mlx.core as mx
+import mlx.nn as nn
 
 from ..errors import FastForwardError
 from ..files import expanded
 from ..hub import download, looks_like_a_repository
+from ..model.families import context_length
 from .facts import CODE, NAMES, QUOTE, WORD, WORDS, asked, planted
 
 BUNDLED = Path(__file__).parent / "data" / "calibration.txt"
@@ -40,6 +42,12 @@ HELD_SHARE = 20  # one passage in so many is held out
 BYTES_PER_TOKEN = 6  # read rather too much than too little
 USUAL_BYTES_PER_TOKEN = 4
 PASSES = 4  # that a run makes over a text, at most
+LENGTH = 1920  # tokens of a sequence, where the model allows
+
+
+def usual_length(model: nn.Module) -> int:
+    """Tokens of a sequence for a model."""
+    return min(LENGTH, context_length(model) or LENGTH)
 
 
 class DataError(FastForwardError, ValueError):

@@ -13,6 +13,7 @@ from ..errors import PredictorError
 from ..files import replace, write_text
 from ..predictors.file import LOW_RANK, TOKENWISE
 from ..predictors.tensors import write_tensors
+from .data import LENGTH
 
 HELD_OUT = 10  # sequences to judge on
 
@@ -35,7 +36,7 @@ class Settings:
     """
 
     tokens: int = 400_000
-    length: int = 1920
+    length: int = LENGTH
     minutes: float = 0.0
     steps: int = 4000
     block_size: int = 128
