@@ -3,7 +3,8 @@
 python -m mlx_fastforward.bench.studies.serve_load --requests 100 --clients 8
 
 Every request is asked twice: alone, in a row, of a fresh server, and by all clients at once of another. Each
-prompt is its own, after one of two system prompts; greedy answers must be the same.
+prompt is its own, after one of two system prompts or none; greedy answers must be the same. Short prompts are more
+frequent than long ones. One that differs is asked once more, alone and of an empty cache: how near was another token?
 """
 
 import json
@@ -72,6 +73,17 @@ class Server:
         deltas = [c["choices"][0]["delta"].get("content") or "" for c in lines]
         return "".join(deltas), lines[-1]["fastforward"]
 
+    def gap(self, body: dict[str, Any]) -> tuple[str, float]:
+        """The answer of an empty cache, and the least difference of its two best log-probabilities."""
+        more = {"stream": False, "cache_prompt": False, "logprobs": True}
+        raw = json.dumps({**body, **more, "top_logprobs": 2}).encode()
+        url = f"{self.url}/v1/chat/completions"
+        with urllib.request.urlopen(urllib.request.Request(url, raw)) as response:
+            (choice,) = json.load(response)["choices"]
+        tops = [t["top_logprobs"] for t in choice["logprobs"]["content"]]
+        gaps = [abs(a["logprob"] - b["logprob"]) for a, b in tops]
+        return choice["message"]["content"] or "", min(gaps)
+
     def memory(self) -> float:
         """Resident, in MB."""
         out = subprocess.run(
@@ -91,7 +103,9 @@ def requests(n: int, characters: int, seed: int) -> list[dict[str, Any]]:
     for i in range(n):
         name, code = rng.choice(NAMES), rng.randrange(1000, 9999)
         fact = f"The secret code of {name} is {code}. "
-        before, after = filler(rng, rng.randrange(characters)), filler(rng, 300)
+        before, after = filler(rng, int(characters * rng.random() ** 2)), filler(
+            rng, 300
+        )
         text = f"{i}. {before} {fact}{after}\n\nWhat is the secret code of {name}?"
         messages = [{"role": "user", "content": text}]
         if system := rng.choice(SYSTEMS):
@@ -160,6 +174,14 @@ def main(
         with ThreadPoolExecutor(clients) as pool:
             loaded = list(pool.map(ask, range(len(asked))))
         seconds = time.perf_counter() - start
+        for i, ((a, _), (b, _)) in enumerate(zip(serial, loaded)):
+            if a != b:
+                again, gap = server.gap(asked[i])
+                print(
+                    f"{i}: {a!r} alone, {b!r} in company, {again!r} of an empty cache,",
+                    end=" ",
+                )
+                print(f"least gap of two log-probabilities {gap:.2g}")
         server.close()
     report(f"{clients} clients", loaded)
     same = Counter(a == b for (a, _), (b, _) in zip(serial, loaded))[True]

@@ -45,11 +45,14 @@ class PromptCache(LRUPromptCache):
         if reading.fresh:
             reading.found(0, 0.0)
             return None, tokens
-        sparsities = {0.0, reading.sparsity}
-        at = max(sparsities, key=lambda at: self.reach((model, at), before))
+        sparsities = [0.0, reading.sparsity]
+        use = lambda at: reading.usable(self.reach((model, at), before), at)
+        at = max(sparsities, key=use)
         if self.disk is not None:
             at = self._from_disk(model, before, sparsities, at)
-        cache, _ = super().fetch_nearest_cache((model, at), before)
+        cache = None
+        if n := use(at):  # one token more: mlx-lm leaves the last one out
+            cache, _ = super().fetch_nearest_cache((model, at), before[: n + 1])
         if cache is None:
             reading.found(0, 0.0)
             return None, tokens
@@ -61,7 +64,7 @@ class PromptCache(LRUPromptCache):
         return list(cache), tokens[done:]
 
     def _from_disk(
-        self, model: Any, tokens: list[int], sparsities: set[float], at: float
+        self, model: Any, tokens: list[int], sparsities: list[float], at: float
     ) -> float:
         """Load what reaches further than memory does; returns where the nearest prefix is now."""
         assert self.disk is not None

@@ -6,7 +6,7 @@ from typing import Callable, Optional
 
 from mlx_lm.server import CompletionRequest
 
-from ..engine import Engine, Prompt
+from ..engine import EDGE, Engine, Prompt
 
 
 class ClientGone(ConnectionError):
@@ -76,6 +76,22 @@ class Reading:
     def sparsity(self) -> float:
         """What the sparse part is read at."""
         return 0.0 if self.engine is None else self.engine.config.sparsity
+
+    @property
+    def sparse(self) -> bool:
+        """Whether what follows the dense part is long enough to be read sparsely."""
+        if self.engine is None:
+            return False
+        return self.engine.prompt(self.total - self.dense).left is not None
+
+    def usable(self, cached: int, read_at: float) -> int:
+        """How many of these cached tokens to use.
+
+        A few beyond the dense part, which another's prompt happens to share, are read again: blocks
+        would begin where they end, and the answer would hang on who asked before.
+        """
+        few = self.dense < cached < self.dense + EDGE
+        return self.dense if few and (self.sparse or read_at) else cached
 
     def found(self, tokens: int, read_at: float) -> None:
         """So many tokens were cached."""
