@@ -107,6 +107,38 @@ def parser() -> argparse.ArgumentParser:
         action="store_true",
         help="Also read system prompt and tools sparsely, which every turn reuses",
     )
+    add(
+        "--prune-tokens",
+        type=float,
+        default=0.0,
+        help="Share of the tokens between a prompt's ends that skip FFNs, 0 to below 1 (default: 0)",
+    )
+    add = all_flags.add_argument_group(
+        "speculative prefill (approximate: part of the prompt is not read)"
+    ).add_argument
+    add(
+        "--prefill-draft",
+        help="A small model that says which tokens of a long prompt matter: folder or repository, or "
+        "'self'. Only those are read; not of requests with tools. Default: off",
+    )
+    add(
+        "--keep",
+        type=float,
+        default=0.5,
+        help="Share of a long prompt that is read, above 0 to 1 (default: 0.5)",
+    )
+    add(
+        "--prefill-threshold",
+        type=int,
+        default=8192,
+        help="Prompts of fewer new tokens are read whole (default: 8192)",
+    )
+    add(
+        "--heal",
+        action=argparse.BooleanOptionalAction,
+        default=True,
+        help="Read the rest of the last such prompt while nobody waits (default: on)",
+    )
     add = all_flags.add_argument_group("server").add_argument
     add(
         "--api-key",
@@ -159,8 +191,13 @@ def run(args: argparse.Namespace) -> None:
     from ..server.handler import Handler
     from ..server.prompts import PromptCache
     from ..server.provider import Provider
+    from .part_read import keep_config, refuse_beside, speculative
 
-    PrefillConfig(sparsity=resolved(args.sparsity, None)[0])
+    value, _ = resolved(args.sparsity, None)
+    PrefillConfig(sparsity=value, prune_tokens=args.prune_tokens)
+    keeping = keep_config(args.prefill_draft, args.keep, args.prefill_threshold)
+    if keeping is not None:
+        refuse_beside(**{"--draft-model": args.draft_model})
     logging.basicConfig(
         level=args.log_level, format="%(asctime)s - %(levelname)s - %(message)s"
     )
@@ -173,7 +210,8 @@ def run(args: argparse.Namespace) -> None:
         fail("serve runs on one machine; for several use mlx_lm.server.")
     server.maybe_set_recommended_wired_limit()
     tune = tune_for_long_prompts if not args.no_tune else lambda model: None
-    provider = Provider(args, tune)
+    reader = lambda net, tok: speculative(net, tok, args.prefill_draft, keeping)
+    provider = Provider(args, tune, reader)
     disk = disk_cache(args.cache_dir, args.cache_gb)
     prompts = PromptCache(args.prompt_cache_size, disk, provider.identity)
     generator = Generator(provider, prompts, args.sparse_prefix)
@@ -264,6 +302,8 @@ def banner(args: argparse.Namespace, provider: Any, port: int) -> str:
     if engine.sparse:
         mode = f"{engine.config.sparsity:.0%} of FFN neurons dropped per {engine.block_size} tokens"
         mode += f", selector {engine.selector.name}"
+    if engine.config.prune_tokens:
+        mode += f"; {engine.config.prune_tokens:.0%} of the tokens skip FFNs"
     host = f"[{args.host}]" if ":" in args.host else args.host
     lines = [
         "mlx_fastforward serve",
@@ -273,4 +313,6 @@ def banner(args: argparse.Namespace, provider: Any, port: int) -> str:
     ]
     if engine.predictor is not None:
         lines.insert(3, f"predictor {engine.predictor}")
+    if provider.reader is not None:
+        lines.insert(3, f"         {provider.reader.describe()}")
     return "\n".join(lines)

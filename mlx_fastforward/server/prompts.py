@@ -5,6 +5,7 @@ from typing import Any, Callable, Optional
 from mlx_lm.models.cache import LRUPromptCache, can_trim_prompt_cache
 
 from ..model.caches import counted
+from ..model.positions import is_whole
 from .batches import Kept
 from .disk import WORTH, DiskCache
 from .requests import Reading
@@ -13,7 +14,8 @@ from .requests import Reading
 class PromptCache(LRUPromptCache):
     """A dense prefix serves everybody, a sparse one only requests at its sparsity.
 
-    ``reading`` is the request in hand: the generation thread takes one at a time.
+    ``reading`` is the request in hand: the generation thread takes one at a time. ``partial`` is the
+    last prompt with gaps that was to be kept, and is not.
 
     Args:
         disk: Where prefixes outlive this process.
@@ -29,6 +31,7 @@ class PromptCache(LRUPromptCache):
         super().__init__(max_size)
         self.disk, self.identity = disk, identity
         self.reading: Optional[Reading] = None
+        self.partial: Optional[tuple[Any, list[int], list[Any]]] = None
 
     def in_hand(self) -> Reading:
         """What the generation thread is about to read."""
@@ -99,6 +102,9 @@ class PromptCache(LRUPromptCache):
         *,
         cache_type: str = "assistant",
     ) -> None:
+        if not is_whole(prompt_cache):  # approximate: nobody else's
+            self.partial = (model, list(tokens), prompt_cache)
+            return
         if isinstance(prompt_cache, Kept):
             at = prompt_cache.read_at
         else:  # served alone: the request in hand
