@@ -16,6 +16,7 @@ import typer
 
 from .. import demo
 from ..errors import ConfigError
+from .disk_cache import disk_cache
 from .errors import fail, one_line_errors
 from .first_use import tune_first
 from .inputs import sparsity_of
@@ -245,20 +246,6 @@ def patterns(given: Optional[list[str]]) -> list[str]:
         except re.error as e:
             raise ConfigError(f"--drop-line {pattern!r} is no pattern: {e}.") from None
     return list(DROPPED) if given is None else [p for p in given if p]
-
-
-def disk_cache(folder: Optional[Path], gb: float) -> Any:
-    """The folder of --cache-dir, None without one."""
-    from ..server.disk import DiskCache
-
-    if not gb > 0:
-        raise ConfigError(f"--cache-gb must be above 0, got {gb:g}.")
-    if folder is None:
-        return None
-    try:
-        return DiskCache(folder, int(gb * 1e9))
-    except OSError as e:
-        fail(f"--cache-dir {folder}: {e.strerror or e}.")
 
 
 def check_free(host: str, port: int) -> None:
