@@ -11,7 +11,14 @@ from typing import Any, Iterator, Optional
 import mlx.core as mx
 
 from .config import DeviceSettings, PrefillConfig
-from .model.caches import Cache, Memory, is_empty, memory_of, valid_tokens
+from .model.caches import (
+    Cache,
+    Memory,
+    cached_tokens,
+    is_empty,
+    memory_of,
+    valid_tokens,
+)
 from .model.ffn import Estimate, GatedFFN
 from .neurons.compensators import Compensator
 from .neurons.selectors import Selector, SelectorInputs, at_least_one, top_neurons
@@ -185,7 +192,9 @@ class Engine:
         elif after is None and new < self.shortest:
             plan = None
         else:
-            plan = self.plan(new, empty, after)
+            # states that count nothing are taken to be past the head
+            cached = 0 if empty else cached_tokens(cache) or self.edge
+            plan = self.plan(new, cached, after)
         if prompt is not None and after is not None:
             self.count(prompt.flops, batch, new, plan)
         if plan is None:
@@ -216,12 +225,12 @@ class Engine:
         unit = self.selector.unit(self.block_size)
         return survivors(plan, self.config.prune_tokens, self.block_size, unit)
 
-    def plan(self, new: int, empty: bool, after: Optional[int]) -> Optional[Plan]:
+    def plan(self, new: int, cached: int, after: Optional[int]) -> Optional[Plan]:
         """plan_call() under this engine's settings."""
         return plan_call(
             new,
             self.block_size,
-            cache_empty=empty,
+            cached=cached,
             edge=self.edge,
             tail=self.tail,
             after=after,
@@ -237,7 +246,7 @@ class Engine:
             new = min(CHUNK, tokens - 1 - done) or 1
             sparse = new > 1 and tokens >= self.shortest
             after = tokens - done - new
-            yield new, self.plan(new, done == 0, after) if sparse else None
+            yield new, self.plan(new, done, after) if sparse else None
             done += new
 
     def count(

@@ -2,6 +2,7 @@
 
 import contextlib
 import sys
+import time
 from dataclasses import replace
 from typing import Any, Iterator, Optional, Sequence
 
@@ -126,6 +127,7 @@ class Session:
         self.system_prompt = system_prompt
         self.template = template or {}
         self.speculative: Any = None  # a Speculative, where prompts are read in part
+        self.shelf: Any = None  # where prefixes outlive this process
         self.reset()
 
     def reset(self) -> None:
@@ -201,7 +203,10 @@ class Session:
     ) -> Iterator[Response]:
         """Stream what follows ``ids``; ``before`` is the answer so far, if they hold one."""
         said, reason, tokens = before or "", None, list(ids)
-        responses = self._stream(ids, self._reuse(ids), **kwargs)
+        start = time.perf_counter()
+        cached = self._reuse(ids)
+        seconds = time.perf_counter() - start if self.shelf is not None else 0.0
+        responses = self._stream(ids, cached, **kwargs)
         try:
             with contextlib.closing(responses):
                 whole = before is None and self.speculative is None
@@ -213,12 +218,14 @@ class Session:
                         r = replace(r, text=self._joined(ids, tokens, r.text))
                     said += r.text
                     reason = r.finish_reason
-                    yield r
+                    yield replace(r, ttft=r.ttft + seconds) if seconds else r
         finally:
             self._settle(tokens)
             if said or reason or before is not None:
                 self.messages.append({"role": "assistant", "content": said})
                 self.tokens, self.finished = tokens, reason == "stop"
+                if self.shelf is not None:
+                    self.shelf.put(self)
             else:  # stopped while reading: as if never asked
                 self.messages.pop()
 
@@ -290,6 +297,10 @@ class Session:
     def _reuse(self, ids: list[int]) -> int:
         """Cut the cache down to what it shares with ``ids``; returns how many tokens stay."""
         keep = min(common_prefix(self.cached, ids), len(ids) - 1)
+        if self.shelf is not None and (found := self.shelf.find(self, ids, keep)):
+            self.forget_cache()
+            self.cached, self.cache = found
+            keep = min(common_prefix(self.cached, ids), len(ids) - 1)
         surplus = len(self.cached) - keep
         if surplus and not can_trim_prompt_cache(self.cache):
             keep = self.checkpoints.back(self.cache, keep)

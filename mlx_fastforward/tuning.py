@@ -232,7 +232,7 @@ def _inputs(engine: Engine) -> mx.array:
 
 def _measured(trial: Engine, x: mx.array) -> Candidate:
     """One candidate over a chunk."""
-    plan = trial.plan(x.shape[1], empty=False, after=CHUNK)
+    plan = trial.plan(x.shape[1], cached=CHUNK, after=CHUNK)
     assert plan is not None
     device, own = trial.device, trial.ffns[sparse_layer(trial)]
     error = _error(trial, x[:, : max(plan.block_size, device.unpack)])
@@ -294,7 +294,7 @@ def _shortest(trial: Engine, x: mx.array, tick: Callable[[int], None]) -> int:
     """The least of LENGTHS, or a chunk, from which on a whole prompt's FFN is faster sparse."""
     dense = trial.ffns[sparse_layer(trial)]
     for i, length in enumerate(LENGTHS):
-        plan = trial.plan(length, empty=True, after=0)
+        plan = trial.plan(length, cached=0, after=0)
         if plan is not None:
             sparse, whole = _seconds(trial, plan, x[:, :length], dense)
             if sparse < MARGIN * whole:

@@ -12,7 +12,17 @@ import numpy as np
 import pytest
 from mlx_lm.generate import GenerationResponse
 from mlx_lm.models.cache import make_prompt_cache
-from models import BLOCK, FFN, logprobs, settings, tiny, token_ids
+from models import (
+    BLOCK,
+    FFN,
+    cached_arrays,
+    distance,
+    logprobs,
+    prefill,
+    settings,
+    tiny,
+    token_ids,
+)
 
 from mlx_fastforward import Response, attach, detach, stream_generate
 from mlx_fastforward.generation import encode_prompt
@@ -124,6 +134,25 @@ def test_ffn_sparsity_is_that_of_the_whole_prompt_and_of_no_other() -> None:
     assert sparsity(model) == pytest.approx(share, rel=1e-9)
     detach(model)
     assert sparsity(model) == 0.0
+
+
+@pytest.mark.parametrize("cached", [1, 3, 8, 12])
+def test_the_dense_head_is_what_a_cached_prefix_leaves_of_it(cached: int) -> None:
+    """The first 8 tokens of the text are dense, and what follows is cut as without a prefix."""
+    model, plain = tiny("llama"), tiny("llama")
+    attach(model, settings(selector="oracle"))
+    whole, cache = make_prompt_cache(model), make_prompt_cache(model)
+    responses(model, PROMPT, 1, prompt_cache=whole)
+    prefill(model, PROMPT[:cached], cache)  # too short to be sparse
+    responses(model, PROMPT[cached:], 1, prompt_cache=cache)
+    pairs = [*zip(cached_arrays(cache), cached_arrays(whole), strict=True)]
+    same = max(distance(a, b) for a, b in pairs) < 1e-5
+    assert same == (cached <= 8)  # beyond the head, blocks begin where the prefix ends
+    cache = make_prompt_cache(plain)
+    prefill(plain, PROMPT[:-1], cache)
+    dense = [a[:, :, :8] for a in cached_arrays(cache)]
+    head = [a[:, :, :8] for a in cached_arrays(whole)]
+    assert max(map(distance, head, dense)) < 1e-5
 
 
 @pytest.mark.parametrize("after", [0, 1, 3])

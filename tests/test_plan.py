@@ -30,9 +30,9 @@ AFTER = st.one_of(st.none(), st.just(0), st.integers(0, 100))
 
 
 @settings(max_examples=300)
-@given(st.integers(0, 400), FLAG, AFTER, SETTINGS)
+@given(st.integers(0, 400), st.integers(0, 60), AFTER, SETTINGS)
 def test_equal_blocks_fill_what_head_and_tail_leave(
-    new: int, empty: bool, after: Optional[int], given: dict[str, Any]
+    new: int, cached: int, after: Optional[int], given: dict[str, Any]
 ) -> None:
     """Of about the size asked for; what is left over is less than a unit per block.
 
@@ -41,8 +41,8 @@ def test_equal_blocks_fill_what_head_and_tail_leave(
     block, unit = given["block_size"], given["unit"]
     edge = given["edge"] or block
     end = given["tail"] or edge
-    plan = plan_call(new, cache_empty=empty, after=after, **given)
-    head = edge if empty and given["dense_head"] else 0
+    plan = plan_call(new, cached=cached, after=after, **given)
+    head = max(0, edge - cached) if given["dense_head"] else 0
     tail = max(0, end - (after or 0)) if given["dense_tail"] else 0
     room = new - head - tail
     short = after is None and new < min(block, edge) + edge + end
@@ -66,20 +66,21 @@ def test_equal_blocks_fill_what_head_and_tail_leave(
 
 def test_plans_by_hand() -> None:
     def plan(new: int, block: int, **more: Any) -> Optional[Plan]:
-        return plan_call(new, block, **{"cache_empty": True, **more})
+        return plan_call(new, block, **{"cached": 0, **more})
 
     assert plan(100, 16) == Plan(16, 4, 17, 16)
-    assert plan(100, 16, cache_empty=False) == Plan(0, 5, 16, 20)
+    assert plan(100, 16, cached=16) == Plan(0, 5, 16, 20)
+    assert plan(100, 16, cached=10) == Plan(6, 4, 19, 18)
     assert plan(100, 16, after=6) == Plan(16, 4, 18, 12)
     assert plan(100, 16, after=12) == Plan(16, 5, 16, 4)
-    assert plan(32, 16, cache_empty=False, after=0) == Plan(0, 1, 16, 16)
-    assert plan(16, 16, cache_empty=False, after=16) == Plan(0, 1, 16, 0)
+    assert plan(32, 16, cached=99, after=0) == Plan(0, 1, 16, 16)
+    assert plan(16, 16, cached=16, after=16) == Plan(0, 1, 16, 0)
     assert plan(100, 32, edge=8) == Plan(8, 3, 28, 8)
     assert plan(100, 32, edge=8, tail=20) == Plan(8, 2, 36, 20)
     assert plan(100, 32, edge=8, unit=8) == Plan(8, 2, 40, 12)
     assert plan(1900, 2048, edge=128) == Plan(128, 1, 1644, 128)
     assert plan(100, 16, dense_head=False, dense_tail=False) == Plan(0, 6, 16, 4)
-    assert plan(1, 16, cache_empty=False, after=40) is None
+    assert plan(1, 16, cached=99, after=40) is None
 
 
 @pytest.mark.parametrize(
@@ -90,7 +91,7 @@ def test_large_blocks_do_not_need_large_edges(block: int, edge: int, tail: int) 
     assert (engine.edge, engine.tail, engine.shortest) == (edge, tail, 2 * edge + tail)
     assert engine.on(DeviceSettings(block, shortest=700)).shortest == 700
     bare = PrefillConfig(block_size=16, dense_head=False, dense_tail=False)
-    assert replace(engine, config=bare).plan(100, True, None) == Plan(0, 6, 16, 4)
+    assert replace(engine, config=bare).plan(100, 0, None) == Plan(0, 6, 16, 4)
 
 
 @st.composite

@@ -274,7 +274,7 @@ def test_parts_and_units(block: int, tokens: int) -> None:
     assert block % parts(block) == 0
     for selector in (Trained([]), Probe(), FirstBlock(), Oracle()):
         new, edge, unit = tokens + 8 * block, min(block, 128), selector.unit(block)
-        plan = plan_call(new, block, cache_empty=True, edge=edge, unit=unit)
+        plan = plan_call(new, block, cached=0, edge=edge, unit=unit)
         assert plan is not None and plan.block_size % unit == 0
         if selector.probe_every:
             assert plan.block_size % selector.probe_every == 0

@@ -43,6 +43,10 @@ def test_wrong_flags(server: Server, tmp_path: Path) -> None:
     assert "sparsity must be at least 0" in bad(2, "serve", "--sparsity", "1")
     assert "unrecognized arguments: --spam" in bad(2, "serve", "--spam")
     assert "is no pattern" in bad(2, "serve", "--drop-line", "(")
+    assert "keep must be above 0" in bad(2, "serve", "--keep", "2")
+    assert "prune_tokens" in bad(2, "serve", "--prune-tokens", "1")
+    draft = ("--prefill-draft", "self", "--draft-model", "x")
+    assert "--draft-model does not go with" in bad(2, "serve", *draft)
     assert "try another --port" in bad(1, "serve", "--port", server.port)
     assert "holds no config.json" in bad(1, "serve", "--port", 0, "--model", tmp_path)
 
@@ -263,6 +267,8 @@ def test_curl(server: Server) -> None:
         ({"sparsity": "0.5"}, "400 sparsity must be a number"),
         ({"stop": [3]}, "400 stop must be"),
         ({"cache_prompt": 1}, "400 cache_prompt must be"),
+        ({"keep": 0}, "400 keep must be above 0"),
+        ({"keep": 0.5}, "400 keep needs a server that runs with --prefill-draft"),
         ({"max_tokens": 0}, "400 max_tokens must be at least 1"),
         ({"max_tokens": "5"}, "400 max_tokens must be of type int"),
         ({"temperature": -1}, "400 temperature"),

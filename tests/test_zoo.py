@@ -79,8 +79,8 @@ def apart(a: Run, b: Run) -> float:
 def by_hand(model: nn.Module, engine: Engine, ids: mx.array) -> Run:
     """The stock model, with each block's neurons chosen by the activations themselves."""
     plans: list[Plan] = []
-    for new, empty in ((FIRST, True), (SECOND, False)):
-        plan = engine.plan(new, empty, None)
+    for new, cached in ((FIRST, 0), (SECOND, FIRST)):
+        plan = engine.plan(new, cached, None)
         assert plan is not None and plan.blocks > 1
         plans.append(plan)
 

@@ -81,7 +81,7 @@ def pieces(
 
 def sparse_ffn(engine: Engine, x: mx.array) -> Callable[[], Any]:
     """A layer's FFN over a chunk in the middle of a prompt."""
-    plan = engine.plan(CHUNK, empty=False, after=CHUNK)
+    plan = engine.plan(CHUNK, cached=CHUNK, after=CHUNK)
     assert plan is not None
     call = engine.call(plan)
     return lambda: engine.forward(call, 0, x)

@@ -2,8 +2,9 @@
 
 python -m mlx_fastforward.bench.studies.serve_load --requests 100 --clients 8
 
-Every request is asked twice: alone, in a row, of a fresh server, and by all clients at once of another. Each
-prompt is its own, after one of two system prompts; greedy answers must be the same.
+Every request is asked twice: in a row of one server, and by all clients at once of another. Each
+prompt is its own, after one of two system prompts or none; greedy answers must be the same. Short prompts are more
+frequent than long ones. One that differs is asked once more, alone and of an empty cache: how near was another token?
 """
 
 import json
@@ -14,7 +15,6 @@ import sys
 import tempfile
 import time
 import urllib.request
-from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Annotated, Any, Optional
@@ -72,6 +72,17 @@ class Server:
         deltas = [c["choices"][0]["delta"].get("content") or "" for c in lines]
         return "".join(deltas), lines[-1]["fastforward"]
 
+    def gap(self, body: dict[str, Any]) -> tuple[str, float]:
+        """The answer of an empty cache, and the least difference of its two best log-probabilities."""
+        more = {"stream": False, "cache_prompt": False, "logprobs": True}
+        raw = json.dumps({**body, **more, "top_logprobs": 2}).encode()
+        url = f"{self.url}/v1/chat/completions"
+        with urllib.request.urlopen(urllib.request.Request(url, raw)) as response:
+            (choice,) = json.load(response)["choices"]
+        tops = [t["top_logprobs"] for t in choice["logprobs"]["content"]]
+        gaps = [abs(a["logprob"] - b["logprob"]) for a, b in tops]
+        return choice["message"]["content"] or "", min(gaps)
+
     def memory(self) -> float:
         """Resident, in MB."""
         out = subprocess.run(
@@ -91,7 +102,9 @@ def requests(n: int, characters: int, seed: int) -> list[dict[str, Any]]:
     for i in range(n):
         name, code = rng.choice(NAMES), rng.randrange(1000, 9999)
         fact = f"The secret code of {name} is {code}. "
-        before, after = filler(rng, rng.randrange(characters)), filler(rng, 300)
+        before, after = filler(rng, int(characters * rng.random() ** 2)), filler(
+            rng, 300
+        )
         text = f"{i}. {before} {fact}{after}\n\nWhat is the secret code of {name}?"
         messages = [{"role": "user", "content": text}]
         if system := rng.choice(SYSTEMS):
@@ -129,6 +142,20 @@ def report(name: str, found: list[tuple[str, dict[str, Any]]]) -> None:
             )
 
 
+def differences(
+    server: Server, asked: list[Any], serial: list[Any], loaded: list[Any]
+) -> int:
+    """How many answers differ, and each of them beside what an empty cache says."""
+    found = [(x, a[0], b[0]) for x, a, b in zip(asked, serial, loaded) if a[0] != b[0]]
+    for body, a, b in found:
+        again, gap = server.gap(body)
+        print(
+            f"{a!r} alone, {b!r} in company, {again!r} of an empty cache, where the two best "
+            f"log-probabilities are at least {gap:.2g} apart"
+        )
+    return len(found)
+
+
 def main(
     requests_: Annotated[int, typer.Option("--requests")] = 100,
     clients: int = 8,
@@ -137,37 +164,38 @@ def main(
         Optional[str], typer.Option(help="Default: the demo model in float32.")
     ] = None,
     seed: int = 0,
+    minutes: Annotated[float, typer.Option(help="No new round after these.")] = 600,
 ) -> None:
-    """Ask twice and compare."""
+    """Ask twice and compare, in ten rounds."""
     print(describe())
-    asked = requests(requests_, characters, seed)
+    asked, start = requests(requests_, characters, seed), time.perf_counter()
+    serial: list[Any] = []
+    loaded: list[Any] = []
+    different = 0
     with tempfile.TemporaryDirectory() as folder:
         model = model or float32(Path(folder) / "demo")
-        server = Server(model)
-        serial = [server.ask(body) for body in asked]
-        server.close()
-        report("in a row", serial)
-        server = Server(model)
-        server.ask(asked[0])
-        memory, start = [server.memory()], time.perf_counter()
-
-        def ask(i: int) -> tuple[str, dict[str, Any]]:
-            found = server.ask(asked[i])
-            if (i + 1) % max(1, len(asked) // 10) == 0:
-                memory.append(server.memory())
-            return found
-
-        with ThreadPoolExecutor(clients) as pool:
-            loaded = list(pool.map(ask, range(len(asked))))
-        seconds = time.perf_counter() - start
-        server.close()
+        alone, busy = Server(model), Server(model)
+        busy.ask(asked[0])
+        print(f"MB resident before: {busy.memory():.0f}")
+        for i in range(0, len(asked), size := -(-len(asked) // 10)):
+            part = asked[i : i + size]
+            serial += [alone.ask(body) for body in part]
+            with ThreadPoolExecutor(clients) as pool:
+                loaded += pool.map(busy.ask, part)
+            different += differences(busy, part, serial[i:], loaded[i:])
+            seconds = time.perf_counter() - start
+            done = f"{len(loaded)} requests, {seconds / 60:.0f} min"
+            print(f"{done}: {busy.memory():.0f} MB, {different} differ", flush=True)
+            if seconds > 60 * minutes:
+                break
+        alone.close()
+        busy.close()
+    report("in a row", serial)
     report(f"{clients} clients", loaded)
-    same = Counter(a == b for (a, _), (b, _) in zip(serial, loaded))[True]
     cached = sum(u["cached_tokens"] > 0 for _, u in loaded)
     print(
-        f"{same} of {len(asked)} answers identical to serial ones; {cached} reused a prefix; "
-        f"{seconds:.0f} s; MB resident, before and after each tenth: "
-        + ", ".join(f"{mb:.0f}" for mb in memory)
+        f"{len(loaded) - different} of {len(loaded)} answers identical to serial ones; "
+        f"{cached} reused a prefix"
     )
 
 

@@ -5,6 +5,7 @@ from functools import partial
 from . import options as o
 from .chat_commands import run
 from .conversation import Chat, banner
+from .disk_cache import Shelf, disk_cache
 from .errors import interruptible, one_line_errors
 from .inputs import (
     check_choice,
@@ -17,7 +18,7 @@ from .inputs import (
 )
 from .lengths import check_bytes
 from .models import load_model
-from .part_read import keep_config, refuse_beside, speculative
+from .part_read import keep_config, refuse_beside, speculative, tell
 
 
 def chat(
@@ -42,6 +43,8 @@ def chat(
     system_prompt: o.SystemPrompt = None,
     chat_template_config: o.ChatTemplateConfig = None,
     max_kv_size: o.MaxKvSize = None,
+    cache_dir: o.CacheDir = None,
+    cache_gb: o.CacheGb = 10.0,
     prefill_step_size: o.PrefillStepSize = 2048,
     prefill_draft: o.PrefillDraft = None,
     keep: o.Keep = 0.5,
@@ -66,7 +69,8 @@ def chat(
         template = template_config(chat_template_config)
         keeping = keep_config(prefill_draft, keep, prefill_threshold)
         if keeping is not None:
-            refuse_beside(**{"--max-kv-size": max_kv_size})
+            refuse_beside(**{"--max-kv-size": max_kv_size, "--cache-dir": cache_dir})
+        disk = disk_cache(cache_dir, cache_gb, tell)
         document = read_text(file) if file is not None else None
         load = partial(
             load_model,
@@ -85,6 +89,7 @@ def chat(
         if seed is not None:
             mx.random.seed(seed)
         session = Session(net, tokenizer, system_prompt, max_kv_size, template)
+        session.shelf = Shelf(disk) if disk is not None else None
         session.speculative = speculative(net, tokenizer, prefill_draft, keeping)
         loop = Chat(
             session,
@@ -109,4 +114,8 @@ def chat(
 
             loop.heal = Heal(session)
         banner(loop)
-        run(loop)
+        try:
+            run(loop)
+        finally:
+            if disk is not None:
+                disk.jobs.join()

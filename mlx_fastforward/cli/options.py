@@ -182,6 +182,18 @@ PrefillStepSize = Annotated[
         min=1,
     ),
 ]
+CacheDir = Annotated[
+    Optional[Path],
+    opt(
+        "Keep what was read in this folder: a document that was read once answers at once the next "
+        "day. It holds your prompts' tokens. Default: off.",
+        panel=SAMPLING,
+    ),
+]
+CacheGb = Annotated[
+    float,
+    opt("Size of that folder; the least recently used are deleted.", panel=SAMPLING),
+]
 File = Annotated[Optional[Path], opt("A text document to put before the prompt.")]
 Force = Annotated[
     bool, opt("Read what is longer than the model was made for.", "--force")

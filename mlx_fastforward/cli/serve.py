@@ -16,6 +16,7 @@ import typer
 
 from .. import demo
 from ..errors import ConfigError
+from .disk_cache import disk_cache
 from .errors import fail, one_line_errors
 from .first_use import tune_first
 from .inputs import sparsity_of
@@ -108,6 +109,38 @@ def parser() -> argparse.ArgumentParser:
         action="store_true",
         help="Also read system prompt and tools sparsely, which every turn reuses",
     )
+    add(
+        "--prune-tokens",
+        type=float,
+        default=0.0,
+        help="Share of the tokens between a prompt's ends that skip FFNs, 0 to below 1 (default: 0)",
+    )
+    add = all_flags.add_argument_group(
+        "speculative prefill (approximate: part of the prompt is not read)"
+    ).add_argument
+    add(
+        "--prefill-draft",
+        help="A small model that says which tokens of a long prompt matter: folder or repository, or "
+        "'self'. Only those are read; not of requests with tools. Default: off",
+    )
+    add(
+        "--keep",
+        type=float,
+        default=0.5,
+        help="Share of a long prompt that is read, above 0 to 1 (default: 0.5)",
+    )
+    add(
+        "--prefill-threshold",
+        type=int,
+        default=8192,
+        help="Prompts of fewer new tokens are read whole (default: 8192)",
+    )
+    add(
+        "--heal",
+        action=argparse.BooleanOptionalAction,
+        default=True,
+        help="Read the rest of the last such prompt while nobody waits (default: on)",
+    )
     add = all_flags.add_argument_group("server").add_argument
     add(
         "--api-key",
@@ -160,8 +193,13 @@ def run(args: argparse.Namespace) -> None:
     from ..server.handler import Handler
     from ..server.prompts import PromptCache
     from ..server.provider import Provider
+    from .part_read import keep_config, refuse_beside, speculative
 
-    PrefillConfig(sparsity=resolved(args.sparsity, None)[0])
+    value, _ = resolved(args.sparsity, None)
+    PrefillConfig(sparsity=value, prune_tokens=args.prune_tokens)
+    keeping = keep_config(args.prefill_draft, args.keep, args.prefill_threshold)
+    if keeping is not None:
+        refuse_beside(**{"--draft-model": args.draft_model})
     logging.basicConfig(
         level=args.log_level, format="%(asctime)s - %(levelname)s - %(message)s"
     )
@@ -174,7 +212,8 @@ def run(args: argparse.Namespace) -> None:
         fail("serve runs on one machine; for several use mlx_lm.server.")
     server.maybe_set_recommended_wired_limit()
     tune = tune_for_long_prompts if not args.no_tune else lambda model: None
-    provider = Provider(args, tune)
+    reader = lambda net, tok: speculative(net, tok, args.prefill_draft, keeping)
+    provider = Provider(args, tune, reader)
     disk = disk_cache(args.cache_dir, args.cache_gb)
     prompts = PromptCache(args.prompt_cache_size, disk, provider.identity)
     generator = Generator(provider, prompts, args.sparse_prefix)
@@ -208,20 +247,6 @@ def patterns(given: Optional[list[str]]) -> list[str]:
         except re.error as e:
             raise ConfigError(f"--drop-line {pattern!r} is no pattern: {e}.") from None
     return list(DROPPED) if given is None else [p for p in given if p]
-
-
-def disk_cache(folder: Optional[Path], gb: float) -> Any:
-    """The folder of --cache-dir, None without one."""
-    from ..server.disk import DiskCache
-
-    if not gb > 0:
-        raise ConfigError(f"--cache-gb must be above 0, got {gb:g}.")
-    if folder is None:
-        return None
-    try:
-        return DiskCache(folder, int(gb * 1e9))
-    except OSError as e:
-        fail(f"--cache-dir {folder}: {e.strerror or e}.")
 
 
 def check_free(host: str, port: int) -> None:
@@ -269,4 +294,6 @@ def banner(args: argparse.Namespace, provider: Any, port: int) -> str:
     ]
     if engine.predictor is not None:
         lines.insert(3, f"predictor {engine.predictor}")
+    if provider.reader is not None:
+        lines.insert(3, f"         {provider.reader.describe()}")
     return "\n".join(lines)

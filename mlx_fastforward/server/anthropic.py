@@ -15,6 +15,7 @@ SAME = (
     "stream",
     "sparsity",
     "cache_prompt",
+    "keep",
 )
 ERRORS = {401: "authentication_error", 404: "not_found_error", 413: "request_too_large"}
 Event = tuple[str, dict[str, Any]]
@@ -160,6 +161,7 @@ def _usage(usage: dict[str, Any]) -> dict[str, Any]:
         "output_tokens": usage["completion_tokens"],
         "ttft_s": usage["ttft_s"],
         "ffn_sparsity": usage["ffn_sparsity"],
+        **{k: usage[k] for k in ("read_tokens", "note") if k in usage},
     }
 
 

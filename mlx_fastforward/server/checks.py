@@ -43,6 +43,9 @@ def check_body(body: dict[str, Any], vocabulary: Optional[int]) -> None:
                 400, f"sparsity must be at least 0 and below 1, got {sparsity}."
             )
         body["sparsity"] = min(round(float(sparsity), 2), 0.99)
+    _expect(body, "keep", (int, float), "a number above 0, at most 1")
+    if not 0 < body.get("keep", 1) <= 1:
+        raise Refused(400, f"keep must be above 0 and at most 1, got {body['keep']}.")
     if not isinstance(body.get("cache_prompt", True), bool):
         raise Refused(400, "cache_prompt must be true or false.")
     for name in ("prompt", "model", "adapters", "draft_model"):

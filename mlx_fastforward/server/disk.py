@@ -13,7 +13,7 @@ import time
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any, Iterable, Optional
+from typing import Any, Callable, Iterable, Optional
 
 import mlx.core as mx
 import numpy as np
@@ -76,9 +76,16 @@ class DiskCache:
     Args:
         folder: Made if it is not there.
         most_bytes: The least recently used are deleted beyond that, and all after 30 days.
+        tell: Says what is damaged, or could not be written.
     """
 
-    def __init__(self, folder: Path, most_bytes: int):
+    def __init__(
+        self,
+        folder: Path,
+        most_bytes: int,
+        tell: Callable[[str], None] = logging.warning,
+    ):
+        self.tell = tell
         self.folder = expanded(folder)
         # prompts are private
         self.folder.mkdir(parents=True, exist_ok=True, mode=0o700)
@@ -115,7 +122,7 @@ class DiskCache:
             entry.used = time.time()
             return cache
         except Exception as e:  # whatever a damaged file does to its reader
-            logging.warning(
+            self.tell(
                 f"{entry.tensors.name} in the prompt cache is damaged: {brief(e)}"
             )
             self._delete(entry)
@@ -138,7 +145,7 @@ class DiskCache:
             try:
                 self._write(*job)
             except Exception as e:  # a full disk must not end the writing for good
-                logging.warning(f"a prompt cache could not be written: {brief(e)}")
+                self.tell(f"a prompt cache could not be written: {brief(e)}")
             finally:
                 self.jobs.task_done()
 
@@ -184,7 +191,7 @@ class DiskCache:
             if entry.tensors.stat().st_size != entry.bytes:
                 raise ValueError("its size is wrong")
         except (OSError, ValueError, KeyError, TypeError, RecursionError) as e:
-            logging.warning(f"{path.name} in the prompt cache is damaged: {brief(e)}")
+            self.tell(f"{path.name} in the prompt cache is damaged: {brief(e)}")
             path.unlink(missing_ok=True)
             path.with_suffix(".safetensors").unlink(missing_ok=True)
             return

@@ -1,5 +1,6 @@
 """mlx-lm's generation thread, which reads each prompt as its request asks."""
 
+import copy
 import functools
 import itertools
 import logging
@@ -17,9 +18,11 @@ from mlx_lm.generate import stream_generate
 
 from ..attachment import resumed, switched
 from ..session import common_prefix
-from .batches import Batches, read_chunk
+from ..speculative import Speculative
+from .batches import Batches, Kept, read_chunk
 from .metrics import Metrics
 from .names import renamed
+from .parts import Healing, Partial, may_be_partial, read_partly
 from .prompts import PromptCache
 from .provider import Provider
 from .requests import Asked, ClientGone, Reading
@@ -54,6 +57,8 @@ class Generator(server.ResponseGenerator):
         self.volatile = [re.compile(p) for p in provider.cli_args.drop_line]
         self._counting = threading.Lock()
         self._asked: Optional[Asked] = None  # the generation thread's, in hand
+        self._reader: Optional[Speculative] = None  # of a prompt that is read in part
+        self.healing = Healing()
         self._waiting = threading.local()  # the handlers', one request each
         super().__init__(provider, prompt_cache)
 
@@ -106,9 +111,15 @@ class Generator(server.ResponseGenerator):
                 segments = [prompt[:dense], segments[0][dense:], *segments[1:]]
                 types = ["system", *types]
         engine = self.model_provider.engine(request.sparsity)
-        if self.sparse_prefix:
-            dense = 0
-        reading = Reading(engine, dense, len(prompt), request.report, request.fresh)
+        reading = Reading(
+            engine,
+            0 if self.sparse_prefix else dense,
+            len(prompt),
+            request.report,
+            request.fresh,
+            ids=prompt,
+            prefix=dense,
+        )
         self.prompt_cache.reading, self._asked = reading, request
         return prompt, segments, types, state, vision
 
@@ -128,11 +139,28 @@ class Generator(server.ResponseGenerator):
         alone = super()._tokenize(tokenizer, probe, args)[0]
         return common_prefix(alone, prompt)
 
+    def _is_batchable(self, args: Any) -> bool:
+        return super()._is_batchable(args) and not getattr(args, "in_part", False)
+
+    def _next_request(self, timeout: Optional[float] = None) -> Any:
+        """mlx-lm waits a while where nobody is served: time to read the rest of a prompt."""
+        idle = timeout is not None and self.healing.heal is not None
+        request = super()._next_request(None if idle else timeout)
+        if idle and request is None:
+            self.healing.step(self.model_provider.model, self.prompt_cache)
+        return request
+
     def _serve_single(self, request: Any, stream: Any) -> None:
         run = renamed(
             server.ResponseGenerator._serve_single, stream_generate=self._read_alone
         )
         run(self, request, stream)
+        reader, partial = self._reader, self.prompt_cache.partial
+        self._reader = self.prompt_cache.partial = None
+        if partial is not None and reader is not None and self.cli_args.heal:
+            key, tokens, cache = partial
+            model = self.model_provider.model
+            self.healing.begin(Partial(model, key, tokens, cache, reader))
 
     def _read_alone(
         self,
@@ -145,7 +173,7 @@ class Generator(server.ResponseGenerator):
         draft_model: Any = None,
         **kwargs: Any,
     ) -> Iterator[Any]:
-        """stream_generate for what cannot be batched: a draft model, a seed, quantised caches."""
+        """stream_generate for what cannot be batched: draft models, seeds, parts, quantised caches."""
         asked, reading = self._asked, self.prompt_cache.in_hand()
         assert asked is not None
         left = reading.total - reading.done
@@ -164,27 +192,45 @@ class Generator(server.ResponseGenerator):
             read_chunk(model, reading, ids.shape[1], lambda: _feed(parts, ids))
             start += ids.shape[1]
             progress(0, 0)
-        responses = stream_generate(
-            model,
-            tokenizer,
-            prompt[start:],
-            prompt_cache=prompt_cache,
-            prefill_step_size=prefill_step_size,
-            prompt_progress_callback=progress,
-            draft_model=draft_model,
-            **kwargs,
-        )
         engine = reading.engine
         plan = (
             switched(model, False)
             if engine is None
             else resumed(model, engine, reading.prompt)
         )
+        kwargs |= {"prefill_step_size": prefill_step_size}
+        kwargs |= {"prompt_progress_callback": progress}
+        if asked.in_part and draft_model is None:
+            if start and not reading.read_at:
+                self._keep_prefix(reading, prompt_cache)
+            self._reader = reader = self._reader_for(asked)
+            with plan:
+                yield from read_partly(
+                    reader, reading, tokenizer, prompt_cache, **kwargs
+                )
+            return
+        kwargs |= {"prompt_cache": prompt_cache, "draft_model": draft_model}
+        responses = stream_generate(model, tokenizer, prompt[start:], **kwargs)
         with plan:
             for i, response in enumerate(responses):
                 if i == 0:
                     reading.was_read(len(prompt) - start, False)
                 yield response
+
+    def _reader_for(self, asked: Asked) -> Speculative:
+        """The server's, with the share that a request asks for."""
+        reader = self.model_provider.reader
+        assert reader is not None
+        config = reader.config
+        if asked.keep is not None:
+            config = replace(config, keep=asked.keep)
+        return Speculative(reader.model, reader.scorer, config)
+
+    def _keep_prefix(self, reading: Reading, cache: list[Any]) -> None:
+        """What was read of a prompt before gaps begin serves everybody."""
+        key, ids = self.model_provider.model_key, list(reading.ids[: reading.done])
+        prefix = Kept(copy.deepcopy(cache), 0.0)
+        self.prompt_cache.insert_cache(key, ids, prefix, cache_type="system")
 
     # The handlers' threads
 
@@ -195,6 +241,11 @@ class Generator(server.ResponseGenerator):
         progress_callback: Optional[Callable[[int, int], None]] = None,
     ) -> tuple[Any, Iterator[Any]]:
         start = time.perf_counter()
+        reader = self.model_provider.reader
+        if reader is not None and may_be_partial(request):
+            tokens = self._length(request, generation_args)
+            request.in_part = tokens >= reader.config.threshold
+            generation_args.in_part = request.in_part
         self._waiting.asked = request
         self._waiting.thread = self._generation_thread
         if not self.generation_available():
@@ -253,12 +304,16 @@ class Generator(server.ResponseGenerator):
 
     def count(self, body: dict[str, Any]) -> int:
         """Tokens of a chat's prompt for the loaded model."""
+        request = Asked("chat", "", body["messages"], body.get("tools"), None)
+        args = types.SimpleNamespace(
+            chat_template_kwargs=body.get("chat_template_kwargs")
+        )
+        return self._length(request, args)
+
+    def _length(self, request: Asked, args: Any) -> int:
+        """Tokens of a prompt, in any thread."""
         with self._counting:
             tokenizer = self.model_provider.own_tokenizer()
-            request = Asked("chat", "", body["messages"], body.get("tools"), None)
-            args = types.SimpleNamespace(
-                chat_template_kwargs=body.get("chat_template_kwargs")
-            )
             return len(super()._tokenize(tokenizer, request, args)[0])
 
 

@@ -110,6 +110,8 @@ class Handler(APIHandler):
         except LoadProblem as e:
             raise Refused(404, str(e)) from None
         raw = json.dumps(body).encode()
+        if body.get("keep", 1) < 1 and generator.model_provider.reader is None:
+            raise Refused(400, "keep needs a server that runs with --prefill-draft.")
         self.rfile = io.BytesIO(raw)
         self.headers.replace_header("Content-Length", str(len(raw)))
         super().do_POST()
@@ -187,6 +189,7 @@ class Handler(APIHandler):
             **vars(request),
             sparsity=self.body.get("sparsity"),
             fresh=not self.body.get("cache_prompt", True),
+            keep=self.body.get("keep"),
             gone=self.client_gone,
         )
         return self.asked

@@ -5,6 +5,7 @@ from typing import Any, Callable, Optional
 from mlx_lm.models.cache import LRUPromptCache, can_trim_prompt_cache
 
 from ..model.caches import counted
+from ..model.positions import is_whole
 from .batches import Kept
 from .disk import WORTH, DiskCache
 from .requests import Reading
@@ -13,7 +14,8 @@ from .requests import Reading
 class PromptCache(LRUPromptCache):
     """A dense prefix serves everybody, a sparse one only requests at its sparsity.
 
-    ``reading`` is the request in hand: the generation thread takes one at a time.
+    ``reading`` is the request in hand: the generation thread takes one at a time. ``partial`` is the
+    last prompt with gaps that was to be kept, and is not.
 
     Args:
         disk: Where prefixes outlive this process.
@@ -29,6 +31,7 @@ class PromptCache(LRUPromptCache):
         super().__init__(max_size)
         self.disk, self.identity = disk, identity
         self.reading: Optional[Reading] = None
+        self.partial: Optional[tuple[Any, list[int], list[Any]]] = None
 
     def in_hand(self) -> Reading:
         """What the generation thread is about to read."""
@@ -45,11 +48,14 @@ class PromptCache(LRUPromptCache):
         if reading.fresh:
             reading.found(0, 0.0)
             return None, tokens
-        sparsities = {0.0, reading.sparsity}
-        at = max(sparsities, key=lambda at: self.reach((model, at), before))
+        sparsities = [0.0, reading.sparsity]
+        use = lambda at: reading.usable(self.reach((model, at), before), at)
+        at = max(sparsities, key=use)
         if self.disk is not None:
             at = self._from_disk(model, before, sparsities, at)
-        cache, _ = super().fetch_nearest_cache((model, at), before)
+        cache = None
+        if n := use(at):  # one token more: mlx-lm leaves the last one out
+            cache, _ = super().fetch_nearest_cache((model, at), before[: n + 1])
         if cache is None:
             reading.found(0, 0.0)
             return None, tokens
@@ -61,7 +67,7 @@ class PromptCache(LRUPromptCache):
         return list(cache), tokens[done:]
 
     def _from_disk(
-        self, model: Any, tokens: list[int], sparsities: set[float], at: float
+        self, model: Any, tokens: list[int], sparsities: list[float], at: float
     ) -> float:
         """Load what reaches further than memory does; returns where the nearest prefix is now."""
         assert self.disk is not None
@@ -96,6 +102,9 @@ class PromptCache(LRUPromptCache):
         *,
         cache_type: str = "assistant",
     ) -> None:
+        if not is_whole(prompt_cache):  # approximate: nobody else's
+            self.partial = (model, list(tokens), prompt_cache)
+            return
         if isinstance(prompt_cache, Kept):
             at = prompt_cache.read_at
         else:  # served alone: the request in hand

@@ -1,6 +1,7 @@
 """mlx-lm's model provider, whose models come back attached."""
 
 import copy
+import logging
 import threading
 from argparse import Namespace
 from dataclasses import replace
@@ -16,15 +17,18 @@ from ..build import engine_for
 from ..cachefile import fingerprint
 from ..config import PrefillConfig
 from ..engine import Engine
-from ..errors import LoadProblem
+from ..errors import ConfigError, LoadProblem, UnsupportedModel
 from ..hub import problems
 from ..predictors.base import BaseModel
 from ..predictors.file import PredictorFile
 from ..predictors.search import named_predictor, predictor_for
 from ..predictors.verified import resolved
+from ..speculative import Speculative
 from .disk import identity
+from .requests import PRUNED
 
 Prepare = Callable[[nn.Module], None]
+MakeReader = Callable[[nn.Module, Any], Optional[Speculative]]
 
 
 class Provider(ModelProvider):
@@ -33,12 +37,20 @@ class Provider(ModelProvider):
     Args:
         cli_args: mlx_lm.server's, with sparsity ("auto" or a number) and predictor.
         prepare: Called with each model that was attached: tunes it.
+        make_reader: Returns who reads long prompts of a model in part, None where nobody does.
     """
 
-    def __init__(self, cli_args: Namespace, prepare: Prepare = lambda model: None):
+    def __init__(
+        self,
+        cli_args: Namespace,
+        prepare: Prepare = lambda model: None,
+        make_reader: MakeReader = lambda model, tokenizer: None,
+    ):
         super().__init__(cli_args)
         self.model: Any  # mlx-lm begins with None
         self.prepare = prepare
+        self.make_reader = make_reader
+        self.reader: Optional[Speculative] = None
         self.predictor: Optional[PredictorFile] = None
         self.marks = "", ""  # of the model, and of it with its predictors
         self.engines: dict[float, Engine] = {}
@@ -71,6 +83,7 @@ class Provider(ModelProvider):
     def reset(self) -> None:
         super().reset()
         self.engines, self.predictor, self.marks = {}, None, ("", "")
+        self.reader = None
 
     def _attach(self, model_path: str) -> None:
         model, named = self.model, self.cli_args.predictor
@@ -79,11 +92,23 @@ class Provider(ModelProvider):
         else:
             self.predictor = named_predictor(named)
         value, chosen = resolved(self.cli_args.sparsity, self.predictor)
-        config = PrefillConfig.from_kwargs(sparsity=value)
+        skip = self.cli_args.prune_tokens
+        config = PrefillConfig.from_kwargs(sparsity=value, prune_tokens=skip)
         attach(model, config, predictor=self.predictor).chosen = chosen
         self.prepare(model)
+        self.reader = self._reader()
         extra = self.predictor.arrays() if self.predictor else []
         self.marks = fingerprint(model), fingerprint(model, extra)
+
+    def _reader(self) -> Optional[Speculative]:
+        """None, and a line in the log, where a model that came later cannot be read in part."""
+        try:
+            return self.make_reader(self.model, self.tokenizer)
+        except (ConfigError, UnsupportedModel) as e:
+            if not self.loaded.is_set():
+                raise
+            logging.warning(f"prompts are read whole: {e}")
+            return None
 
     def identity(self, sparsity: float) -> str:
         """What a prefix of the loaded model at a sparsity is, on disk."""
@@ -102,7 +127,7 @@ class Provider(ModelProvider):
         """
         base = engine_of(self.model)
         assert base is not None
-        if sparsity is None or sparsity == base.config.sparsity:
+        if sparsity in (None, base.config.sparsity or PRUNED):
             return base if base.sparse else None
         if sparsity == 0:
             return None

@@ -2,11 +2,13 @@
 
 import threading
 from dataclasses import dataclass, field
-from typing import Callable, Optional
+from typing import Any, Callable, Optional, Sequence
 
 from mlx_lm.server import CompletionRequest
 
-from ..engine import Engine, Prompt
+from ..engine import EDGE, Engine, Prompt
+
+PRUNED = -1.0  # in the place of a sparsity: all neurons, but some tokens skip FFNs
 
 
 class ClientGone(ConnectionError):
@@ -20,17 +22,24 @@ class Report:
     ttft_s: Seconds from the request to its first token, waiting in line included.
     cached_tokens: Prompt tokens that were not read again.
     ffn_sparsity: Share of the FFN FLOPs of the others that was skipped.
+    read_tokens: Prompt tokens that were read, where not all of the others were.
+    note: What did not go as asked.
     """
 
     ttft_s: float = 0.0
     cached_tokens: int = 0
     ffn_sparsity: float = 0.0
+    read_tokens: Optional[int] = None
+    note: str = ""
 
-    def rounded(self) -> dict[str, float]:
+    def rounded(self) -> dict[str, Any]:
+        """What clients are told; the last two where there is something to tell."""
+        more = {"read_tokens": self.read_tokens, "note": self.note}
         return {
             "cached_tokens": self.cached_tokens,
             "ttft_s": round(self.ttft_s, 4),
             "ffn_sparsity": round(self.ffn_sparsity, 4),
+            **{k: v for k, v in more.items() if v},
         }
 
 
@@ -40,12 +49,16 @@ class Asked(CompletionRequest):
 
     sparsity: What the client asked for, None for the server's own.
     fresh: Read all of the prompt, whatever is cached.
+    keep: Share of a long prompt that is to be read, None for the server's own.
+    in_part: The prompt is long enough for that; set by the generator.
     gone: Whether the client has left; asked while waiting.
     left: Set when it has: nothing more is done for it.
     """
 
     sparsity: Optional[float] = None
     fresh: bool = False
+    keep: Optional[float] = None
+    in_part: bool = False
     gone: Callable[[], bool] = lambda: False
     left: threading.Event = field(default_factory=threading.Event)
     report: Report = field(default_factory=Report)
@@ -61,6 +74,8 @@ class Reading:
     total: Tokens of the prompt.
     fresh: Nothing that is cached may be used.
     read_at: The sparsity of what the cache holds, 0 where all of it is dense.
+    ids: The prompt's tokens.
+    prefix: Of these, system prompt and tools.
     """
 
     engine: Optional[Engine]
@@ -71,11 +86,29 @@ class Reading:
     done: int = 0
     read_at: float = 0.0
     prompt: Optional[Prompt] = None
+    ids: Sequence[int] = ()
+    prefix: int = 0
 
     @property
     def sparsity(self) -> float:
-        """What the sparse part is read at."""
-        return 0.0 if self.engine is None else self.engine.config.sparsity
+        """What the sparse part is read at, or PRUNED."""
+        return 0.0 if self.engine is None else self.engine.config.sparsity or PRUNED
+
+    @property
+    def sparse(self) -> bool:
+        """Whether what follows the dense part is long enough to be read sparsely."""
+        if self.engine is None:
+            return False
+        return self.engine.prompt(self.total - self.dense).left is not None
+
+    def usable(self, cached: int, read_at: float) -> int:
+        """How many of these cached tokens to use.
+
+        A few beyond the dense part, which another's prompt happens to share, are read again: blocks
+        would begin where they end, and the answer would hang on who asked before.
+        """
+        few = self.dense < cached < self.dense + EDGE
+        return self.dense if few and (self.sparse or read_at) else cached
 
     def found(self, tokens: int, read_at: float) -> None:
         """So many tokens were cached."""

@@ -42,7 +42,7 @@ def plan_call(
     new: int,
     block_size: int,
     *,
-    cache_empty: bool,
+    cached: int,
     edge: Optional[int] = None,
     tail: Optional[int] = None,
     after: Optional[int] = None,
@@ -58,13 +58,13 @@ def plan_call(
     Args:
         new: Tokens in this call.
         block_size: Tokens per sparse block, about.
-        cache_empty: Nothing is cached yet: the first tokens are the attention sinks.
-        edge: Tokens of the dense head; default: one block.
+        cached: Tokens before this call. The prompt's first ones are the attention sinks.
+        edge: Tokens of the dense head, cached ones too; default: one block.
         tail: Tokens of the dense tail, at least; default: as many as the head.
         after: Prompt tokens that follow in later calls, 0 at the prompt's end. None where the
             caller does not know: the call is then taken for the end of a prompt, and anything
             short (decode, verification of drafts) stays dense.
-        dense_head: Keep the first ``edge`` tokens dense if the cache is empty.
+        dense_head: Keep what is new of the first ``edge`` tokens dense.
         dense_tail: Keep at least the last ``tail`` tokens of the prompt dense. Tokens that do
             not fill a block are always dense, as part of the tail.
         unit: Block lengths are multiples of this.
@@ -75,7 +75,7 @@ def plan_call(
         if new < shortest_sparse(block_size, edge, tail):
             return None
         after = 0
-    head = edge if cache_empty and dense_head else 0
+    head = max(0, edge - cached) if dense_head else 0
     least_tail = max(0, tail - after) if dense_tail else 0
     room = new - head - least_tail
     if room < max(2, min(block_size, edge)):
