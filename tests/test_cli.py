@@ -28,11 +28,10 @@ MABEL = "What is the secret code of Mabel?"
 STORY = "Keawe was poor, brave, and active; he could read and write. " * 6
 
 
-@pytest.fixture(scope="module")
-def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
+@pytest.fixture
+def tiny(tiny_folder: Path) -> Path:
     """A model folder that loads in no time; its answers are gibberish."""
-    model = models.tiny("llama", vocab=4096, tie_word_embeddings=False)
-    return models.save_folder(model, tmp_path_factory.mktemp("models") / "tiny")
+    return tiny_folder
 
 
 def as_json(*args: Any) -> dict[str, Any]:

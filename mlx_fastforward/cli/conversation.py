@@ -11,6 +11,7 @@ from rich.text import Text
 from ..errors import brief
 from .first_use import least, tune_first
 from .inputs import sampling
+from .interrupt import answered
 from .lengths import check_bytes, check_tokens, patiently
 from .outputs import status_line
 from .terminal import prefill_progress, show_compared
@@ -80,7 +81,8 @@ class Chat:
     def problems_told(self) -> Iterator[None]:
         """Whatever goes wrong in here is said, and the chat goes on; Ctrl-C ends what is going on."""
         try:
-            yield
+            with answered(lambda text: self.say(f"({text})")):
+                yield
         except KeyboardInterrupt:
             if not self.interactive:
                 raise typer.Exit(130) from None
