@@ -1,5 +1,6 @@
 """The chat with somebody at a terminal: documents that wait, answers that are cut, saved, or stopped."""
 
+import re
 import types
 from functools import partial
 from pathlib import Path
@@ -78,8 +79,8 @@ def test_ctrl_c_stops_the_answer_not_the_chat(
     typed.type(STORY, "Hello", "Again")
     shown = capsys.readouterr().out
     assert "50% of FFN neurons dropped per 128 tokens, selector probe" in shown
-    waiting = "with your next message: facts.txt (67 characters; /drop)"
-    kept = f"(stopped while reading: your message was not sent)\n{waiting}"
+    waiting = "with your next message: facts.txt (67 characters; /drop forgets it)"
+    kept = f"was not sent; arrow up brings it back)\n{waiting}"
     assert kept in shown and shown.count(waiting) == 2
     assert "read densely: shorter than 512 tokens" in shown
     assert len(calls) == 3 and typed.asked == [f"{FACTS}\n\nHello", "Again"]
@@ -152,6 +153,31 @@ def test_another_model_goes_on(tiny_folder: Path, tmp_path: Path) -> None:
     assert typed.chat.session.messages[-1]["content"] == wanted
 
 
+def test_lines_fit_a_narrow_terminal(
+    typed: Typed, capsys: pytest.CaptureFixture
+) -> None:
+    """Help is not wrapped, and figures break between each other only."""
+    assert max(map(len, chat_commands.HELP.splitlines())) < 80
+    typed.chat.console.width = 40
+    typed.type("Hello", "/again")
+    shown = capsys.readouterr().out
+    first = r"(\d+ prompt tokens?( \(\+\d+ cached\))? · TTFT .* s)"
+    last = r"(8 tokens at .* tok/s · peak .* GB)"
+    figures = re.compile(
+        rf"^{first}\nread densely: shorter than 512 tokens\n{last}$", re.M
+    )
+    assert len(figures.findall(shown)) == 2 and "\n1 prompt token (+" in shown
+
+
+def test_comparing_what_is_too_short_to_gain(
+    typed: Typed, capsys: pytest.CaptureFixture
+) -> None:
+    typed.type("Hello", "/compare")
+    last = capsys.readouterr().out.splitlines()[-1]
+    why = "Both were read densely: shorter than 512 tokens. What differs is chance."
+    assert last == why
+
+
 def test_nothing_typed_ends_a_chat(
     typed: Typed, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
 ) -> None:
@@ -165,7 +191,10 @@ def test_nothing_typed_ends_a_chat(
 
 
 def test_a_saved_conversation_is_taken_up(
-    tiny_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tiny_folder: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture,
 ) -> None:
     """Without reading it again, where the same model reads in the same way; also after a cut."""
     monkeypatch.setenv("MLX_FASTFORWARD_HOME", str(tmp_path))
@@ -178,6 +207,9 @@ def test_a_saved_conversation_is_taken_up(
             norm.weight = norm.weight + 1
         lines = ["/dense"] if change == "dense" else []
         later.type(*lines, "/load story")
+        told = capsys.readouterr().out.splitlines()[-1]
+        assert told.startswith("Loaded story, 1 message: ")
+        assert ("tokens need not be read again" in told) == kept
         theirs, ours = later.chat.session, first.chat.session
         assert theirs.messages == ours.messages and theirs.cut == (change != "model")
         assert theirs.cached == (ours.cached if kept else [])
@@ -187,6 +219,10 @@ def test_a_saved_conversation_is_taken_up(
             got = list(theirs.answer("Hello", max_tokens=8))
             assert [r.text for r in got] == wanted
             assert got[0].cached_tokens > 50
+    first.type("/system Be brief.", "/save other", "/load other")
+    told = capsys.readouterr().out.splitlines()[-1]
+    kept, whole = map(int, re.findall(r" (\d+) of its (\d+) tokens", told)[0])
+    assert kept < 5 < 100 < whole
     (tmp_path / "conversations" / "story.safetensors").write_bytes(b"nonsense")
     before = later.chat.session.messages
     later.type("/load story")

@@ -97,7 +97,7 @@ def test_what_cannot_be_done_is_said_and_the_chat_goes_on(
         "/temp -1": "usage: /temp NUMBER, from 0 on; it is 0.",
         "/save x": "nothing to save yet: ask something first.",
         "/load ../x": "a name of letters, digits, - and _ is expected, got '../x'.",
-        "/load x": "no conversation x is saved; there are: none.",
+        "/load x": "no conversation x is saved; none is: /save NAME keeps one.",
     }
     lines = "".join(f"{line}\n" for line in wanted)
     out, told = chat(lines + HELLO, tiny, code=1)
