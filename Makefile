@@ -17,8 +17,10 @@ FF := $(BIN)/mlx_fastforward
 WITH = $${MODEL:+--model "$$MODEL"}
 
 CHECKS := build/checks
+# a quarter of the bytes: few colours
+SMALL := $(BIN)/python -c 'import sys; from PIL import Image; Image.open(sys.argv[1]).convert("RGB").quantize(64).save(sys.argv[2], optimize=True)'
 
-.PHONY: demo test test-page lint format picture venv python results evidence predictor longbench publish wheel-test release-version workflows clean
+.PHONY: demo test test-page lint format pictures picture-chat picture-bench picture-eval venv python results evidence predictor longbench publish wheel-test release-version workflows clean
 
 demo: $(INSTALLED)
 	$(BIN)/mlx_fastforward demo
@@ -104,9 +106,21 @@ $(DEV): $(INSTALLED)
 	$(BIN)/python -m pip install -qq -e '.[dev]'
 	touch $@
 
-# the chat at the top of the README: a real run, its figures are this machine's
-picture: $(INSTALLED)
+# the README's: real runs, their figures are this machine's
+pictures: picture-chat picture-bench picture-eval
+
+picture-chat: $(INSTALLED)
 	$(BIN)/python -m mlx_fastforward.bench.studies.chat_picture docs/chat.svg
+
+picture-bench: $(INSTALLED)
+	mkdir -p build
+	$(FF) bench --random llama-3.2-1b --layers 8 $(BENCH) --json build/bench.json --png build/bench.png
+	$(SMALL) build/bench.png docs/bench.png
+
+picture-eval: $(INSTALLED)
+	mkdir -p build
+	$(FF) eval --dtype float32 --sparsities 0.5 --lengths 1900 --prompts 5 $(EVAL) --json build/eval.json --png build/eval.png
+	$(SMALL) build/eval.png docs/eval.png
 
 clean:
 	rm -rf $(VENV) build dist *.egg-info

@@ -69,8 +69,9 @@ def load(session: Session, name: str) -> bool:
     """
     path = path_of(name)
     if not path.is_file():
-        known = ", ".join(names()) or "none"
-        raise FileProblem(f"no conversation {name} is saved; there are: {known}.")
+        known = ", ".join(names())
+        there = f"there are: {known}" if known else "none is: /save NAME keeps one"
+        raise FileProblem(f"no conversation {name} is saved; {there}.")
     cache, metadata = read_cache(path)
     try:
         noted = json.loads(metadata[KEY])

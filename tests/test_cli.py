@@ -13,6 +13,7 @@ import mlx_lm
 import models
 import pytest
 from commands import bad, good, one_line, run
+from mlx_lm import cache_prompt
 from mlx_lm.models import mamba
 from mlx_lm.utils import load
 
@@ -28,11 +29,10 @@ MABEL = "What is the secret code of Mabel?"
 STORY = "Keawe was poor, brave, and active; he could read and write. " * 6
 
 
-@pytest.fixture(scope="module")
-def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
+@pytest.fixture
+def tiny(tiny_folder: Path) -> Path:
     """A model folder that loads in no time; its answers are gibberish."""
-    model = models.tiny("llama", vocab=4096, tie_word_embeddings=False)
-    return models.save_folder(model, tmp_path_factory.mktemp("models") / "tiny")
+    return tiny_folder
 
 
 def as_json(*args: Any) -> dict[str, Any]:
@@ -146,12 +146,15 @@ def test_flags_reach_the_engine_and_the_loop(tiny: Path, tmp_path: Path) -> None
     assert (usual["block_size"], usual["shortest"]) == (128, 512)
 
 
-def test_a_prompt_that_mlx_lm_cached(tiny: Path, tmp_path: Path) -> None:
+def test_a_prompt_that_mlx_lm_cached(
+    tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """It is not read again, and the answer is that to the whole prompt; others are refused."""
     file = tmp_path / "cache.safetensors"
-    cache_prompt = [sys.executable, "-m", "mlx_lm", "cache_prompt", "--prompt", FACTS]
-    command = [*cache_prompt, "--model", data.MODEL, "--prompt-cache-file", file]
-    subprocess.run(list(map(str, command)), check=True, capture_output=True)
+    argv = ["mlx_lm.cache_prompt", "--prompt", FACTS, "--model", data.MODEL]
+    argv += ["--prompt-cache-file", file]
+    monkeypatch.setattr(sys, "argv", list(map(str, argv)))
+    cache_prompt.main()
     question, flags = f"\n\n{MABEL}", ["--prompt-cache-file", file, "-m", "8"]
     got = as_json(question, *flags)
     assert got["text"].strip() == "7306"
@@ -323,24 +326,21 @@ def test_models_that_cannot_be_used(tiny: Path, tmp_path: Path) -> None:
     assert "group size 7" in refused("--model", tiny, *flags)
 
 
-def process(*args: Any, stdin: str = "") -> subprocess.CompletedProcess:
-    """A real process with pipes, as from a script in somebody's terminal."""
-    env = {**os.environ, "TERM": "xterm-256color", "COLUMNS": "80"}
-    command = [sys.executable, "-m", "mlx_fastforward", *map(str, args)]
-    return subprocess.run(
-        command, input=stdin, text=True, capture_output=True, env=env, timeout=60
-    )
+def test_version() -> None:
+    assert good("--version") == mlx_fastforward.__version__ + "\n"
 
 
-def test_process_that_tells_the_version() -> None:
-    done = process("--version")
-    assert (done.returncode, done.stderr) == (0, "")
-    assert done.stdout == mlx_fastforward.__version__ + "\n"
-
-
-def test_process_chat_over_pipes(tiny: Path) -> None:
+def test_a_real_process_with_pipes(tiny: Path) -> None:
+    """As from a script in somebody's terminal."""
     command = ["chat", "--model", tiny, "-m", "8"]
-    done = process(*command, stdin="Hello\n/nonsense\nHello\nq\nnever read\n")
+    done = subprocess.run(
+        [sys.executable, "-m", "mlx_fastforward", *map(str, command)],
+        input="Hello\n/nonsense\nHello\nq\nnever read\n",
+        text=True,
+        capture_output=True,
+        env={**os.environ, "TERM": "xterm-256color", "COLUMNS": "80"},
+        timeout=60,
+    )
     assert done.returncode == 1  # for the unknown command
     assert one_line(done.stderr).startswith("unknown command /nonsense")
     assert done.stdout == good(*command, stdin="Hello\nHello\n")

@@ -31,7 +31,8 @@ def words(axis: Any) -> list[str]:
 
 
 def test_bench() -> None:
-    left, right = SPEED.draw(rows(), "title").axes
+    figure = SPEED.draw(rows(), "title")
+    left, right = figure.axes
     assert all([*words(left), *words(right)])
     assert "seconds" in left.get_ylabel() and "times as fast" in right.get_ylabel()
     for axis in (left, right):
@@ -41,8 +42,8 @@ def test_bench() -> None:
     for container, spread in ((stock, (66.1, 70.91)), (arms[0], (46.02, 51.33))):
         _, _, (bars,) = container
         assert [y for _, y in bars.get_segments()[-1]] == pytest.approx(spread)
-    names = [t.get_text() for t in right.get_legend().get_texts()]
-    assert len(names) == len(right.lines) == 5
+    (legend,) = figure.legends
+    assert len(legend.get_texts()) == len(right.lines) == 5
 
 
 def test_eval() -> None:

@@ -12,14 +12,14 @@ def picture(path: Path, rows: list[Row], title: str) -> None:
 
     figure = draw(rows, title)
     FigureCanvasAgg(figure)
-    figure.savefig(path, dpi=120, format="png")
+    figure.savefig(path, dpi=100, format="png")
 
 
 def draw(rows: list[Row], title: str) -> Any:
     """Seconds on the left, how many times as fast on the right; bars from the fastest to the slowest run."""
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(11, 5), layout="constrained")
+    figure = Figure(figsize=(9.6, 5), layout="constrained")
     left, right = figure.subplots(1, 2)
     contexts = sorted({r.context for r in rows})
     first = {r.context: r for r in reversed(rows)}
@@ -39,8 +39,11 @@ def draw(rows: list[Row], title: str) -> Any:
     for axis in (left, right):
         axis.set(xlabel="prompt length in tokens")
         axis.set_xticks(contexts, [f"{c:,}" for c in contexts], rotation=45)
-        axis.legend(fontsize=8)
-    figure.suptitle(title, fontsize=9, parse_math=False)
+        axis.spines[["top", "right"]].set_visible(False)
+    names = right.get_legend_handles_labels()
+    figure.legend(*names, loc="outside lower center", ncols=2, fontsize=9)
+    said = f"{title}; bars: fastest to slowest run"
+    figure.suptitle(said, fontsize=9, parse_math=False)
     return figure
 
 

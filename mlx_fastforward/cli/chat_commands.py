@@ -15,19 +15,22 @@ from .lengths import check_bytes
 from .terminal import Lines
 
 HELP = """\
-/file PATH    put a document before the next message; again for more, /drop for none
+/file PATH    put a document before the next message; again for more
+/drop         forget the documents that wait for it
 /continue     go on with an answer that was cut
 /again        another answer to the last message
 /compare      answer the last message sparse and dense, with both TTFTs
 /dense        prefill like stock mlx-lm; /sparse switches back
 /system TEXT  another system prompt; alone: none
 /temp NUMBER  another sampling temperature; 0 always takes the likeliest token
-/save NAME    keep the conversation, and what was read; /load NAME takes it up again
+/save NAME    keep the conversation and what was read
+/load NAME    take it up again
 /model NAME   go on with another model, which reads the conversation anew
 /reset        forget the conversation (also: r)
 /help         this list (also: h)
 /quit         leave (also: q, Ctrl-D)
 Ctrl-C stops an answer. Alt-Enter starts a new line; a paste may have many."""
+ANEW = "The next message reads everything anew."
 
 
 def run(chat: Chat, lines: Optional[Any] = None) -> None:
@@ -75,8 +78,8 @@ def switch(chat: Chat, sparse: bool) -> None:
         raise ConfigError(f"{chat.why_dense()}.")
     switch(chat.session.model, sparse)
     chat.session.forget_cache()
-    how = "sparse" if sparse else "dense, as stock mlx-lm"
-    chat.note(f"Prefill is {how} now; the next message reads everything anew.")
+    how = "sparse" if sparse else "dense, as in stock mlx-lm"
+    chat.note(f"Prefill is {how}, from now on. {ANEW}")
 
 
 def add_file(chat: Chat, name: str) -> None:
@@ -119,7 +122,8 @@ def go_on(chat: Chat, _: str) -> None:
 
 def set_system(chat: Chat, text: str) -> None:
     chat.session.set_system(text or None)
-    chat.note("The system prompt is another one." if text else "No system prompt now.")
+    said = "The system prompt is another one." if text else "No system prompt now."
+    chat.note(f"{said} {ANEW}" if chat.session.cached else said)
 
 
 def set_temp(chat: Chat, text: str) -> None:
@@ -139,18 +143,24 @@ def save(chat: Chat, name: str) -> None:
 
     if not chat.session.asked:
         raise ConfigError("nothing to save yet: ask something first.")
-    chat.note(f"Saved in {saved.save(chat.session, name, chat.model)}")
+    file = saved.save(chat.session, name, chat.model)
+    chat.note(f"Saved in {file}\n/load {name} takes it up again.")
 
 
 def load(chat: Chat, name: str) -> None:
     from .. import saved
 
-    read = saved.load(chat.session, name)
-    turns = sum(m["role"] == "user" for m in chat.session.messages)
-    how = "nothing need be read again"
-    if not read:
+    session = chat.session
+    if not saved.load(session, name):
         how = "it was read by another model or with other settings, and is read anew"
-    chat.note(f"Loaded {name}: messages: {turns}; {how}.")
+    else:
+        from ..session import common_prefix
+
+        ids = session.render()
+        same = common_prefix(session.cached, ids)  # less after another /system
+        how = f"{same:,} of its {len(ids):,} tokens need not be read again"
+    turns = sum(m["role"] == "user" for m in session.messages)
+    chat.note(f"Loaded {name}, {turns} message{'s' * (turns != 1)}: {how}.")
 
 
 def take_model(chat: Chat, name: str) -> None:

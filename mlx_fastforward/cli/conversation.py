@@ -11,8 +11,9 @@ from rich.text import Text
 from ..errors import brief
 from .first_use import least, tune_first
 from .inputs import sampling
+from .interrupt import answered
 from .lengths import check_bytes, check_tokens, patiently
-from .outputs import prefill_line, status_line
+from .outputs import broken, prefill_line, status_line
 from .terminal import prefill_progress, show_compared
 
 
@@ -79,7 +80,8 @@ class Chat:
     def problems_told(self) -> Iterator[None]:
         """Whatever goes wrong in here is said, and the chat goes on; Ctrl-C ends what is going on."""
         try:
-            yield
+            with answered(lambda text: self.say(f"({text})")):
+                yield
         except KeyboardInterrupt:
             if not self.interactive:
                 raise typer.Exit(130) from None
@@ -94,7 +96,9 @@ class Chat:
         if self.pending:
             names = ", ".join(name for name, _ in self.pending)
             size = sum(len(text) for _, text in self.pending)
-            self.note(f"with your next message: {names} ({size:,} characters; /drop)")
+            what = "it" if len(self.pending) == 1 else "them"
+            size_and_way = f"({size:,} characters; /drop forgets {what})"
+            self.note(f"with your next message: {names} {size_and_way}")
 
     def turn(self, text: str) -> None:
         """Answer one message."""
@@ -170,7 +174,8 @@ class Chat:
                 if not self.interactive:
                     raise typer.Exit(130) from None
                 stopped = True
-        self.console.out("")
+        if last is not None:
+            self.console.out("")
         if self.session.speculative is not None:
             for note in self.session.speculative.take_notes():
                 self.say(note)
@@ -181,14 +186,17 @@ class Chat:
         """How an answer ended, and its figures."""
         if last is None:
             if stopped:
-                self.note("(stopped while reading: your message was not sent)")
+                self.note(
+                    "(stopped while reading: your message was not sent; arrow up brings it back)"
+                )
             return
         if stopped:
             self.note("(stopped; /continue goes on)")
         elif last.finish_reason == "length":
             most = self.generation["max_tokens"]
             self.note(f"(cut at --max-tokens {most}; /continue goes on)")
-        self.note(status_line(last, self.why_nothing_skipped(last)))
+        figures = status_line(last, self.why_nothing_skipped(last))
+        self.note(broken(figures, self.console.width))
 
     def why_nothing_skipped(self, last: Any) -> Optional[str]:
         """Of a prompt that was read densely though the chat is sparse."""
@@ -213,7 +221,7 @@ class Chat:
             if last is None or last.finish_reason is None:
                 return
             results.append(last)
-        show_compared(self.console, *results)
+        show_compared(self.console, *results, self.why_nothing_skipped(results[0]))
 
 
 def banner(chat: Chat) -> None:
@@ -226,19 +234,19 @@ def banner(chat: Chat) -> None:
     chat.console.print(Text("mlx_fastforward chat", style="bold"))
     if chat.model == "demo":
         chat.console.print(
-            "Demo model, 9.4 M parameters: it finds facts in a text and is good for little "
-            "else.\nA real one: --model mlx-community/Llama-3.2-3B-Instruct-4bit"
+            "Demo model, 9.4 M parameters: it finds facts in a text, and does little else.\n"
+            "A real one: --model mlx-community/Llama-3.2-3B-Instruct-4bit"
         )
         if not chat.pending:
             chat.note(f"A document to ask it about: /file {demo.DOCUMENT}")
     else:
-        chat.console.print(Text(f"model    {chat.model}"))
-    chat.console.print(Text(f"prefill  {prefill_line(engine)}"))
+        chat.console.print(Text(f"model     {chat.model}"))
+    chat.console.print(Text(f"prefill   {prefill_line(engine)}"))
     if (speculative := chat.session.speculative) is not None:
         after = "; the rest follows while you read" if chat.heal is not None else ""
-        chat.console.print(Text(f"         {speculative.describe()}{after}"))
+        chat.console.print(Text(f"          {speculative.describe()}{after}"))
     if engine.chosen is not None:
-        chat.note(f"         {engine.chosen}")
+        chat.note(f"          {engine.chosen}")
     if engine.predictor is not None:
         chat.console.print(Text(f"predictor {engine.predictor}"))
     chat.note("/help lists the commands")

@@ -7,7 +7,7 @@ from rich.console import Console
 from rich.table import Table
 
 from . import options as o
-from .errors import one_line_errors
+from .errors import interruptible, one_line_errors
 from .inputs import check_block
 from .models import load_model
 from .tables import show
@@ -23,7 +23,7 @@ def demo(
     """Ask the bundled model about a long document, sparse and dense side by side."""
     from .. import demo as data
 
-    with one_line_errors():
+    with one_line_errors(), interruptible():
         check_block(block_size)
         model, tokenizer = load_model(
             None, sparsity=sparsity, block_size=block_size, selector=selector

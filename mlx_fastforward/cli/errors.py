@@ -8,6 +8,7 @@ import typer
 
 from .. import ranks
 from ..errors import ConfigError, FastForwardError, printable
+from .interrupt import answered
 
 
 def fail(message: str, code: int = 1) -> NoReturn:
@@ -39,7 +40,8 @@ def one_line_errors() -> Iterator[None]:
 def interruptible() -> Iterator[None]:
     """Ctrl-C leaves quietly, with the shell's code for it."""
     try:
-        yield
+        with answered(lambda text: print(f"mlx_fastforward: {text}", file=sys.stderr)):
+            yield
     except KeyboardInterrupt:
         print("mlx_fastforward: stopped.", file=sys.stderr)
         raise typer.Exit(130) from None

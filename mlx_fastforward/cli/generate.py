@@ -27,7 +27,7 @@ from .inputs import (
 )
 from .lengths import check_bytes, check_tokens, patiently
 from .models import load_model
-from .outputs import status_line
+from .outputs import broken, status_line
 from .part_read import answers, keep_config, refuse_beside, speculative
 from .prompt import add_stops, asked_text, prompt_tokens
 from .terminal import prefill_progress
@@ -305,7 +305,10 @@ def _run(
     print()
     if verbose or (verbose is None and sys.stdout.isatty() and sys.stderr.isatty()):
         console = Console(stderr=True, soft_wrap=True, highlight=False)
-        console.print(status_line(last), style="dim")
+        figures = status_line(last)
+        if console.is_terminal:
+            figures = broken(figures, console.width)
+        console.print(figures, style="dim")
 
 
 def report(text: str, r: Any, settings: dict[str, Any]) -> dict[str, Any]:

@@ -20,8 +20,9 @@ def status_line(r: Any, why: Optional[str] = None) -> str:
         )
         skipped = f"{share} · {skipped}" if r.ffn_sparsity else share
     reused = f" (+{r.cached_tokens:,} cached)" if r.cached_tokens else ""
+    tokens = "token" if r.prompt_tokens == 1 else "tokens"
     return (
-        f"{r.prompt_tokens:,} prompt tokens{reused} · TTFT {r.ttft:.2f} s · "
+        f"{r.prompt_tokens:,} prompt {tokens}{reused} · TTFT {r.ttft:.2f} s · "
         f"{skipped} · {r.generation_tokens:,} tokens at "
         f"{r.generation_tps:.1f} tok/s · peak {r.peak_memory:.2f} GB"
     )
@@ -43,6 +44,17 @@ def prefill_line(engine: Any) -> str:
     if engine.share < 1:
         line += f"; within reach: {engine.share:.0%} of the FFN FLOPs"
     return line
+
+
+def broken(line: str, width: int) -> str:
+    """A line of figures with dots between them, broken only there."""
+    lines: list[str] = []
+    for part in line.split(" · "):
+        if lines and len(longer := f"{lines[-1]} · {part}") <= width:
+            lines[-1] = longer
+        else:
+            lines.append(part)
+    return "\n".join(lines)
 
 
 def check_files(json_file: Optional[Path], png: Optional[Path]) -> None:
