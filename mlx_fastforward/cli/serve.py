@@ -287,10 +287,10 @@ def banner(args: argparse.Namespace, provider: Any, port: int) -> str:
     host = f"[{args.host}]" if ":" in args.host else args.host
     lines = [
         "mlx_fastforward serve",
-        f"model    {args.model}",
-        f"prefill  {prefill_line(engine)}"
+        f"model     {args.model}",
+        f"prefill   {prefill_line(engine)}"
         + (f" ({engine.chosen})" if engine.chosen else ""),
-        f"url      http://{host}:{port}",
+        f"url       http://{host}:{port}",
     ]
     if engine.predictor is not None:
         lines.insert(3, f"predictor {engine.predictor}")
