@@ -36,6 +36,14 @@ TrustRemoteCode = Annotated[
         panel=MODEL,
     ),
 ]
+Pipeline = Annotated[
+    bool,
+    opt(
+        "Under mlx.launch: each process has some of the layers, not a part of each.",
+        "--pipeline",
+        panel=MODEL,
+    ),
+]
 Sparsity = Annotated[
     float,
     opt(
