@@ -39,8 +39,8 @@ def engine_for(
     found = reach(model)
     if predictor is not None:
         predictor.check(BaseModel.of(model))
-    ffns = [ffn.under(device.strategy, device.unpack) for ffn in found.ffns]
-    found = found._replace(ffns=ffns)
+    how = (device.strategy, device.unpack, device.half)
+    found = found._replace(ffns=[ffn.under(*how) for ffn in found.ffns])
     return _built(found, config or PrefillConfig(), predictor, importances, device)
 
 

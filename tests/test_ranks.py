@@ -31,7 +31,7 @@ from mlx_fastforward.attachment import engine_of
 
 HERE = Path(__file__).parent
 CUT = {2: list(CASES), 4: ["probe", "trained, 8 bits"]}  # by processes: cases
-DEALT = {2: list(STAGES), 4: ["qwen2"]}
+DEALT = {2: list(STAGES), 4: ["qwen2", "qwen3_5"]}
 LONG = "Keawe was poor, brave, and active; he could read and write. " * 50
 GONE = "mlx_fastforward: another process of mlx.launch has ended, and this one with it."
 PROMPT = ["Hello " * 60, "--block-size", 8, "-m", 8]

@@ -226,7 +226,8 @@ def banner(chat: Chat) -> None:
     engine = chat.engine
     mode = "dense (stock mlx-lm)"
     if engine.device.unpack:
-        mode = "dense, packed weights dequantised first"
+        half = engine.device.half
+        mode = f"dense, {'FFNs in float16' if half else 'packed weights dequantised first'}"
     if engine.device.dense and engine.config.sparsity:
         mode += ", the fastest on this device; --no-tune runs sparsely"
     if engine.sparse:

@@ -199,9 +199,9 @@ def run(args: argparse.Namespace) -> None:
 
 def check_shared(args: argparse.Namespace) -> None:
     """Refuse what several processes cannot do alike."""
-    alone = ("adapter_path", "cache_dir", "draft_model")
+    alone = ("adapter_path", "cache_dir", "draft_model", "prefill_draft")
     for name in alone if ranks.rank() is not None else ():
-        if getattr(args, name):
+        if getattr(args, name, None):
             flag = name.replace("_", "-")
             fail(f"--{flag} runs in one process; start it without mlx.launch.", 2)
 
