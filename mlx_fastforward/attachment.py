@@ -213,18 +213,19 @@ def _sparse_model(base: type) -> type:
 def _sparse_mlp(base: type) -> type:
     def run(self: Any, x: mx.array) -> mx.array:
         attached, layer = self._fastforward.attached, self._fastforward.layer
-        call, d = attached.call, x.shape[-1]
+        call, shape, d = attached.call, x.shape, x.shape[-1]
+        ffn = attached.engine.ffns[layer]
         if call is None or not attached.engine.thins(layer):
-            ffn = attached.engine.ffns[layer]
             stock = not attached.enabled or self.training
             if stock or x.ndim != 3 or not ffn.unpacks(x.shape[1]):
                 return base.__call__(self, x)
-            return ffn.activations_and_output(x)[1]
+            return ffn.finite(x.shape[1], lambda: ffn.activations_and_output(x)[1])
         rows, odd = divmod(x.size // d, call.split.plan.tokens)
         if odd:  # not the tokens of the call
             return base.__call__(self, x)
-        y = attached.engine.forward(call, layer, x.reshape(rows, -1, d))
-        return y.reshape(x.shape)  # experts' modules join rows and tokens
+        x = x.reshape(rows, -1, d)  # experts' modules join rows and tokens
+        run = lambda: attached.engine.forward(call, layer, x)
+        return ffn.finite(x.shape[1], run).reshape(shape)
 
     return type(f"Sparse{base.__name__}", (base,), {"__call__": run})
 

@@ -9,7 +9,7 @@ from .engine import Engine
 from .errors import ConfigError
 from .model.families import prefilled
 from .model.ffn import GatedFFN
-from .model.proof import reach
+from .model.proof import Reach, reach
 from .neurons.compensators import Compensator
 from .neurons.schedule import first_dense, layerwise, measured, neurons_kept, uniform
 from .neurons.selectors import FirstBlock, Oracle, Probe, Selector, Trained
@@ -36,11 +36,35 @@ def engine_for(
     Raises:
         UnsupportedModel, ConfigError, PredictorError.
     """
-    config = config or PrefillConfig()
     found = reach(model)
-    ffns = [ffn.under(device.strategy, device.unpack) for ffn in found.ffns]
     if predictor is not None:
         predictor.check(BaseModel.of(model))
+    how = (device.strategy, device.unpack, device.half)
+    found = found._replace(ffns=[ffn.under(*how) for ffn in found.ffns])
+    return _built(found, config or PrefillConfig(), predictor, importances, device)
+
+
+def with_config(
+    engine: Engine, config: PrefillConfig, predictor: Optional[PredictorFile]
+) -> Engine:
+    """A model's engine under another config.
+
+    Args:
+        predictor: The predictor file that the engine was made with.
+    """
+    found = Reach(engine.ffns, engine.share, engine.left_dense)
+    return _built(found, config, predictor, None, engine.device)
+
+
+def _built(
+    found: Reach,
+    config: PrefillConfig,
+    predictor: Optional[PredictorFile],
+    importances: Optional[Sequence[float]],
+    device: DeviceSettings,
+) -> Engine:
+    ffns = found.ffns
+    if predictor is not None:
         predictor = predictor.part(*ffns[0].share)
     given = importances is not None
     if importances is None and predictor is not None:

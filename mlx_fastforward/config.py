@@ -24,6 +24,7 @@ class DeviceSettings:
         dense: No sparse prefill is faster than a dense one here.
         unpack: Calls of at least so many tokens dequantise packed FFN weights once and multiply in
             float; 0: never.
+        half: Those calls compute FFNs in float16; a layer that overflows goes back to its own dtype.
     """
 
     block_size: int = BLOCK_SIZE
@@ -32,6 +33,7 @@ class DeviceSettings:
     attention_block: int = 0
     dense: bool = False
     unpack: int = 0
+    half: bool = False
 
     def __post_init__(self) -> None:
         _check_choice("strategy", self.strategy, STRATEGIES)
@@ -41,8 +43,11 @@ class DeviceSettings:
             _check_number(name, value, int)
             if value < least:
                 raise ConfigError(f"{name} must be at least {least}, got {value}.")
-        if not isinstance(self.dense, bool):
-            raise ConfigError(f"dense must be True or False, got {self.dense!r}.")
+        for name in ("dense", "half"):
+            if not isinstance(getattr(self, name), bool):
+                raise ConfigError(
+                    f"{name} must be True or False, got {getattr(self, name)!r}."
+                )
 
 
 @dataclass(frozen=True)

@@ -161,11 +161,13 @@ class Engine:
             "shortest": self.shortest,
             "attention_block": self.device.attention_block,
             "unpack": self.device.unpack,
+            "half": self.device.half,
         }
 
     def on(self, device: DeviceSettings) -> "Engine":
         """The same under other settings of the device; this one stays as it is."""
-        ffns = [ffn.under(device.strategy, device.unpack) for ffn in self.ffns]
+        how = (device.strategy, device.unpack, device.half)
+        ffns = [ffn.under(*how) for ffn in self.ffns]
         return replace(self, ffns=ffns, device=device)
 
     def prompt(self, tokens: int) -> Prompt:

@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Iterator, Optional
 
 from .errors import FastForwardError, HubError, brief
+from .ranks import is_lost_peer
 
 NOT_CACHED = " and it is not in the local cache; connect once, or pass a local folder"
 
@@ -109,6 +110,8 @@ def problems(
     except HfHubHTTPError as e:
         raise refused(e) from None
     except Exception as e:
+        if is_lost_peer(e):
+            raise
         if isinstance(e.__cause__, HfHubHTTPError):  # told as if nothing were cached
             raise refused(e.__cause__) from None
         if isinstance(e, offline) or _below_the_hub(e):

@@ -33,6 +33,7 @@ def load(
     return_config: bool = False,
     revision: Optional[str] = None,
     trust_remote_code: bool = False,
+    pipeline: bool = False,
     **settings: Any,
 ) -> tuple:
     """Load a model that prefills sparsely; a drop-in for ``mlx_lm.load``.
@@ -45,6 +46,7 @@ def load(
             none. Default: the one beside the model, else the user's newest one for it.
         device: How this device runs it. Default: as tuned, see ``tune``; DeviceSettings() for untuned.
         adapter_path: LoRA weights, as in mlx_lm.
+        pipeline: Under mlx.launch each process gets some of the layers, not a part of each.
         settings: Further fields of PrefillConfig.
 
     Returns:
@@ -63,7 +65,8 @@ def load(
     searching = predictor is None
     if isinstance(predictor, (str, Path)):
         predictor = named_predictor(predictor)
-    if ranks.several():
+    several = ranks.several()
+    if several and not pipeline:
         _check_shared(adapter_path, model_config, revision)
         model, *rest = _load_part(
             str(path_or_hf_repo), tokenizer_config, return_config, trust_remote_code
@@ -80,11 +83,15 @@ def load(
             trust_remote_code=trust_remote_code,
         )
     assert isinstance(model, nn.Module)
+    if several and pipeline:
+        check_stages(model)
     if searching:
         predictor = predictor_for(str(path_or_hf_repo), BaseModel.of(model), revision)
     value, chosen = resolved(sparsity, predictor)
     config = PrefillConfig.from_kwargs(sparsity=value, **settings)
     attach(model, config, predictor=predictor, device=device).chosen = chosen
+    if several and pipeline:
+        take_stage(model)
     if not lazy:
         mx.eval(model.parameters(), predictor.arrays() if predictor else [])
     return (model, *rest)
@@ -110,16 +117,8 @@ def _load_part(
     return_config: bool,
     trust_remote_code: bool,
 ) -> tuple:
-    """This process's part of a model, cut by mlx-lm's own ``shard``."""
-    folder = _download(name)
-    net, _ = load_model(folder, lazy=True, trust_remote_code=trust_remote_code)
-    if not hasattr(net, "shard"):
-        raise ConfigError(
-            f"mlx-lm cannot share a {model_type(net)} model among processes by its neurons, and "
-            "pipeline parallelism is not supported; start it without mlx.launch."
-        )
-    base = BaseModel.of(net)
-    ranks.check_divisible(Heads.of(net, base.hidden_size), base.widths)
+    """This process's part of every layer, cut by mlx-lm's own ``shard``."""
+    check_part(name, trust_remote_code)
     return sharded_load(
         name,
         None,
@@ -128,6 +127,47 @@ def _load_part(
         tokenizer_config=tokenizer_config,
         trust_remote_code=trust_remote_code,
     )
+
+
+def check_part(name: str, trust_remote_code: bool) -> None:
+    """Refuse a model whose layers cannot be shared equally; raises ConfigError."""
+    folder = _download(name)
+    net, _ = load_model(folder, lazy=True, trust_remote_code=trust_remote_code)
+    if not hasattr(net, "shard"):
+        how = "use --pipeline" if _has_stages(net) else "start it without mlx.launch"
+        raise ConfigError(
+            f"mlx-lm cannot share a {model_type(net)} model among processes by its neurons; {how}."
+        )
+    base = BaseModel.of(net)
+    ranks.check_divisible(Heads.of(net, base.hidden_size), base.widths)
+
+
+def _has_stages(model: nn.Module) -> bool:
+    return hasattr(getattr(model, "model", None), "pipeline")
+
+
+def check_stages(model: nn.Module) -> None:
+    """Refuse a model that cannot be dealt out by layers; raises ConfigError."""
+    if not _has_stages(model):
+        how = "leave --pipeline out" if hasattr(model, "shard") else ""
+        raise ConfigError(
+            f"mlx-lm cannot share a {model_type(model)} model among processes by its layers; "
+            f"{how or 'start it without mlx.launch'}."
+        )
+    layers, n = len(model.layers), ranks.group().size()
+    if layers < n:
+        raise ConfigError(f"{n} processes cannot share {layers} layers; launch fewer.")
+
+
+def take_stage(model: Any) -> None:
+    """Leave an attached, lazily loaded model only this process's layers.
+
+    It was attached whole, so that budgets, predictors and FLOPs are those of one process; weights of
+    other layers are never read.
+    """
+    model.model.pipeline(ranks.group())
+    mx.eval(model.parameters())
+    ranks.agreed(0)  # all are here: who still loads would be waited for in vain
 
 
 def load_stock(

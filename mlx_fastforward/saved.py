@@ -38,7 +38,7 @@ def how_read(session: Session) -> dict[str, Any]:
     engine = engine_of(session.model)
     if engine is None or not engine.sparse or not is_enabled(session.model):
         return {}
-    left = ("strategy", "shortest", "attention_block", "unpack")
+    left = ("strategy", "shortest", "attention_block", "unpack", "half")
     return {k: v for k, v in engine.settings().items() if k not in left}
 
 

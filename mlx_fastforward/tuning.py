@@ -4,13 +4,13 @@ One FFN of the model runs over a chunk of random inputs, dense and by every cand
 Dense is a candidate: where nothing is faster the prompt stays dense. Each candidate is first checked
 against the plain masked FFN; one that is wrong is reported and never used. Packed weights may be
 dequantised first, once per call and layer, for a float GEMM: sparse, or densely with the same answer to
-rounding. Attention is measured the same way: all queries of a chunk at once, as mlx-lm does, or in blocks.
+rounding. The FFNs of a bfloat16 model may run in float16, for chips that emulate bfloat16. Attention is measured the same way: all queries of a chunk at once, as mlx-lm does, or in blocks.
 """
 
 import math
 import time
-from dataclasses import dataclass, replace
-from typing import Callable
+from dataclasses import dataclass, field, replace
+from typing import Callable, NamedTuple, Optional
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -30,7 +30,7 @@ from .tuned import heads_of, key, remember, sparse_layer
 BLOCKS = (128, 256, 512, 1024, 2048)
 LENGTHS = (512, 1024)  # short prompts: from which on is sparse faster?
 STRATEGIES = ("chunk", "columns")  # "stored" costs memory: only who asks for it gets it
-UNPACK = (256, 512, 1024, CHUNK)  # tokens: from which on is dequantising first faster?
+UNPACK = (256, 512, 1024)  # tokens: from which on is dequantising first faster?
 LARGEST = 1024  # of them by default
 ROUNDS = 3
 ATTENTION_BLOCKS = (256, 512)  # queries
@@ -45,8 +45,8 @@ Tick = Callable[[float], None]  # the share that is done
 class Candidate:
     """Times in seconds of one FFN over a chunk; ``error`` against the plain path.
 
-    The strategy "dense" is the whole FFN, its weights dequantised first, over ``block_size`` tokens;
-    ``dense_seconds`` is what mlx-lm's own takes.
+    The strategy "dense" is the whole FFN over ``block_size`` tokens; ``dense_seconds`` is what mlx-lm's
+    own takes. ``unpack`` and ``half`` are those of DeviceSettings.
     """
 
     block_size: int
@@ -56,26 +56,47 @@ class Candidate:
     error: float
     correct: bool
     unpack: int = 0
+    half: bool = False
 
     @property
     def share(self) -> float:
         """Of the dense time."""
         return self.seconds / self.dense_seconds
 
+    @property
+    def gains(self) -> bool:
+        """Whether it is right, and faster than mlx-lm's own by more than noise."""
+        return self.correct and self.share < MARGIN
+
+
+class Way(NamedTuple):
+    """How FFNs multiply: fields of DeviceSettings."""
+
+    unpack: int = 0
+    half: bool = False
+
 
 @dataclass(frozen=True)
 class Choice:
-    """What tuning found: settings of the device, and the candidates that were measured."""
+    """What tuning found: settings of the device, and the candidates that were measured.
+
+    attention: Seconds of a first chunk's attention, by queries per call; 0: all of them, as in mlx-lm.
+    """
 
     device: DeviceSettings
     candidates: list[Candidate]
+    attention: dict[int, float] = field(default_factory=dict)
 
     @property
     def share(self) -> float:
         """Of mlx-lm's dense time, what an FFN takes over a chunk."""
         if not self.device.dense:
             return _best([c for c in self.candidates if c.strategy != "dense"]).share
-        return self.candidates[-1].share if self.device.unpack else 1.0
+        if not self.device.unpack:
+            return 1.0
+        best = ("dense", CHUNK, self.device.half)
+        found = [(c.strategy, c.block_size, c.half) for c in self.candidates]
+        return self.candidates[found.index(best)].share
 
 
 def tune(
@@ -128,74 +149,71 @@ def search(
     """
     start = time.perf_counter()
     x, found = _inputs(engine), []  # type: mx.array, list[Candidate]
-    dense = _over_a_chunk(engine, x, fastest_dense(engine))
-    unpack = dense.device.unpack
+    dense = fastest_dense(engine)
     sizes = [b for b in BLOCKS if b <= largest]
-    trials = [(sizes[-1], s, unpack) for s in STRATEGIES]
-    trials += [(sizes[-1], "", 0)] if unpack else []
-    trials += [(b, "", -1) for b in sizes[:-1]]
+    fast = Way(dense.device.unpack, dense.device.half)
+    trials: list[tuple[int, str, Optional[Way]]]
+    trials = [(sizes[-1], s, fast) for s in STRATEGIES]
+    trials += [(sizes[-1], "", Way())] if fast.unpack else []
+    trials += [(b, "", None) for b in sizes[:-1]]
     total = len(trials) + len(LENGTHS) + 1
 
     def over() -> bool:
         return time.perf_counter() - start > limit
 
-    for done, (block, strategy, least) in enumerate(trials):
+    for done, (block, strategy, way) in enumerate(trials):
         if found and over():
             break
         strategy = strategy or _best(found).strategy
-        least = _best(found).unpack if least < 0 else least
-        found.append(_measured(_trial(engine, block, strategy, least), x))
+        way = way or Way(_best(found).unpack, _best(found).half)
+        found.append(_measured(_trial(engine, block, strategy, way), x))
         tick((done + 1) / total)
     best = _best(found)
     tried = found + dense.candidates
     if not best.correct or best.share > MARGIN * dense.share:
         return Choice(dense.device, tried)
-    trial = _trial(engine, best.block_size, best.strategy, best.unpack)
-    shortest, queries = CHUNK, 0
+    way = Way(best.unpack, best.half)
+    trial = _trial(engine, best.block_size, best.strategy, way)
+    shortest, attention = CHUNK, {}  # type: int, dict[int, float]
     if not over():
         shortest = _shortest(trial, x, lambda i: tick((len(trials) + i) / total))
     if not over():
-        queries = attention_block(heads, x.dtype)
+        attention = attention_seconds(heads, x.dtype)
+    queries = attention_block(attention)
     device = replace(trial.device, shortest=shortest, attention_block=queries)
-    return Choice(device, tried)
+    return Choice(device, tried, attention)
 
 
 def fastest_dense(engine: Engine) -> Choice:
-    """From how many tokens on packed weights are better dequantised first; ``unpack`` 0: never."""
+    """How a dense FFN is fastest, and from how many tokens on; ``unpack`` 0: as mlx-lm runs it."""
     ffn, x = engine.ffns[sparse_layer(engine)], _inputs(engine)
-    found: list[Candidate] = []
-    for tokens in UNPACK if ffn.packed else ():
-        found.append(_unpacked(ffn, x[:, :tokens]))
-        if _gains(found[-1]):
-            return Choice(DeviceSettings(dense=True, unpack=tokens), found)
-    return Choice(DeviceSettings(dense=True), found)
+    ways = [False] if ffn.packed else []
+    ways += [True] if x.dtype == mx.bfloat16 else []
+    found = [_dense(ffn, x, half) for half in ways]
+    gaining = [c for c in found if c.gains]
+    if not gaining:
+        return Choice(DeviceSettings(dense=True), found)
+    best = min(gaining, key=lambda c: c.share)
+    for tokens in UNPACK:
+        found.append(_dense(ffn, x[:, :tokens], best.half))
+        if found[-1].gains:
+            break
+    least = found[-1].unpack if found[-1].gains else CHUNK
+    return Choice(DeviceSettings(dense=True, unpack=least, half=best.half), found)
 
 
-def _over_a_chunk(engine: Engine, x: mx.array, choice: Choice) -> Choice:
-    """The same with its share of a whole chunk's time, which sparse candidates must beat."""
-    if not 0 < choice.device.unpack < x.shape[1]:
-        return choice
-    found = _unpacked(engine.ffns[sparse_layer(engine)], x)
-    device = choice.device if _gains(found) else DeviceSettings(dense=True)
-    return Choice(device, [*choice.candidates, found])
-
-
-def _gains(candidate: Candidate) -> bool:
-    return candidate.correct and candidate.share < MARGIN
-
-
-def _unpacked(ffn: GatedFFN, x: mx.array) -> Candidate:
-    """The dense FFN with its weights dequantised first, beside mlx-lm's own."""
+def _dense(ffn: GatedFFN, x: mx.array, half: bool) -> Candidate:
+    """The dense FFN with its weights dequantised first, or in float16, beside mlx-lm's own."""
     tokens = x.shape[1]
-    own, fast = ffn.under(ffn.strategy), ffn.under(ffn.strategy, tokens)
+    own, fast = ffn.under(ffn.strategy), ffn.under(ffn.strategy, tokens, half)
     ways = {
-        "dense": lambda: own.activations_and_output(x)[1],
-        "unpacked": lambda: fast.activations_and_output(x)[1],
+        "own": lambda: own.activations_and_output(x)[1],
+        "fast": lambda: fast.activations_and_output(x)[1],
     }
-    error = _off(ways["unpacked"](), x, lambda x: own.activations_and_output(x)[1])
+    error = _off(ways["fast"](), x, lambda x: own.activations_and_output(x)[1])
     seconds = interleaved(ways, ROUNDS)
-    times, correct = (seconds["unpacked"], seconds["dense"]), _correct(error, x.dtype)
-    return Candidate(tokens, "dense", *times, error, correct, tokens)
+    times, correct = (seconds["fast"], seconds["own"]), _correct(error, x.dtype)
+    return Candidate(tokens, "dense", *times, error, correct, tokens, half)
 
 
 def _correct(error: float, dtype: mx.Dtype) -> bool:
@@ -210,9 +228,10 @@ def chunk_seconds(engine: Engine) -> float:
     return found[0] * CHUNK / few
 
 
-def _trial(engine: Engine, block: int, strategy: str, unpack: int) -> Engine:
+def _trial(engine: Engine, block: int, strategy: str, way: Way) -> Engine:
     """The engine under other settings of the device; the model's own is left alone."""
-    trial = engine.on(DeviceSettings(block, strategy, unpack=unpack))
+    device = DeviceSettings(block, strategy, unpack=way.unpack, half=way.half)
+    trial = engine.on(device)
     return replace(trial, config=replace(engine.config, block_size=None))
 
 
@@ -245,6 +264,7 @@ def _measured(trial: Engine, x: mx.array) -> Candidate:
         error,
         _correct(error, x.dtype),
         device.unpack,
+        device.half,
     )
 
 
@@ -303,8 +323,14 @@ def _shortest(trial: Engine, x: mx.array, tick: Callable[[int], None]) -> int:
     return CHUNK
 
 
-def attention_block(heads: Heads, dtype: mx.Dtype) -> int:
-    """Queries per attention call that are fastest for a first chunk; 0: all of them."""
+def attention_block(seconds: dict[int, float]) -> int:
+    """Queries per attention call that are fastest; 0: all of them."""
+    best = min(seconds, key=lambda rows: seconds[rows], default=0)
+    return best if best and seconds[best] < MARGIN * seconds[0] else 0
+
+
+def attention_seconds(heads: Heads, dtype: mx.Dtype) -> dict[int, float]:
+    """Of a first chunk's attention, by queries per call; wrong ones are left out."""
     q, k, v = (
         mx.random.normal((1, n, CHUNK, heads.size), key=mx.random.key(i)).astype(dtype)
         for i, n in enumerate([heads.queries, heads.keys, heads.keys])
@@ -321,12 +347,18 @@ def attention_block(heads: Heads, dtype: mx.Dtype) -> int:
         error = difference(arm(q, k, v, mask="causal"), plain)
         if _correct(error, dtype):
             arms[rows] = arm
-    seconds = interleaved(
+    return interleaved(
         {rows: lambda arm=arm: arm(q, k, v, mask="causal") for rows, arm in arms.items()},  # type: ignore
         ROUNDS,
     )
-    best = min(seconds, key=lambda rows: seconds[rows])
-    return best if seconds[best] < MARGIN * seconds[0] else 0
+
+
+def multiplied(device: DeviceSettings) -> str:
+    """How calls of ``unpack`` tokens multiply."""
+    how = (
+        "FFNs run in float16" if device.half else "Packed weights are dequantised first"
+    )
+    return f"{how} from {device.unpack:,} tokens on"
 
 
 def summary(choice: Choice) -> str:
@@ -337,11 +369,7 @@ def summary(choice: Choice) -> str:
         for c in wrong
     ]
     device = choice.device
-    first = (
-        f" Packed weights are dequantised first from {device.unpack:,} tokens on."
-        if device.unpack
-        else ""
-    )
+    first = f" {multiplied(device)}." if device.unpack else ""
     if device.dense:
         line = "Tuned: dense prefill is fastest on this device."
         if first:

@@ -1,10 +1,12 @@
-"""Run in each of several processes: the same prompt through a process's part of tiny models.
+"""Run in each of several processes: models in parts, and commands. tests/test_ranks.py compares.
 
-    python rank_cases.py FOLDER
-
-Writes FOLDER/RANK.npz: logits by case, neurons by case and layer. tests/test_ranks.py compares.
+FOLDER/plan.json says what. Writes FOLDER/RANK.npz: logits by case, neurons by case and layer; and
+FOLDER/RANK.json: (exit code, stdout, stderr) of every command. The last commands are not captured.
 """
 
+import contextlib
+import io
+import json
 import sys
 from pathlib import Path
 from typing import Any
@@ -15,8 +17,12 @@ import models
 import numpy as np
 
 from mlx_fastforward import ranks
-from mlx_fastforward.attachment import attach
+from mlx_fastforward.attachment import attach, detach, seat
+from mlx_fastforward.bench.studies import zoo
+from mlx_fastforward.cli import app
+from mlx_fastforward.config import DeviceSettings
 from mlx_fastforward.engine import Engine
+from mlx_fastforward.loading import take_stage
 from mlx_fastforward.predictors.file import load_predictor
 
 IDS = models.token_ids(61)
@@ -32,6 +38,8 @@ CASES: dict[str, tuple[str, int, str, str, str, bool]] = {
     "trained": ("llama", 0, "trained", "low-rank", "chunk", False),
     "trained, 8 bits": ("llama", 8, "trained", "mlp", "columns", False),
 }
+# name: (architecture, bits), dealt out by layers
+STAGES = {"qwen2": 0, "qwen2, 4 bits": 4, "qwen3_5": 0, "deepseek_v2": 0}
 
 
 def made(name: str, bits: int) -> nn.Module:
@@ -49,9 +57,6 @@ def attached(model: nn.Module, case: str, folder: Path) -> Engine:
     side = folder / compensator if selector == "trained" else None
     config = models.settings(selector=selector, compensator=compensator or "none")
     engine = attach(model, config, predictor=side and load_predictor(side))
-    from mlx_fastforward.attachment import detach, seat
-    from mlx_fastforward.config import DeviceSettings
-
     engine = engine.on(DeviceSettings(strategy=strategy))
     if everything:
         engine.keep = [k and ffn.shape[1] for k, ffn in zip(engine.keep, engine.ffns)]
@@ -60,33 +65,63 @@ def attached(model: nn.Module, case: str, folder: Path) -> Engine:
     return engine
 
 
-def run(model: nn.Module, case: str, folder: Path) -> tuple[np.ndarray, list[Any]]:
-    """Logits of the prompt, and the neurons that each layer kept (M, K)."""
-    seen: list[Any] = []
-    if CASES[case][2]:
-        engine = attached(model, case, folder)
-        choose = engine.choose
+def staged(name: str) -> tuple[nn.Module, Engine]:
+    """A model that can be dealt out by layers, attached whole."""
+    kind, bits = name.partition(",")[0], STAGES[name]
+    mx.random.seed(0)  # the zoo leaves some weights as mlx-lm begins them
+    model = made(kind, bits) if kind in models.NAMES else zoo.tiny(kind)
+    return model, attach(model, models.settings())
 
-        def noted(layer: int, inputs: Any) -> mx.array:
-            found = choose(layer, inputs)
-            seen.append(np.array(found))
-            return found
 
-        engine.choose = noted  # type: ignore
-    return models.prefill(model, IDS)[0], seen
+def noted(engine: Engine) -> dict[int, np.ndarray]:
+    """The neurons (M, K) that each layer will keep, by layer."""
+    seen, choose = {}, engine.choose
+
+    def choosing(layer: int, inputs: Any) -> mx.array:
+        found = choose(layer, inputs)
+        seen[layer] = np.array(found)
+        return found
+
+    engine.choose = choosing  # type: ignore
+    return seen
+
+
+def results(plan: dict[str, Any], folder: Path) -> dict[str, np.ndarray]:
+    """Logits and neurons of all models of the plan."""
+    found = {}
+    for case in (*plan["cases"], *plan["stages"]):
+        seen: dict[int, np.ndarray] = {}
+        if case in STAGES:
+            model, engine = staged(case)
+            take_stage(model)
+            seen = noted(engine)
+        else:
+            model = made(*CASES[case][:2])
+            model.shard(ranks.group())
+            if CASES[case][2]:
+                seen = noted(attached(model, case, folder))
+        found[case] = models.prefill(model, IDS)[0]
+        found |= {f"{case}/{layer}": kept for layer, kept in seen.items()}
+    return found
+
+
+def said(args: list[str]) -> tuple[int, str, str]:
+    """Exit code, stdout and stderr of a command."""
+    out, err = io.StringIO(), io.StringIO()
+    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+        code = app(args, "mlx_fastforward", standalone_mode=False)
+    return code or 0, out.getvalue(), err.getvalue()
 
 
 def main(folder: Path) -> None:
-    found = {}
-    for case, (name, bits, *_) in CASES.items():
-        model = made(name, bits)
-        model.shard(ranks.group())
-        logits, neurons = run(model, case, folder)
-        found[case] = logits
-        for layer, kept in enumerate(neurons):
-            found[f"{case}/{layer}"] = kept
-    np.savez(folder / f"{ranks.rank()}.npz", **found)
-
-
-if __name__ == "__main__":
-    main(Path(sys.argv[1]))
+    mx.disable_compile()  # a CPU would call a C++ compiler
+    plan = json.loads((folder / "plan.json").read_text())
+    np.savez(folder / f"{ranks.rank()}.npz", **results(plan, folder))
+    commands = [said(args) for args in plan["commands"]]
+    (folder / f"{ranks.rank()}.json").write_text(json.dumps(commands))
+    *before, last = plan["last"]
+    for args in before:
+        out, err = sys.stdout, sys.stderr
+        app(args, "mlx_fastforward", standalone_mode=False)
+        sys.stdout, sys.stderr = out, err
+    app(last, "mlx_fastforward")

@@ -88,6 +88,7 @@ def test_generate_with_the_demo_model() -> None:
         "shortest": 48,
         "attention_block": 0,
         "unpack": 0,
+        "half": False,
     }
     config = mlx_fastforward.PrefillConfig(sparsity=0.4, block_size=16)
     engine = engine_for(model, config, load_predictor(data.MODEL))

@@ -17,7 +17,6 @@ PARSERS = {
 ABSENT = {
     "--image": "no: text models only",
     "--quantize-activations": "no: such layers would run densely",
-    "--pipeline": "no: one machine only",
 }
 OTHERWISE = {
     ("generate", "--model"): "yes; default: the demo model",

@@ -1,155 +1,301 @@
-"""Several real processes, each with a part of the model: against one process with all of it."""
+"""Several real processes, each with a part of the model: against one process with all of it.
+
+Two processes and four are started once each, and do everything that is compared here.
+"""
 
 import json
 import os
+import re
 import signal
 import socket
 import subprocess
 import sys
 import time
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Optional
+from typing import Any, Callable, Iterator
 
+import httpx
 import mlx.core as mx
 import models
 import numpy as np
 import pytest
 import rank_cases
-from commands import bad, good, one_line
-from rank_cases import CASES
+from commands import bad, good
+from rank_cases import CASES, STAGES
 from reference import top_k
 
+import mlx_fastforward as ff
 from mlx_fastforward import ConfigError, loading, ranks
 from mlx_fastforward.attachment import engine_of
 
 HERE = Path(__file__).parent
-RANKS = 2
+CUT = {2: list(CASES), 4: ["probe", "trained, 8 bits"]}  # by processes: cases
+DEALT = {2: list(STAGES), 4: ["qwen2", "qwen3_5"]}
+LONG = "Keawe was poor, brave, and active; he could read and write. " * 50
+GONE = "mlx_fastforward: another process of mlx.launch has ended, and this one with it."
+PROMPT = ["Hello " * 60, "--block-size", 8, "-m", 8]
 
 
-def launched(
-    folder: Path, *command: Any, ranks: int = RANKS, **pipes: Any
-) -> list[subprocess.Popen]:
-    """The same command in several processes that know each other, as mlx.launch starts them."""
-    ports = []
-    for _ in range(ranks):
-        with socket.socket() as s:
+@dataclass
+class Seen:
+    """What several processes did, by rank, and what the last said when one was killed."""
+
+    arrays: list[dict[str, np.ndarray]]
+    commands: list[list[tuple[int, str, str]]]
+    served: list[dict[str, Any]]
+    codes: list[int]
+    errors: list[str]
+    seconds: float
+
+
+# mlx-lm imports transformers, and that torch, where it is: half of the time to start
+MAIN = (
+    "import sys; sys.modules['torch'] = None; from pathlib import Path; "
+    "import rank_cases; rank_cases.main(Path(sys.argv[1]))"
+)
+
+
+class Launched:
+    """rank_cases.main in several processes that know each other, as mlx.launch starts them."""
+
+    def __init__(self, folder: Path, size: int, **commands: list[list[Any]]):
+        self.folder, self.size = folder, size
+        plan = {"cases": CUT[size], "stages": DEALT[size]}
+        for when, found in commands.items():
+            plan[when] = [list(map(str, args)) for args in found]  # type: ignore
+        (folder / "plan.json").write_text(json.dumps(plan))
+        for compensator in ("low-rank", "mlp"):
+            models.save_random_predictor(
+                rank_cases.made("llama", 0),
+                folder / compensator,
+                predictor="token-wise",
+                compensator=compensator,
+            )
+        sockets = [socket.socket() for _ in range(size)]
+        for s in sockets:
             s.bind(("127.0.0.1", 0))
-            ports.append(s.getsockname()[1])
-    hosts = folder / "hosts.json"
-    hosts.write_text(json.dumps([[f"127.0.0.1:{port}"] for port in ports]))
-    return [
-        subprocess.Popen(
-            [sys.executable, *map(str, command)],
-            env={**os.environ, "MLX_RANK": str(rank), "MLX_HOSTFILE": str(hosts)},
+        hosts = [[f"127.0.0.1:{s.getsockname()[1]}"] for s in sockets]
+        (folder / "hosts.json").write_text(json.dumps(hosts))
+        for s in sockets:
+            s.close()
+        self.processes = [self.start(rank) for rank in range(size)]
+
+    def start(self, rank: int) -> subprocess.Popen:
+        hosts = str(self.folder / "hosts.json")
+        return subprocess.Popen(
+            [sys.executable, "-c", MAIN, str(self.folder)],
+            env={**os.environ, "MLX_RANK": str(rank), "MLX_HOSTFILE": hosts},
             cwd=HERE,
             text=True,
             stdin=subprocess.DEVNULL,
-            **pipes,
+            stdout=subprocess.PIPE,
+            stderr=(self.folder / f"{rank}.err").open("w"),
         )
-        for rank in range(ranks)
-    ]
 
+    def url(self) -> str:
+        """Of the server, as soon as it runs."""
+        for line in self.processes[0].stdout:  # type: ignore[union-attr]
+            if found := re.search(r"^url +(http\S+)$", line):
+                return found[1]
+        raise AssertionError([p.read_text() for p in self.folder.glob("*.err")])
 
-def ended(processes: list[subprocess.Popen]) -> list[tuple[Optional[int], str, str]]:
-    """(exit code, stdout, stderr) of each; none is left behind."""
-    try:
-        done = [p.communicate(timeout=100) for p in processes]
-    finally:
-        for p in processes:
+    def killed(self, served: list[dict[str, Any]]) -> Seen:
+        """All that was seen, after the last process was killed."""
+        folder, start = self.folder, time.monotonic()
+        self.processes[-1].send_signal(signal.SIGKILL)
+        codes = [p.wait(60) for p in self.processes]
+        seconds = time.monotonic() - start
+        everyone = range(self.size)
+        return Seen(
+            [dict(np.load(folder / f"{r}.npz")) for r in everyone],
+            [json.loads((folder / f"{r}.json").read_text()) for r in everyone],
+            served,
+            codes,
+            [(folder / f"{r}.err").read_text() for r in everyone],
+            seconds,
+        )
+
+    def end(self) -> None:
+        for p in self.processes:
             p.kill()
-    return [(p.returncode, *texts) for p, texts in zip(processes, done)]
-
-
-PIPES: dict[str, Any] = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
-
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Predictor files for the models of the cases."""
-    folder = tmp_path_factory.mktemp("ranks")
-    for compensator in ("low-rank", "mlp"):
-        path, model = folder / compensator, rank_cases.made("llama", 0)
-        models.save_random_predictor(
-            model, path, predictor="token-wise", compensator=compensator
-        )
-    return folder
-
-
-@pytest.fixture(scope="module")
-def found(folder: Path) -> list[dict[str, np.ndarray]]:
-    """What each of two processes saw."""
-    done = ended(launched(folder, "rank_cases.py", folder, **PIPES))
-    assert [code for code, *_ in done] == [0] * RANKS, done
-    return [dict(np.load(folder / f"{rank}.npz")) for rank in range(RANKS)]
-
-
-def per_part(model: Any, keep: int) -> None:
-    """The attached model takes the best of each part, as many as one process would."""
-    engine = engine_of(model)
-    assert engine is not None
-    selector = engine.selector
-
-    def choose(layer: int, inputs: Any) -> mx.array:
-        scores = np.array(selector.score(layer, engine.ffns[layer], inputs))
-        size = scores.shape[1] // RANKS
-        parts = [slice(r * size, (r + 1) * size) for r in range(RANKS)]
-        kept = [
-            [p.start + i for p in parts for i in top_k(row[p], keep)] for row in scores
-        ]
-        return mx.array(np.sort(kept, axis=1).astype(np.uint32))
-
-    engine.choose = choose  # type: ignore
-
-
-@pytest.mark.parametrize("case", CASES)
-def test_two_processes_answer_like_one(
-    case: str, folder: Path, found: list[dict[str, np.ndarray]]
-) -> None:
-    """The same neurons as one process that selects per part; every neuron: the dense answer."""
-    name, bits, selector, _, _, everything = CASES[case]
-    model = rank_cases.made(name, bits)
-    if everything or not selector:
-        wanted = models.prefill(model, rank_cases.IDS)[0]
-    else:
-        engine = rank_cases.attached(model, case, folder)
-        keep = next(k for k in engine.keep if k)
-        per_part(model, keep // RANKS)
-        wanted = models.prefill(model, rank_cases.IDS)[0]
-        dense = models.prefill(rank_cases.made(name, bits), rank_cases.IDS)[0]
-        assert models.distance(wanted, dense) > 0.01  # something was dropped
-        for other in found:
-            assert other[f"{case}/0"].shape[1] == keep // RANKS
-    first, second = (other[case] for other in found)
-    assert np.array_equal(first, second)
-    tolerance = 2e-2 if "stored" in case and bits else 2e-4
-    assert models.distance(first, wanted) < tolerance
+            p.wait()
 
 
 @pytest.fixture(scope="module")
 def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    net = models.tiny("llama", vocab=4096, tie_word_embeddings=False)
+    """One that can be shared either way."""
+    sizes = dict(num_key_value_heads=4, intermediate_size=256, vocab=4096)
+    net = models.tiny("qwen2", tie_word_embeddings=False, **sizes)  # type: ignore[arg-type]
     return models.save_folder(net, tmp_path_factory.mktemp("ranks") / "tiny")
 
 
-def test_generate_is_said_once(model: Path, tmp_path: Path) -> None:
-    """What one process says, by rank 0; at a temperature, from its chance for all."""
-    base = ["generate", "Hello " * 60, "--model", model, "--block-size", 8, "-m", 8]
-    dense = good(*base, "--sparsity", 0)
-    args = ["-m", "mlx_fastforward", *base, "--sparsity", 0]
-    one, two = ended(launched(tmp_path, *args, **PIPES))
-    assert one == (0, dense, "") and two == (0, "", "")
+@pytest.fixture(scope="module")
+def start(
+    tmp_path_factory: pytest.TempPathFactory,
+) -> Iterator[Callable[..., Launched]]:
+    """Nothing is left behind."""
+    all_of_them: list[Launched] = []
+
+    def started(size: int, **commands: Any) -> Launched:
+        folder = tmp_path_factory.mktemp(f"ranks{size}")
+        all_of_them.append(Launched(folder, size, **commands))
+        return all_of_them[-1]
+
+    yield started
+    for launched in all_of_them:
+        launched.end()
 
 
-def test_bench_is_written_once(model: Path, tmp_path: Path) -> None:
-    """By rank 0, with how many there were; the model's sizes are those of the whole."""
-    saved, args = tmp_path / "saved.json", ["-m", "mlx_fastforward", "bench"]
-    args += ["--model", model, "--contexts", 64, "--block-sizes", 8, "-n", 1]
-    one, two = ended(launched(tmp_path, *args, "--save", saved, **PIPES))
-    assert one[0] == 0 and "probe 50%, block 8" in one[1] and two == (0, "", "")
-    found = json.loads(saved.read_text())
-    assert found["run"]["processes"] == RANKS
-    assert found["model"]["ffn_size"] == models.FFN
-    assert found["rows"][0]["ffn_flops_skipped"] > 0.1
+def completions(url: str, *sparsities: float) -> list[dict[str, Any]]:
+    """Answers of a server: text and usage."""
+    asked = {"prompt": LONG, "max_tokens": 8, "cache_prompt": False}
+    with httpx.Client(base_url=url, timeout=60) as client:
+        found = [
+            client.post("/v1/completions", json={**asked, "sparsity": s}).json()
+            for s in sparsities
+        ]
+    return [{"text": f["choices"][0]["text"], **f["usage"]} for f in found]
+
+
+def serve(model: Path, *flags: Any) -> list[Any]:
+    return ["serve", "--model", model, "--port", 0, "--log-level", "ERROR", *flags]
+
+
+@pytest.fixture(scope="module")
+def two(model: Path, start: Callable[..., Launched]) -> Seen:
+    """Two: commands, a server that is told to stop, and a long answer that is cut off."""
+    saved = model.parent / "saved.json"
+    llama = models.save_folder(models.tiny("llama"), model.parent / "llama")
+    bench = ["--contexts", 64, "--block-sizes", 8, "-n", 1, "--save", saved]
+    commands = [
+        ["generate", "--model", model, *PROMPT, "--sparsity", 0],
+        ["generate", "--model", model, *PROMPT, "--json", "--pipeline"],
+        ["bench", "--model", model, *bench],
+        ["train", "--dry-run"],
+        ["generate", "--model", llama, "hello", "--pipeline"],
+        [*serve(model), "--cache-dir", model.parent],
+    ]
+    long = ["generate", "Hello", "--model", model, "-m", 2000, "--temp", 1]
+    both = start(2, commands=commands, last=[serve(model), long])
+    served = completions(both.url(), 0, 0.5)
+    both.processes[0].send_signal(signal.SIGTERM)
+    assert both.processes[0].stdout is not None
+    both.processes[0].stdout.read(1)  # both write the long answer
+    return both.killed(served)
+
+
+@pytest.fixture(scope="module")
+def four(model: Path, start: Callable[..., Launched]) -> Seen:
+    """Four: a server by layers, idle when one of them dies."""
+    every = start(4, commands=[], last=[serve(model, "--pipeline")])
+    return every.killed(completions(every.url(), 0, 0.5))
+
+
+@pytest.fixture(params=[2, 4])
+def seen(request: pytest.FixtureRequest) -> Seen:
+    return request.getfixturevalue({2: "two", 4: "four"}[request.param])
+
+
+def per_part(model: Any, parts: int) -> int:
+    """The attached model takes the best of each part, as many as one process would; returns how many."""
+    engine = engine_of(model)
+    assert engine is not None
+    selector, keep = engine.selector, next(k for k in engine.keep if k)
+
+    def choose(layer: int, inputs: Any) -> mx.array:
+        scores = np.array(selector.score(layer, engine.ffns[layer], inputs))
+        kept = [
+            [
+                start + i
+                for start, part in split(row)
+                for i in top_k(part, keep // parts)
+            ]
+            for row in scores
+        ]
+        return mx.array(np.sort(kept, axis=1).astype(np.uint32))
+
+    def split(row: np.ndarray) -> list[tuple[int, np.ndarray]]:
+        size = len(row) // parts
+        return [(i * size, row[i * size : (i + 1) * size]) for i in range(parts)]
+
+    engine.choose = choose  # type: ignore
+    return keep // parts
+
+
+@pytest.mark.parametrize("size, case", [(n, c) for n in CUT for c in CUT[n]])
+def test_parts_answer_like_the_whole(
+    size: int, case: str, tmp_path: Path, request: pytest.FixtureRequest
+) -> None:
+    """The same neurons as one process that selects per part; every neuron: the dense answer."""
+    seen: Seen = request.getfixturevalue({2: "two", 4: "four"}[size])
+    name, bits, selector, compensator, _, everything = CASES[case]
+    model = rank_cases.made(name, bits)
+    if selector and not everything:
+        if selector == "trained":
+            kinds = {"predictor": "token-wise", "compensator": compensator}
+            plain = rank_cases.made("llama", 0)
+            models.save_random_predictor(plain, tmp_path / compensator, **kinds)
+        rank_cases.attached(model, case, tmp_path)
+        kept = per_part(model, size)
+        assert all(found[f"{case}/0"].shape[1] == kept for found in seen.arrays)
+    wanted = models.prefill(model, rank_cases.IDS)[0]
+    if selector and not everything:
+        dense = models.prefill(rank_cases.made(name, bits), rank_cases.IDS)[0]
+        assert models.distance(wanted, dense) > 0.01  # something was dropped
+    first, *others = (found[case] for found in seen.arrays)
+    assert len(others) == size - 1
+    assert all(np.array_equal(first, other) for other in others)
+    tolerance = 2e-2 if "stored" in case and bits else 2e-4
+    assert models.distance(first, wanted) < tolerance
+
+
+@pytest.mark.parametrize("size, name", [(n, c) for n in DEALT for c in DEALT[n]])
+def test_layers_dealt_out_answer_like_the_whole(
+    size: int, name: str, request: pytest.FixtureRequest
+) -> None:
+    """Every layer keeps the neurons that it keeps in one process; the answer is the same to the bit."""
+    seen: Seen = request.getfixturevalue({2: "two", 4: "four"}[size])
+    model, engine = rank_cases.staged(name)
+    neurons = rank_cases.noted(engine)
+    wanted = models.prefill(model, rank_cases.IDS)[0]
+    theirs: dict[str, np.ndarray] = {}
+    for found in seen.arrays:
+        mine = {k: v for k, v in found.items() if k.startswith(f"{name}/")}
+        assert not theirs.keys() & mine.keys()  # each layer ran once
+        theirs |= mine
+        assert np.array_equal(found[name], wanted)
+    assert theirs.keys() == {f"{name}/{layer}" for layer in neurons}
+    assert all(np.array_equal(theirs[f"{name}/{i}"], n) for i, n in neurons.items())
+
+
+def test_commands_speak_once(two: Seen, model: Path) -> None:
+    """What one process says, by rank 0; a file is written once, with how many there were."""
+    dense, pipeline, bench, *_ = two.commands[0]
+    args = ["generate", "--model", model, *PROMPT]
+    assert dense == [0, good(*args, "--sparsity", 0), ""]
+    found, alone = json.loads(pipeline[1]), json.loads(good(*args, "--json"))
+    for name in ("text", "ffn_sparsity", "settings", "generation_tokens"):
+        assert found[name] == alone[name]
+    assert alone["ffn_sparsity"] > 0.1 and pipeline[::2] == [0, ""]
+    assert bench[0] == 0 and "probe 50%, block 8" in bench[1]
+    saved = json.loads((model.parent / "saved.json").read_text())
+    assert saved["run"]["processes"] == 2 and saved["model"]["ffn_size"] == 256
+    assert saved["rows"][0]["ffn_flops_skipped"] > 0.1
+    assert all(said[1:] == ["", ""] for said in two.commands[1])
+
+
+def test_what_several_processes_cannot_do(two: Seen) -> None:
+    """One line, once."""
+    wanted = [
+        "train runs in one process; start it without mlx.launch.",
+        "mlx-lm cannot share a llama model among processes by its layers; leave --pipeline out.",
+        "--cache-dir runs in one process; start it without mlx.launch.",
+    ]
+    assert two.commands[0][3:] == [
+        [2, "", f"mlx_fastforward: {line}\n"] for line in wanted
+    ]
+    assert [code for code, *_ in two.commands[1][3:]] == [2, 2, 2]
 
 
 def test_what_needs_more_than_mlx_launch_gave(
@@ -158,7 +304,9 @@ def test_what_needs_more_than_mlx_launch_gave(
     """It started one process; the model cannot be cut; --fast is measured in one."""
     folder = models.save_folder(models.tiny("phi3"), tmp_path / "m")
     with pytest.raises(ConfigError, match="cannot share a phi3 model among"):
-        loading._load_part(str(folder), None, False, False)
+        loading.check_part(str(folder), False)
+    with pytest.raises(ConfigError, match="by its layers; start it without mlx.launch"):
+        loading.check_stages(models.tiny("phi3"))
     monkeypatch.setenv("MLX_RANK", "0")
     empty = tmp_path / "hosts.json"
     empty.write_text("\n")
@@ -169,24 +317,27 @@ def test_what_needs_more_than_mlx_launch_gave(
         ranks.group()
 
 
-def test_a_rank_that_dies_ends_the_others(model: Path, tmp_path: Path) -> None:
-    args = ["generate", "Hello", "--model", model, "-m", 2000, "--temp", 1]
-    one, two = launched(tmp_path, "-m", "mlx_fastforward", *args, **PIPES)
-    assert one.stdout is not None
-    one.stdout.read(1)  # both are at work
-    two.send_signal(signal.SIGKILL)
-    start = time.monotonic()
-    (code, _, said), _ = ended([one, two])
-    assert code == 1 and time.monotonic() - start < 30
-    *_, last = said.splitlines(keepends=True)  # after mlx's own
-    ended_with = "another process of mlx.launch has ended, and this one with it."
-    assert one_line(last) == ended_with
+def test_a_server_answers_like_one_process(seen: Seen, model: Path) -> None:
+    """Densely and sparsely; by layers with the very neurons of one process."""
+    net, tokenizer = ff.load(str(model), device=ff.DeviceSettings())
+    parts = 2 if len(seen.codes) == 2 else 1
+    for sparsity, served in zip((0.0, 0.5), seen.served, strict=True):
+        ff.attach(net, ff.PrefillConfig(sparsity), device=ff.DeviceSettings())
+        if sparsity and parts > 1:
+            per_part(net, parts)
+        found = list(ff.stream_generate(net, tokenizer, LONG, 8))
+        assert served["text"] == "".join(r.text for r in found)
+        assert (served["ffn_sparsity"] > 0.1) == bool(sparsity)
+        if parts == 1:  # what choosing costs is more of a part
+            skipped = round(found[-1].ffn_sparsity, 4)
+            assert served["ffn_sparsity"] == skipped
 
 
-def test_what_several_processes_cannot_do(model: Path, tmp_path: Path) -> None:
-    def refused(*args: Any) -> list[tuple[Optional[int], str, str]]:
-        return ended(launched(tmp_path, "-m", "mlx_fastforward", *args, **PIPES))
-
-    one, two = refused("train", "--dry-run")
-    said = "mlx_fastforward: train runs in one process; start it without mlx.launch.\n"
-    assert one == (2, "", said) and two == (2, "", "")
+def test_one_that_dies_ends_the_others(seen: Seen) -> None:
+    """With a line that says so, after mlx's own; a server that was told to stop said nothing."""
+    assert seen.codes[-1] == -signal.SIGKILL and seen.seconds < 30
+    assert set(seen.codes[:-1]) == {1}
+    for rank, said in enumerate(seen.errors[:-1]):
+        own = [line for line in said.splitlines() if "mlx_fastforward" in line]
+        assert own == [GONE + (f" (rank {rank})" if rank else "")], said
+        assert "Traceback" not in said

@@ -31,7 +31,7 @@ def user(text: str) -> Any:
 
 
 def test_what_is_said_at_the_start(server: Server) -> None:
-    assert f"model    {server.model}\n" in server.banner
+    assert f"model     {server.model}\n" in server.banner
     assert "50% of FFN neurons dropped per 128 tokens, selector probe" in server.banner
     out = run("serve", "--help").output
     for flag in ("--prompt-cache-bytes", "--draft-model", "--sparsity", "--api-key"):

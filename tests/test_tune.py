@@ -1,7 +1,6 @@
-"""Tuning chooses the fastest correct candidate, dense among them, and remembers it."""
+"""Tuning chooses the fastest correct candidate, dense among them."""
 
 import io
-import json
 from dataclasses import astuple
 from pathlib import Path
 from types import SimpleNamespace
@@ -12,13 +11,12 @@ import mlx.nn as nn
 import models
 import pytest
 from rich.console import Console
-from typer.testing import CliRunner, Result
 
 import mlx_fastforward as ff
-from mlx_fastforward import timing, tuned, tuning
+from mlx_fastforward import timing, tuning
 from mlx_fastforward.attachment import engine_of
 from mlx_fastforward.build import engine_for
-from mlx_fastforward.cli import app, first_use
+from mlx_fastforward.cli import first_use
 from mlx_fastforward.config import DeviceSettings
 from mlx_fastforward.engine import Engine
 from mlx_fastforward.model.families import Heads
@@ -40,7 +38,7 @@ def small(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(tuning, "CHUNK", CHUNK)
     monkeypatch.setattr(tuning, "BLOCKS", (16, 32, 64, 128))
     monkeypatch.setattr(tuning, "LENGTHS", (64, 128))
-    monkeypatch.setattr(tuning, "UNPACK", (64, 128, CHUNK))
+    monkeypatch.setattr(tuning, "UNPACK", (64, 128))
 
 
 @pytest.fixture
@@ -62,8 +60,14 @@ def costs(small: None, monkeypatch: pytest.MonkeyPatch) -> dict[Any, Any]:
     monkeypatch.setattr(GatedFFN, "activations_and_output", dense)
     monkeypatch.setattr(Engine, "forward", sparse)
     monkeypatch.setattr(tuning, "interleaved", interleaved)
-    monkeypatch.setattr(tuning, "attention_block", lambda *_: found.get("queries", 0))
+    attention = lambda *_: {0: 1.0, found.get("queries", 0): 0.5}
+    monkeypatch.setattr(tuning, "attention_seconds", attention)
     return found
+
+
+@pytest.fixture
+def tiny(tmp_path: Path) -> Path:
+    return models.save_folder(models.tiny("llama", vocab=4096), tmp_path / "tiny")
 
 
 def made(bits: int = 0, mode: str = "affine", **settings: Any) -> Engine:
@@ -142,13 +146,18 @@ def test_every_candidate_is_correct(bits: int, mode: str, small: None) -> None:
     assert all(c.seconds > 0 and c.dense_seconds > 0 for c in choice.candidates)
 
 
-def packed_costs(monkeypatch: pytest.MonkeyPatch, unpacked: Any, error: float) -> None:
-    """Dequantising first takes ``unpacked`` of the dense FFN's time, by tokens, and is wrong by ``error``."""
+def packed_costs(
+    monkeypatch: pytest.MonkeyPatch, unpacked: Any, error: float, half: float = 1.0
+) -> None:
+    """Dequantising first takes ``unpacked`` of the dense FFN's time, by tokens, and is wrong by ``error``.
+
+    half: Of that, in float16.
+    """
     right = tuning.difference
 
     def dense(self: GatedFFN, x: mx.array) -> Any:
-        tokens = x.shape[1]
-        return None, (unpacked(tokens) if self.unpack else 1.0) * tokens / CHUNK
+        cost = unpacked(x.shape[1]) if self.unpack else 1.0
+        return None, cost * (half if self.half else 1.0) * x.shape[1] / CHUNK
 
     def difference(ours: Any, plain: Any) -> float:
         return error if isinstance(ours, float) else right(ours, plain)
@@ -195,6 +204,44 @@ def test_packed_weights_are_dequantised_first_where_that_is_faster(
     assert ("dense: wrong by 1.0e-01, not used" in said) == (error > 0.01)
 
 
+@pytest.mark.parametrize(
+    "bits, dtype, half, wanted",
+    [
+        (0, mx.bfloat16, 0.5, (True, 64)),  # nothing to dequantise: float16 alone
+        (4, mx.bfloat16, 0.5, (True, 64)),
+        (4, mx.bfloat16, 1.5, (False, 64)),
+        (0, mx.bfloat16, 1.5, (False, 0)),
+        (4, mx.float32, 0.5, (False, 64)),  # not emulated anywhere
+    ],
+)
+def test_float16_where_that_is_faster_than_bfloat16(
+    bits: int,
+    dtype: mx.Dtype,
+    half: float,
+    wanted: tuple[bool, int],
+    costs: dict,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Densely and in sparse blocks, which go the way that is the fastest densely."""
+    packed_costs(monkeypatch, lambda n: 0.9, 1e-6, half)
+    costs |= {64: 0.4, 32: 0.5, 16: 0.6}
+    model = models.tiny("llama")
+    model.set_dtype(dtype)
+    if bits:
+        nn.quantize(model, 32, bits)
+    engine = engine_for(model, models.settings(block_size=None))
+    choice = tuning.search(engine, HEADS, 64)
+    device = choice.device
+    assert (device.half, device.unpack) == wanted and not device.dense
+    assert ("FFNs run in float16 from 64 tokens" in tuning.summary(choice)) == wanted[0]
+    assert all(f.half == wanted[0] for f in engine.on(device).ffns)
+    costs |= {64: 0.9, 32: 0.9, 16: 0.9}
+    choice = tuning.search(engine, HEADS, 64)
+    if wanted[0]:
+        assert choice.device == DeviceSettings(dense=True, unpack=64, half=True)
+        assert choice.share == 0.45
+
+
 def test_fast_is_measured_once_and_only_where_it_is_asked_for(
     home: Path, costs: dict, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -211,13 +258,13 @@ def test_fast_is_measured_once_and_only_where_it_is_asked_for(
         assert engine_of(model).device.unpack == 256
         first_use.tune_first(model, 256, console)
         assert engine_of(model).device == DeviceSettings(dense=True, unpack=128)
-    told = "first from 128 tokens on; an FFN takes 0.50 of its time in mlx-lm there."
+    told = "first from 128 tokens on; an FFN takes 0.50 of its time in mlx-lm."
     assert console.file.getvalue().count(told) == 1
     model = models.tiny("llama", seed=1, intermediate_size=64)  # not quantised
     ff.attach(model, ff.PrefillConfig(0.0), device=DeviceSettings(unpack=256))
     first_use.tune_first(model, 256, console)
     assert engine_of(model).device.unpack == 0
-    assert "--fast: no FFN is quantised here" in console.file.getvalue()
+    assert "--fast: no FFN is quantised or bfloat16 here" in console.file.getvalue()
 
 
 @pytest.mark.parametrize(
@@ -243,7 +290,8 @@ def test_attention_in_blocks_where_that_is_faster(
     monkeypatch.setattr(tuning, "ATTENTION_BLOCKS", tuple(seconds))
     monkeypatch.setattr(tuning, "by_queries", off)
     monkeypatch.setattr(tuning, "interleaved", interleaved)
-    assert tuning.attention_block(HEADS, mx.float32) == wanted
+    measured = tuning.attention_seconds(HEADS, mx.float32)
+    assert tuning.attention_block(measured) == wanted
 
 
 def test_alternatives_take_turns(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -265,54 +313,6 @@ def test_alternatives_take_turns(monkeypatch: pytest.MonkeyPatch) -> None:
     ways = {name: lambda name=name: run(name) for name in "ab"}
     assert timing.interleaved(ways, 3, tick) == {"a": 2.0, "b": 8.0}
     assert order == "ab.ab.ab.ab."
-
-
-# What is remembered
-
-
-def test_memory(home: Path) -> None:
-    devices = [DeviceSettings(256, "columns", 512, 64), DeviceSettings(dense=True)]
-    for key, device in zip("ab", devices):
-        assert tuned.remembered(key) is None
-        tuned.remember(key, device)
-    assert [tuned.remembered(key) for key in "ab"] == devices
-    assert [p.name for p in home.iterdir()] == ["tuned.json"]
-
-
-@pytest.mark.parametrize(
-    "text",
-    [
-        "",
-        "{",
-        "[]",
-        '{"key": 3}',
-        '{"key": {"a": 1}}',
-        '{"key": {"block_size": 1.5}}',
-        '{"key": {"block_size": 0}}',
-        '{"key": {"dense": "no"}}',
-    ],
-)
-def test_damaged_memory_is_no_memory(text: str, home: Path) -> None:
-    home.mkdir()
-    (home / "tuned.json").write_text(text)
-    assert tuned.remembered("key") is None
-    tuned.remember("key", DeviceSettings())
-    assert tuned.remembered("key") == DeviceSettings()
-
-
-def test_a_folder_that_cannot_be_written(home: Path) -> None:
-    home.write_text("")
-    tuned.remember("key", DeviceSettings())
-    assert tuned.remembered("key") is None
-
-
-def test_keys_tell_what_matters_apart() -> None:
-    engines = [made(), made(4), made(8), made(4, "mxfp4")]
-    engines += [made(sparsity=0.4), made(selector="first-block")]
-    keys = [tuned.key(engine, HEADS) for engine in engines]
-    keys.append(tuned.key(engines[0], Heads(4, 4, 8)))
-    assert len(set(keys)) == len(keys)
-    assert tuned.key(made(block_size=64), HEADS) == keys[0] and "probe" in keys[0]
 
 
 # What load and attach do with it
@@ -353,22 +353,6 @@ def test_what_cannot_be_tuned(sparsity: Any, said: str) -> None:
         ff.tune(model)
 
 
-# On the way into a chat
-
-STORY = "Keawe was poor, brave, and active; he could read and write. " * 40
-
-
-def test_what_is_not_worth_tuning(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Small models, what runs densely anyway, and prompts that are too short to gain."""
-    model, console = models.tiny("llama"), Console(file=io.StringIO())
-    assert first_use.tuned(model, made(), console) == DeviceSettings()
-    monkeypatch.setattr(first_use, "SMALLEST", 0)
-    assert first_use.tuned(model, made(sparsity=0.0), console) == DeviceSettings()
-    ff.attach(model, ff.PrefillConfig())
-    first_use.tune_first(model, engine_of(model).shortest - 1)
-    assert not home.exists()
-
-
 def test_the_best_so_far_counts(
     costs: dict[Any, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -384,98 +368,3 @@ def test_the_best_so_far_counts(
         (64, "columns"),
     ]
     assert choice.device == DeviceSettings(64, "chunk", CHUNK)
-
-
-def test_a_device_that_is_too_slow_to_try_is_told_once(
-    home: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Ctrl-C would have to wait for a whole chunk."""
-    monkeypatch.setattr(first_use, "SMALLEST", 0)
-    monkeypatch.setattr(tuning, "chunk_seconds", lambda engine: 7.0)
-    model, console = models.tiny("llama"), Console(file=io.StringIO(), width=300)
-    ff.attach(model, ff.PrefillConfig())
-    for _ in range(2):
-        first_use.tune_first(model, 600, console)
-    assert console.file.getvalue().count("takes about 7 s per 2,048 tokens") == 1
-    assert engine_of(model).device == DeviceSettings()
-
-
-def test_ctrl_c_skips_tuning(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """And nothing is remembered of it."""
-    monkeypatch.setattr(first_use, "SMALLEST", 0)
-
-    def interrupted(*_: Any) -> Any:
-        raise KeyboardInterrupt
-
-    monkeypatch.setattr(tuning, "_measured", interrupted)
-    model, console = models.tiny("llama"), Console(file=io.StringIO(), width=300)
-    ff.attach(model, ff.PrefillConfig())
-    first_use.tune_first(model, 600, console)
-    assert "Tuning skipped: blocks of 128 tokens. --no-tune" in console.file.getvalue()
-    assert not home.exists() and engine_of(model).device == DeviceSettings()
-
-
-@pytest.fixture
-def tiny(tmp_path: Path) -> Path:
-    return models.save_folder(models.tiny("llama", vocab=4096), tmp_path / "tiny")
-
-
-def run(*args: Any) -> Result:
-    return CliRunner().invoke(app, list(map(str, args)), terminal_width=200)
-
-
-def test_generate_tunes_once_and_says_what_it_runs_with(
-    tiny: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """For a prompt that is long enough; users who know better are believed."""
-    monkeypatch.setattr(first_use, "SMALLEST", 0)
-    candidates = [tuning.Candidate(256, "columns", 0.5, 1.0, 0.0, True)]
-    choice = tuning.Choice(DeviceSettings(256, "columns", 700), candidates)
-    monkeypatch.setattr(tuning, "search", lambda *_, **__: choice)
-    args = ["generate", "--model", tiny, "-m", 1, "--json"]
-    for more, size, strategy, told in (
-        (["hello"], 128, "chunk", False),
-        ([STORY], 256, "columns", True),
-        ([STORY], 256, "columns", False),
-        (["hello"], 256, "columns", False),
-        ([STORY, "--block-size", 64], 64, "chunk", False),
-        ([STORY, "--no-tune"], 128, "chunk", False),
-    ):
-        done = run(*args, *more)
-        assert done.exit_code == 0, done.output
-        found = json.loads(done.stdout)["settings"]
-        assert (found["block_size"], found["strategy"]) == (size, strategy)
-        words = "Tuned: blocks of 256 tokens, columns"
-        assert (words in " ".join(done.stderr.split())) == told
-
-
-def test_the_command(home: Path, tiny: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Every candidate is shown; by the real clock."""
-    monkeypatch.setattr(tuning, "CHUNK", 1024)
-    done = run("tune", "--model", tiny, "--largest", 256)
-    assert done.exit_code == 0, done.output
-    (choice,) = json.loads((home / "tuned.json").read_text()).values()
-    assert DeviceSettings(**choice).block_size in (128, 256)
-    wanted = [["256", "chunk"], ["256", "columns"], ["128"]]
-    for line, words in zip(done.stdout.splitlines()[1:], wanted):
-        assert line.split()[: len(words)] == words and "wrong" not in line
-        assert "as they are" in line
-    assert done.stdout.splitlines()[-1].startswith(f"Kept in {home / 'tuned.json'}: ch")
-    done = run("generate", "--model", tiny, "hello", "-m", 1, "--json")
-    found = json.loads(done.stdout)["settings"]
-    if not choice["dense"]:  # small as it is
-        assert found["block_size"] == choice["block_size"]
-    assert (found["sparsity"] == 0) == choice["dense"]
-
-
-@pytest.mark.parametrize(
-    "args, said",
-    [
-        (["--largest", 64], "--largest must be 128 to 2048, got 64."),
-        (["--sparsity", 0], "nothing to tune: every layer stays dense."),
-    ],
-)
-def test_refusals(args: list[Any], said: str, tiny: Path) -> None:
-    done = run("tune", "--model", tiny, *args)
-    assert (done.exit_code, done.stdout) == (2, "")
-    assert done.stderr == f"mlx_fastforward: {said}\n"

@@ -13,6 +13,7 @@ from commands import bad, good
 from mlx_fastforward import DeviceSettings, PrefillConfig, attach
 from mlx_fastforward.attachment import switched
 from mlx_fastforward.model import linear
+from mlx_fastforward.model.proof import ffn_of
 
 IDS = models.token_ids(60)
 LEAST = 32
@@ -83,6 +84,50 @@ def test_sparse(bits: int, mode: str, strategy: str, seen: list[int]) -> None:
         models.assert_close(found, plain, limit(mode))
     assert seen.count(len(IDS)) == 6  # of the first layer and the last
     assert len(seen) == 12 and models.distance(found[0], plain[0]) < 0.2
+
+
+@pytest.mark.parametrize("bits", [0, 4])
+def test_float16(bits: int) -> None:
+    """A bfloat16 FFN: right to the rounding of what comes back, which is bfloat16."""
+    mlp = models.tiny("llama-bias-sliding").layers[0].mlp
+    mlp.set_dtype(mx.bfloat16)
+    if bits:
+        nn.quantize(mlp, 32, bits)
+    own = ffn_of(mlp)
+    assert own is not None
+    fast, x = own.under("chunk", 8, half=True), mx.random.normal((1, 40, models.HIDDEN))
+    x, neurons = x.astype(mx.bfloat16), mx.arange(0, models.FFN, 2)[None]
+    exact = x.astype(mx.float32)
+    for found, wanted in (
+        (fast.activations_and_output(x)[1], own.activations_and_output(exact)[1]),
+        (fast.sparse(x, neurons), own.sparse(exact, neurons)),
+    ):
+        assert found.dtype == mx.bfloat16
+        off = models.distance(np.array(found.astype(mx.float32)), np.array(wanted))
+        assert 0 < off < (2e-2 if bits else 4e-3)  # mlx dequantises in bfloat16
+    assert fast.activations_and_output(x)[0].dtype == mx.bfloat16
+
+
+@pytest.mark.parametrize("sparsity", [0.0, 0.5])
+def test_float16_that_overflows(sparsity: float) -> None:
+    """A layer goes back to bfloat16, and to the same answer; the others stay."""
+    model, device = models.tiny("llama"), DeviceSettings(unpack=8, half=True)
+    for layer in (0, 2):
+        down = model.layers[layer].mlp.down_proj
+        down.weight = down.weight * 2**16
+    model.set_dtype(mx.bfloat16)
+
+    def logits() -> np.ndarray:
+        return np.array(model(mx.array([IDS])).astype(mx.float32))
+
+    attach(model, models.settings(sparsity=sparsity), device=DeviceSettings())
+    plain = logits()
+    engine = attach(model, models.settings(sparsity=sparsity), device=device)
+    found = logits()
+    assert [ffn.half for ffn in engine.ffns] == [False, True, False, True]
+    assert np.isfinite(found).all() and models.distance(found, plain) < 0.2
+    engine.ffns[1].half = engine.ffns[3].half = False
+    assert np.array_equal(logits(), plain)
 
 
 def test_memory_of_a_layer_at_a_time() -> None:

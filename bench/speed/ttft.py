@@ -60,6 +60,7 @@ class Row:
     decode_tps: float
     stock_decode_tps: float
     unpack: int = 0
+    half: bool = False
 
 
 @dataclass
@@ -183,13 +184,14 @@ def row(
         statistics.median(sparse.decode or [0.0]),
         statistics.median(stock.decode or [0.0]),
         settings["unpack"],
+        settings["half"],
     )
 
 
 def arm_name(row: Row) -> str:
     """Short, for tables and pictures."""
     if not row.sparsity and not row.prune_tokens:
-        return "dense, dequantised first" if row.unpack else "tuned: dense"
+        return f"dense, {_multiplied(row)}" if row.unpack else "tuned: dense"
     parts = []
     if row.sparsity:
         parts.append(f"{row.selector} {row.sparsity:.0%}")
@@ -199,5 +201,9 @@ def arm_name(row: Row) -> str:
     if row.attention_block:
         parts.append(f"attention by {row.attention_block}")
     if row.unpack:
-        parts.append("dequantised first")
+        parts.append(_multiplied(row))
     return ", ".join(parts)
+
+
+def _multiplied(row: Row) -> str:
+    return "float16" if row.half else "dequantised first"

@@ -36,7 +36,7 @@ app = typer.Typer(
 
 
 # what runs under mlx.launch, a part of the model in each process
-LAUNCHED = ("bench", "chat", "generate")
+LAUNCHED = ("bench", "chat", "generate", "serve")
 
 
 def _version(asked: bool) -> None:

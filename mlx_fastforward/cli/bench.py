@@ -72,7 +72,7 @@ def bench(
     fast: Annotated[
         bool,
         o.opt(
-            "One more arm: dense, packed FFN weights dequantised first where that is faster.",
+            "One more arm: dense, FFN weights dequantised first or in float16 where that is faster.",
             "--fast",
         ),
     ] = False,

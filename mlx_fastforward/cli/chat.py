@@ -27,6 +27,7 @@ def chat(
     force: o.Force = False,
     adapter_path: o.AdapterPath = None,
     trust_remote_code: o.TrustRemoteCode = False,
+    pipeline: o.Pipeline = False,
     sparsity: o.AutoSparsity = "auto",
     prune_tokens: o.PruneTokens = 0.0,
     block_size: o.BlockSize = None,
@@ -79,6 +80,7 @@ def chat(
             block_size=block_size,
             selector=selector,
             trust_remote_code=trust_remote_code,
+            pipeline=pipeline,
             device=device_settings(no_tune, fast),
         )
         net, tokenizer = load(model, predictor=predictor, adapter_path=adapter_path)

@@ -189,6 +189,7 @@ def _predictor(engine: Any) -> str:
 def _tuned(net: Any, engine: Any) -> tuple[Any, str]:
     """This device's settings for the engine, and where they come from."""
     from .. import tuned
+    from ..tuning import multiplied
     from .first_use import worth_tuning
 
     if not worth_tuning(engine):
@@ -196,9 +197,7 @@ def _tuned(net: Any, engine: Any) -> tuple[Any, str]:
     device = tuned.remembered(tuned.key(engine, tuned.heads_of(net, engine)))
     if device is None:
         return engine.device, "not yet: the first chat, generate or tune measures it"
-    unpacked = ""
-    if device.unpack:
-        unpacked = f"; packed weights dequantised first from {device.unpack} tokens on"
+    unpacked = f"; {multiplied(device)}" if device.unpack else ""
     if device.dense:
         return (
             device,
@@ -217,7 +216,9 @@ def _prefill(engine: Any) -> str:
     """What a long prompt gets, and what stays dense."""
     why = f" ({engine.chosen})" if engine.chosen else ""
     if engine.device.dense:
-        whose = "dequantised" if engine.device.unpack else "stock mlx-lm"
+        whose = "stock mlx-lm"
+        if engine.device.unpack:
+            whose = "float16" if engine.device.half else "dequantised"
         return f"{whose}: dense is the fastest here"
     if not engine.sparse:
         return f"stock mlx-lm: sparsity {engine.config.sparsity:g}{why}"

@@ -1,6 +1,7 @@
 """What a command prints and returns when it cannot go on: one line, 2 for usage, 1 for failure."""
 
 import contextlib
+import os
 import sys
 from typing import Iterator, NoReturn
 
@@ -33,7 +34,18 @@ def one_line_errors() -> Iterator[None]:
     except RuntimeError as e:
         if ranks.rank() is None or not ranks.is_lost_peer(e):
             raise
+        _leave_the_dead()
+
+
+def _leave_the_dead() -> NoReturn:
+    """End without mlx's clean-up: its threads wait for the process that is gone, or abort."""
+    try:
         fail("another process of mlx.launch has ended, and this one with it.")
+    finally:
+        for stream in (sys.stdout, sys.stderr, sys.__stderr__):
+            if stream is not None:
+                stream.flush()
+        os._exit(1)
 
 
 @contextlib.contextmanager

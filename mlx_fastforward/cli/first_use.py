@@ -92,15 +92,16 @@ def tuned(model: Any, engine: Any, console: Console) -> Any:
 
 
 def _fast_summary(choice: Any) -> str:
+    from ..tuning import multiplied
+
     if choice.device.unpack:
-        last = choice.candidates[-1]
         return (
-            f"--fast: packed weights are dequantised first from {last.unpack:,} tokens on; "
-            f"an FFN takes {last.share:.2f} of its time in mlx-lm there."
+            f"--fast: {multiplied(choice.device)}; an FFN takes {choice.share:.2f} of its time in "
+            "mlx-lm."
         )
     if not choice.candidates:
-        return "--fast: no FFN is quantised here, there is nothing to dequantise."
-    return "--fast: mlx-lm's own quantised products are the fastest on this device."
+        return "--fast: no FFN is quantised or bfloat16 here, there is nothing to try."
+    return "--fast: mlx-lm's own products are the fastest on this device."
 
 
 def measured(engine: Any, heads: Any, console: Console) -> Any:

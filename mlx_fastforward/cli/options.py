@@ -36,6 +36,14 @@ TrustRemoteCode = Annotated[
         panel=MODEL,
     ),
 ]
+Pipeline = Annotated[
+    bool,
+    opt(
+        "Under mlx.launch: each process has some of the layers, not a part of each.",
+        "--pipeline",
+        panel=MODEL,
+    ),
+]
 Sparsity = Annotated[
     float,
     opt(
@@ -76,8 +84,8 @@ NoTune = Annotated[
 Fast = Annotated[
     bool,
     opt(
-        "With --sparsity 0: dequantise packed FFN weights once per call where that is faster on this "
-        "device, measured once. Answers are mlx-lm's but for rounding.",
+        "With --sparsity 0: dequantise packed FFN weights once per call, or compute FFNs in float16, where "
+        "that is faster on this device, measured once. Answers are mlx-lm's but for rounding.",
         "--fast",
         panel=SPARSE,
     ),

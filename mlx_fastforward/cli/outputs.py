@@ -33,7 +33,8 @@ def prefill_line(engine: Any) -> str:
     if not engine.sparse:
         line = "dense (stock mlx-lm)"
         if engine.device.unpack:
-            line = "dense, packed weights dequantised first"
+            half = engine.device.half
+            line = f"dense, {'FFNs in float16' if half else 'packed weights dequantised first'}"
         if engine.device.dense and engine.config.sparsity:
             line += ", the fastest on this device; --no-tune runs sparsely"
         return line

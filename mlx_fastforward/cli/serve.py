@@ -14,7 +14,7 @@ from typing import Any, Callable, NoReturn, Optional
 
 import typer
 
-from .. import demo
+from .. import demo, ranks
 from ..errors import ConfigError
 from .disk_cache import disk_cache
 from .errors import fail, one_line_errors
@@ -184,7 +184,7 @@ def run(args: argparse.Namespace) -> None:
     args.sparsity = sparsity_of(args.sparsity)
     args.model = checked_name(args.model)
     args.drop_line = patterns(args.drop_line)
-    import mlx.core as mx
+    check_shared(args)
     from mlx_lm import server
 
     from ..config import PrefillConfig
@@ -207,9 +207,9 @@ def run(args: argparse.Namespace) -> None:
         logging.warning(
             f"anybody who reaches {args.host}:{args.port} can use this server: set --api-key."
         )
-    check_free(args.host, args.port)
-    if mx.distributed.init().size() > 1:
-        fail("serve runs on one machine; for several use mlx_lm.server.")
+    first = not ranks.rank()
+    if first:
+        check_free(args.host, args.port)
     server.maybe_set_recommended_wired_limit()
     tune = tune_for_long_prompts if not args.no_tune else lambda model: None
     reader = lambda net, tok: speculative(net, tok, args.prefill_draft, keeping)
@@ -223,13 +223,27 @@ def run(args: argparse.Namespace) -> None:
         if provider.failure is not None:
             raise provider.failure
         started = lambda port: print(banner(args, provider, port), flush=True)
-        server._run_http_server(
-            args.host, args.port, generator, listening(started), Handler
-        )
+        if first:
+            server._run_http_server(
+                args.host, args.port, generator, listening(started), Handler
+            )
+        else:
+            generator.join()
     except KeyboardInterrupt:
         print("mlx_fastforward: stopped.", file=sys.stderr)
     finally:
         generator.stop_and_join()
+    if generator.failure is not None:
+        raise generator.failure
+
+
+def check_shared(args: argparse.Namespace) -> None:
+    """Refuse what several processes cannot do alike."""
+    alone = ("adapter_path", "cache_dir", "draft_model", "prefill_draft")
+    for name in alone if ranks.rank() is not None else ():
+        if getattr(args, name, None):
+            flag = name.replace("_", "-")
+            fail(f"--{flag} runs in one process; start it without mlx.launch.", 2)
 
 
 def tune_for_long_prompts(model: Any) -> None:

@@ -1,6 +1,7 @@
 """mlx_fastforward tune: measure this device again, and show what was found."""
 
-from typing import Annotated
+from dataclasses import asdict
+from typing import Annotated, Any
 
 from rich.console import Console
 from rich.table import Table
@@ -10,6 +11,7 @@ from . import options as o
 from .errors import fail, interruptible, one_line_errors
 from .first_use import tuning_bar
 from .models import load_model
+from .outputs import check_files, write_json
 from .tables import say, show
 
 
@@ -26,6 +28,7 @@ def tune(
         ),
     ] = 1024,
     trust_remote_code: o.TrustRemoteCode = False,
+    json_file: o.JsonFile = None,
 ) -> None:
     """Find the fastest block size and gather strategy for a model on this device.
 
@@ -38,6 +41,7 @@ def tune(
 
         if not 128 <= largest <= 2048:
             raise ConfigError(f"--largest must be 128 to 2048, got {largest}.")
+        check_files(json_file, None)
         net, _ = load_model(
             model,
             sparsity=sparsity,
@@ -52,15 +56,32 @@ def tune(
             fail("nothing to tune: every layer stays dense.", 2 if not sparsity else 1)
         with tuning_bar(Console(stderr=True)) as tick:
             choice = tuning.tune(net, largest, tick)
-        table = Table("block", "strategy", "weights", "of the dense time", "error")
-        for c in choice.candidates:
-            error = f"{c.error:.1e}" + ("" if c.correct else ", wrong")
-            weights = "dequantised first" if c.unpack else "as they are"
-            name, share = str(c.block_size), f"{c.share:.2f}"
-            table.add_row(name, c.strategy, weights, share, error)
-        show(table)
+        show(table(choice))
         say(tuning.summary(choice))
         key = tuned.key(engine, tuned.heads_of(net, engine))
+        write_json(json_file, {"for": key, **asdict(choice)})
         say(
             f"Kept in {tuned.file()}: chat, generate, bench, and load() go by it for: {key}"
         )
+
+
+def table(choice: Any) -> Table:
+    """Every candidate with its time, beside mlx-lm's own."""
+    heads = ("tokens", "way", "weights", "ms", "mlx-lm's own", "of that", "error")
+    found = Table(*heads)
+    for c in choice.candidates:
+        error = f"{c.error:.1e}" + ("" if c.correct else ", wrong")
+        weights = "as they are"
+        if c.unpack:
+            weights = "float16" if c.half else "dequantised first"
+        times = _times(c.seconds, c.dense_seconds)
+        found.add_row(str(c.block_size), c.strategy, weights, *times, error)
+    for rows, seconds in choice.attention.items():
+        if rows:
+            times = _times(seconds, choice.attention[0])
+            found.add_row(str(rows), "attention", "", *times, "")
+    return found
+
+
+def _times(seconds: float, own: float) -> tuple[str, str, str]:
+    return f"{seconds * 1e3:.1f}", f"{own * 1e3:.1f}", f"{seconds / own:.2f}"

@@ -96,6 +96,7 @@ class GatedFFN:
         order: Which rows of the input projections belong to a neuron.
         layer: Of the model, where this FFN is.
         unpack: Calls of at least so many tokens dequantise packed weights first; 0: never.
+        half: Those calls compute in float16.
     """
 
     def __init__(
@@ -106,6 +107,7 @@ class GatedFFN:
         strategy: str = "chunk",
         layer: int = 0,
         unpack: int = 0,
+        half: bool = False,
     ):
         self.mlp = mlp
         self.layout = layout
@@ -113,15 +115,16 @@ class GatedFFN:
         self.strategy = strategy
         self.layer = layer
         self.unpack = unpack
+        self.half = half
         self._activation = Shell(mlp, layout)
         self._stored: dict[str, Any] = {}
         self._norms: Optional[tuple[list[Any], mx.array]] = None
         self._guesses: Optional[tuple[list[Any], mx.array]] = None
 
-    def under(self, strategy: str, unpack: int = 0) -> "GatedFFN":
+    def under(self, strategy: str, unpack: int = 0, half: bool = False) -> "GatedFFN":
         """The same with other ways to take columns of the down projection, and to multiply."""
         parts = (self.mlp, self.layout, self.order)
-        return GatedFFN(*parts, strategy, self.layer, unpack)
+        return GatedFFN(*parts, strategy, self.layer, unpack, half)
 
     @property
     def down(self) -> nn.Module:
@@ -169,8 +172,9 @@ class GatedFFN:
         if not self.unpacks(x.shape[1]):
             z = self.activations(x)
             return z, self.down(z)
-        z = self._activation([linear.unpacked(m, x) for m in self._inputs()])
-        return z, linear.unpacked(self.down, z)
+        fast = self._as_multiplied(x)
+        z = self._activation([linear.unpacked(m, fast) for m in self._inputs()])
+        return z.astype(x.dtype), linear.unpacked(self.down, z).astype(x.dtype)
 
     @property
     def packed(self) -> bool:
@@ -180,6 +184,21 @@ class GatedFFN:
     def unpacks(self, tokens: int) -> bool:
         """Whether packed weights are dequantised first for so many tokens."""
         return 0 < self.unpack <= tokens
+
+    def _as_multiplied(self, x: mx.array) -> mx.array:
+        return x.astype(mx.float16) if self.half else x
+
+    def finite(self, tokens: int, run: Callable[[], mx.array]) -> mx.array:
+        """What ``run`` makes of so many tokens with this FFN.
+
+        Where float16 overflows it runs again in the model's own dtype, which is kept from then on.
+        Waits for the device where float16 is used.
+        """
+        y = run()
+        if self.half and self.unpacks(tokens) and not mx.all(mx.isfinite(y)).item():
+            self.half = False
+            y = run()
+        return y
 
     def down_norms(self) -> mx.array:
         """Norm of each neuron's down column (f,), float32, LoRA included.
@@ -214,17 +233,19 @@ class GatedFFN:
 
         x: (M, n, d), neurons: (M, K) -> (M, n, d).
         """
-        down = Down(self.down, x.dtype, self.strategy, self._stored)
         unpack = self.unpacks(x.shape[0] * x.shape[1])
+        fast = self._as_multiplied(x) if unpack else x
+        down = Down(self.down, fast.dtype, self.strategy, self._stored)
         out: list[mx.array] = []
-        for i, (block, kept) in enumerate(zip(x, neurons)):
+        for i, (block, kept) in enumerate(zip(fast, neurons)):
             if out:  # one block's gathered weights at a time, whatever the scheduler
                 kept = mx.depends([kept], [out[-1]])[0]
             z = self.kept_activations(block, kept, unpack)
             if guess is not None:
-                z = z - guess.phi[i] @ mx.take(guess.u, kept, axis=0).T.astype(z.dtype)
+                guessed = guess.phi[i] @ mx.take(guess.u, kept, axis=0).T
+                z = z - guessed.astype(z.dtype)
             out.append(down(z, kept))
-        y = mx.stack(out)
+        y = mx.stack(out).astype(x.dtype)
         if guess is not None:
             y = y + guess.phi @ self._guessed(guess.u, x.dtype)
         return down.whole(y)

@@ -65,7 +65,7 @@ class Down:
     def whole(self, y: mx.array) -> mx.array:
         """The processes' parts added up, once for all blocks, and the bias."""
         y, bias = summed(self.base, y), self.base.get("bias")
-        return y if bias is None else y + bias
+        return y if bias is None else y + bias.astype(y.dtype)
 
 
 def _rows(rows: mx.array) -> Product:

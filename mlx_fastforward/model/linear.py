@@ -96,7 +96,8 @@ def same_arrays(a: Optional[list[Any]], b: list[Any]) -> bool:
 def dequantized(base: nn.Module, dtype: mx.Dtype) -> mx.array:
     """The float weight (out, in) of an unwrapped projection."""
     if type(base) not in PACKED:
-        return base.weight
+        weight: mx.array = base.weight.astype(dtype)
+        return weight
     return _dequantize(base, base.weight, base.scales, base.get("biases"), dtype)
 
 
@@ -128,20 +129,22 @@ def column_norms(linear: nn.Module) -> mx.array:
 
 
 def unpacked(linear: nn.Module, x: mx.array) -> mx.array:
-    """``linear(x)``, a packed weight dequantised first: one float GEMM. x: (..., in) -> (..., out).
+    """``linear(x)``, the weight in x's dtype first: one float GEMM. x: (..., in) -> (..., out).
 
     A quantised product over many rows dequantises the same tile many times. The weight waits for x, so
     that the float copies of different layers never exist together.
     """
     base, lora = unwrapped(linear)
-    if not is_packed(linear):
+    if not is_packed(linear) and (dtype(linear) == x.dtype or unsupported(linear)):
         own: mx.array = linear(x)
         return own
-    packed = mx.depends([base.weight], [x])[0]
-    y = x @ _dequantize(base, packed, base.scales, base.get("biases"), x.dtype).T
-    y = summed(base, y)
+    weight = mx.depends([base.weight], [x])[0]
+    if type(base) in PACKED:
+        parts = (weight, base.scales, base.get("biases"))
+        weight = _dequantize(base, *parts, x.dtype)
+    y = summed(base, x @ weight.astype(x.dtype).T)
     if "bias" in base:
-        y = y + base.bias
+        y = y + base.bias.astype(y.dtype)
     if lora is not None:
         y = y + (lora.scale * ((x @ lora.lora_a) @ lora.lora_b)).astype(x.dtype)
     return y
@@ -167,8 +170,8 @@ def rows(
         else:
             y = mx.quantized_matmul(x, weight, scales, biases, True, **_packing(linear))
     else:
-        y = x @ weight.T
-    return y + mx.take(linear.bias, chosen) if "bias" in linear else y
+        y = x @ weight.astype(x.dtype).T
+    return y + mx.take(linear.bias, chosen).astype(y.dtype) if "bias" in linear else y
 
 
 def share(linear: nn.Module) -> tuple[int, int]:

@@ -1,5 +1,6 @@
 """mlx-lm's generation thread, which reads each prompt as its request asks."""
 
+import _thread
 import copy
 import functools
 import itertools
@@ -31,6 +32,7 @@ POLL = 0.2  # seconds between looks at whether client and thread are still there
 TAIL = 11  # tokens in which mlx-lm looks for the beginning of the thinking
 PAUSE = 0.5  # seconds between the death of a thread and the next one
 DIED = "the generation thread died; try again."
+STOP = ("stop",)  # the first process's last word to the others
 Segments = tuple[list[int], list[list[int]], list[str], str, Any]
 
 
@@ -38,8 +40,18 @@ class ThreadDied(RuntimeError):
     """The generation thread ended while a request was in it; the next one finds a new thread."""
 
 
+class _Whole(server.GenerationContext):
+    """An answer that is generated to its end: the other processes do not hear of a client that left."""
+
+    def stop(self) -> None:
+        pass
+
+
 class Generator(server.ResponseGenerator):
     """Serves Asked requests; a thread that dies fails what it had in hand and is replaced.
+
+    Under mlx.launch the first process hands every request to the others, which do all that it does;
+    there a thread that dies ends its process: ``failure`` says why.
 
     Args:
         sparse_prefix: Also read sparsely what every turn begins with: system prompt and tools.
@@ -60,6 +72,7 @@ class Generator(server.ResponseGenerator):
         self._reader: Optional[Speculative] = None  # of a prompt that is read in part
         self.healing = Healing()
         self._waiting = threading.local()  # the handlers', one request each
+        self.failure: Optional[BaseException] = None
         super().__init__(provider, prompt_cache)
 
     # The generation thread
@@ -72,11 +85,19 @@ class Generator(server.ResponseGenerator):
     def _run_generate(self) -> None:
         try:
             self._generate()
+            if self._is_distributed and self._rank == 0:
+                self._share_object(STOP)
         except BaseException as e:
             self._generation_failed = True
-            if self.model_provider.failure is None and not self._stop:
-                logging.exception(f"the generation thread died: {e}")
-                self._restart()
+            if self.model_provider.failure is not None or self._stop:
+                return
+            if self._is_distributed:
+                self.failure = e
+                if self._rank == 0:
+                    _thread.interrupt_main()  # it serves; in others it waits for this thread
+                return
+            logging.exception(f"the generation thread died: {e}")
+            self._restart()
 
     def _restart(self) -> None:
         time.sleep(PAUSE)
@@ -88,14 +109,25 @@ class Generator(server.ResponseGenerator):
         self._generation_failed = False
         self._generation_thread.start()
 
+    def _share_request(self, request: Any) -> Any:
+        if not self._is_distributed:
+            return request
+        if request is not None and request[1].left.is_set():
+            request[0].put(ClientGone("the client went away"))
+            request = None
+        found = super()._share_request(request)
+        if found is not None and found[1:] == STOP:
+            self._stop = True
+            return None
+        return found
+
     @property
     def is_healthy(self) -> bool:
         """The thread is alive and its model loaded."""
         return self.generation_available() and self.model_provider.loaded.is_set()
 
     def _tokenize(self, tokenizer: Any, request: Asked, args: Any) -> Segments:
-        if request.left.is_set():
-            raise ClientGone("the client went away")
+        self._check_client(request)
         prompt, segments, types, state, vision = super()._tokenize(
             tokenizer, request, args
         )
@@ -122,6 +154,11 @@ class Generator(server.ResponseGenerator):
         )
         self.prompt_cache.reading, self._asked = reading, request
         return prompt, segments, types, state, vision
+
+    def _check_client(self, request: Asked) -> None:
+        """Do no more for a client that left; other processes know nothing of clients."""
+        if request.left.is_set() and not self._is_distributed:
+            raise ClientGone("the client went away")
 
     def _prefix(
         self, tokenizer: Any, request: Asked, args: Any, prompt: list[int]
@@ -151,10 +188,10 @@ class Generator(server.ResponseGenerator):
         return request
 
     def _serve_single(self, request: Any, stream: Any) -> None:
-        run = renamed(
-            server.ResponseGenerator._serve_single, stream_generate=self._read_alone
-        )
-        run(self, request, stream)
+        names: dict[str, Any] = {"stream_generate": self._read_alone}
+        if self._is_distributed:
+            names["GenerationContext"] = _Whole
+        renamed(server.ResponseGenerator._serve_single, **names)(self, request, stream)
         reader, partial = self._reader, self.prompt_cache.partial
         self._reader = self.prompt_cache.partial = None
         if partial is not None and reader is not None and self.cli_args.heal:
@@ -179,8 +216,7 @@ class Generator(server.ResponseGenerator):
         left = reading.total - reading.done
 
         def progress(done: int, _: int) -> None:
-            if asked.left.is_set():
-                raise ClientGone("the client went away")
+            self._check_client(asked)
             prompt_progress_callback(start + done, left)
 
         start = 0

@@ -10,21 +10,23 @@ from typing import Any, Callable, Optional
 
 import mlx.nn as nn
 from mlx_lm.server import ModelProvider
-from mlx_lm.utils import _download
+from mlx_lm.utils import _download, load, sharded_load
 
 from ..attachment import attach, engine_of
-from ..build import engine_for
+from ..build import with_config
 from ..cachefile import fingerprint
 from ..config import PrefillConfig
 from ..engine import Engine
 from ..errors import ConfigError, LoadProblem, UnsupportedModel
 from ..hub import problems
+from ..loading import check_part, check_stages, take_stage
 from ..predictors.base import BaseModel
 from ..predictors.file import PredictorFile
 from ..predictors.search import named_predictor, predictor_for
 from ..predictors.verified import resolved
 from ..speculative import Speculative
 from .disk import identity
+from .names import renamed
 from .requests import PRUNED
 
 Prepare = Callable[[nn.Module], None]
@@ -74,11 +76,23 @@ class Provider(ModelProvider):
     ) -> None:
         with problems(model_path, LoadProblem):
             try:
-                super()._load(model_path, adapter_path, draft_model_path)
+                if self.tensor_group is not None:
+                    check_part(model_path, self.cli_args.trust_remote_code)
+                run = renamed(ModelProvider._load, sharded_load=self._load_shared)
+                run(self, model_path, adapter_path, draft_model_path)
                 self._attach(model_path)
             except Exception:
                 self.reset()
                 raise
+
+    def _load_shared(self, path: str, **settings: Any) -> tuple:
+        """mlx-lm's sharded_load; what is dealt out by layers comes whole, to be attached first."""
+        if self.pipeline_group is None:
+            return sharded_load(path, **settings)
+        del settings["pipeline_group"], settings["tensor_group"]
+        found = load(path, lazy=True, **settings)
+        check_stages(found[0])
+        return found
 
     def reset(self) -> None:
         super().reset()
@@ -95,6 +109,8 @@ class Provider(ModelProvider):
         skip = self.cli_args.prune_tokens
         config = PrefillConfig.from_kwargs(sparsity=value, prune_tokens=skip)
         attach(model, config, predictor=self.predictor).chosen = chosen
+        if self.pipeline_group is not None:
+            take_stage(model)
         self.prepare(model)
         self.reader = self._reader()
         extra = self.predictor.arrays() if self.predictor else []
@@ -133,8 +149,7 @@ class Provider(ModelProvider):
             return None
         if sparsity not in self.engines:
             config = replace(base.config, sparsity=sparsity)
-            other = engine_for(self.model, config, self.predictor, device=base.device)
-            self.engines[sparsity] = replace(other, ffns=base.ffns)
+            self.engines[sparsity] = with_config(base, config, self.predictor)
         engine = self.engines[sparsity]
         return engine if engine.sparse else None
 

@@ -1,7 +1,7 @@
 """One request on its way: what was asked of its prompt, and what was done."""
 
 import threading
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from typing import Any, Callable, Optional, Sequence
 
 from mlx_lm.server import CompletionRequest
@@ -62,6 +62,11 @@ class Asked(CompletionRequest):
     gone: Callable[[], bool] = lambda: False
     left: threading.Event = field(default_factory=threading.Event)
     report: Report = field(default_factory=Report)
+
+    def __reduce__(self) -> Any:
+        """To other processes goes what was asked; client and report stay here."""
+        theirs = [getattr(self, f.name) for f in fields(CompletionRequest)]
+        return Asked, (*theirs, self.sparsity, self.fresh)
 
 
 @dataclass
