@@ -241,16 +241,21 @@ class Engine:
             done += new
 
     def count(
-        self, count: FlopCount, batch: int, new: int, plan: Optional[Plan]
+        self,
+        count: FlopCount,
+        batch: int,
+        new: int,
+        plan: Optional[Plan],
+        first: int = 0,
     ) -> None:
-        """count_call() under this engine's settings."""
+        """count_call() under this engine's settings, of the layers from ``first`` on."""
         skipping = None
         if plan is not None and (stay := self.survivors(plan)) is not None:
             pruned = [self.prunes(i) for i in range(len(self.ffns))]
             skipping = Skipping(stay, pruned, self.pruner)
         parts = (self.shapes, self.neurons, self.selector, self.compensator)
         products = [ffn.products for ffn in self.ffns]
-        count_call(count, (batch, new), plan, *parts, skipping, products)
+        count_call(count, (batch, new), plan, *parts, skipping, products, first)
 
     def drop_unsupported(self) -> None:
         """Keep layers dense whose projections cannot be sliced, and say so once."""

@@ -30,10 +30,12 @@ from .models import load_model
 from .outputs import status_line
 from .part_read import answers, keep_config, refuse_beside, speculative
 from .prompt import add_stops, asked_text, prompt_tokens
+from .speedup import Settings, explain, settled
 from .terminal import prefill_progress
 
 
 def generate(
+    context: typer.Context,
     prompt: Annotated[
         Optional[str],
         typer.Argument(help="The prompt; '-' reads it from standard input."),
@@ -58,6 +60,7 @@ def generate(
     trust_remote_code: o.TrustRemoteCode = False,
     sparsity: o.AutoSparsity = "auto",
     prune_tokens: o.PruneTokens = 0.0,
+    speedup: o.Speedup = None,
     block_size: o.BlockSize = None,
     no_tune: o.NoTune = False,
     fast: o.Fast = False,
@@ -131,8 +134,6 @@ def generate(
         text = asked_text(prompt, prompt_option, file)
         check_lengths(max_tokens, prefill_step_size, block_size)
         check_choice("--selector", selector, o.SELECTORS)
-        share = sparsity_of(sparsity)
-        check_fast(fast, share)
         template = template_config(chat_template_config)
         if draft_model is not None and ranks.rank() is not None:
             fail("--draft-model runs in one process; start it without mlx.launch.", 2)
@@ -141,7 +142,24 @@ def generate(
             fail("--max-tokens -1 does not go with --draft-model; give a number.", 2)
         if draft_model is not None and prompt_cache_file is not None:
             fail("--prompt-cache-file does not go with --draft-model.", 2)
-        keeping = keep_config(prefill_draft, keep, prefill_threshold)
+        chosen = settled(
+            Settings(
+                sparsity_of(sparsity),
+                prune_tokens,
+                keep,
+                prefill_draft,
+                prefill_threshold,
+            ),
+            context,
+            speedup,
+            model,
+            predictor,
+            trust_remote_code,
+        )
+        check_fast(fast, chosen.sparsity)
+        keeping = keep_config(
+            chosen.prefill_draft, chosen.keep, chosen.prefill_threshold
+        )
         if keeping is not None:
             refuse_beside(
                 **{
@@ -158,12 +176,13 @@ def generate(
             predictor=predictor,
             adapter_path=adapter_path,
             trust_remote_code=trust_remote_code,
-            sparsity=share,
-            prune_tokens=prune_tokens,
+            sparsity=chosen.sparsity,
+            prune_tokens=chosen.prune_tokens,
             block_size=block_size,
             selector=selector,
             device=device_settings(no_tune, fast),
         )
+        explain(net, chosen)
         add_stops(tokenizer, extra_eos_token)
         check_bytes(net, text, force)
         ids = patiently(
@@ -179,7 +198,7 @@ def generate(
             len(text),
             Console(stderr=True),
         )
-        reader = speculative(net, tokenizer, prefill_draft, keeping)
+        reader = speculative(net, tokenizer, chosen.prefill_draft, keeping)
         raw = ignore_chat_template or not tokenizer.has_chat_template
         more: dict[str, Any] = {"max_kv_size": max_kv_size}
         if draft_model is not None:
@@ -216,6 +235,7 @@ def generate(
                 "model": model or "demo",
                 **engine.settings(),
                 **(reader.settings() if reader is not None else {}),
+                **({"chosen": chosen.told} if chosen.told else {}),
             },
             json_output,
             figures,
@@ -306,6 +326,8 @@ def _run(
     print()
     if verbose or (verbose is None and sys.stdout.isatty() and sys.stderr.isatty()):
         console = Console(stderr=True, soft_wrap=True, highlight=False)
+        if "chosen" in settings:
+            console.print(settings["chosen"], style="dim")
         console.print(status_line(last), style="dim")
 
 
