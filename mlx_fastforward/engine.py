@@ -252,22 +252,27 @@ class Engine:
             done += new
 
     def count(
-        self, count: FlopCount, batch: int, new: int, plan: Optional[Plan]
+        self,
+        count: FlopCount,
+        batch: int,
+        new: int,
+        plan: Optional[Plan],
+        first: int = 0,
     ) -> None:
-        """count_call() under this engine's settings."""
+        """count_call() under this engine's settings, of the layers from ``first`` on."""
         skipping = None
         if plan is not None and (stay := self.survivors(plan)) is not None:
             pruned = [self.prunes(i) for i in range(len(self.ffns))]
             skipping = Skipping(stay, pruned, self.pruner)
         parts = (self.shapes, self.neurons, self.selector, self.compensator)
         products = [ffn.products for ffn in self.ffns]
-        count_call(count, (batch, new), plan, *parts, skipping, products)
+        count_call(count, (batch, new), plan, *parts, skipping, products, first)
 
-    def counted(self, tokens: int) -> FlopCount:
-        """The FFN FLOPs of a prompt."""
+    def counted(self, tokens: int, first: int = 0) -> FlopCount:
+        """The FFN FLOPs of a prompt, of the layers from ``first`` on."""
         count = FlopCount()
         for new, plan in self.plans(tokens):
-            self.count(count, 1, new, plan)
+            self.count(count, 1, new, plan, first)
         return count
 
     def drop_unsupported(self) -> None:

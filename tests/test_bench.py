@@ -21,13 +21,18 @@ from models import (
 
 from mlx_fastforward import tuned, tuning
 from mlx_fastforward.attachment import attach, engine_of
+from mlx_fastforward.bench.flops import cost
 from mlx_fastforward.bench.speed import shapes, ttft
 from mlx_fastforward.bench.studies import recall
 from mlx_fastforward.build import engine_for
 from mlx_fastforward.cli import first_use
 from mlx_fastforward.config import DeviceSettings
 from mlx_fastforward.continuation import continuation, divergence
+from mlx_fastforward.errors import FastForwardError
 from mlx_fastforward.neurons.selectors import Oracle
+from mlx_fastforward.scorers import DraftScorer, LayersScorer
+from mlx_fastforward.speculative import Speculative
+from mlx_fastforward.tokens.speculative import KeepConfig, kept_places
 
 PROMPT = 60
 TEXT = mx.array(token_ids(PROMPT + 8, 0, 4096))
@@ -49,7 +54,7 @@ def test_kl_and_agreement_are_those_of_the_distributions() -> None:
 def test_ttft_leaves_the_model_stock_and_reports_the_ratio() -> None:
     model, ids, ticks = tiny("llama", vocab=4096), mx.arange(8, 72), []
     engine, tick = engine_for(model, settings()), lambda: ticks.append(1)
-    (row,) = ttft.measure(model, demo_tokenizer(), ids, [engine], 2, 0, tick)
+    (row,) = ttft.measure(model, demo_tokenizer(), ids, [ttft.Arm(engine)], 2, 0, tick)
     assert engine_of(model) is None and len(ticks) == 4
     assert row.speedup == pytest.approx(row.stock_ttft_s / row.ttft_s)
     assert row.ttft_spread_s[0] <= row.ttft_s <= row.ttft_spread_s[1]
@@ -60,7 +65,7 @@ def test_ttft_leaves_the_model_stock_and_reports_the_ratio() -> None:
     assert (row.context, row.selector, row.strategy) == (64, "probe", "chunk")
 
 
-BITS = [0, 4, 0, 0, 4, 0, 0, 0, 0]
+BITS = [0, 4, 0, 0, 0, 0, 4, 0, 0, 0, 0]
 
 
 @pytest.mark.parametrize("name, bits", [*zip(shapes.SHAPES, BITS, strict=True)])
@@ -85,6 +90,35 @@ def test_recall_is_the_share_of_the_oracles_neurons() -> None:
     assert recall.hits(scores, truth, 2).tolist() == [0.5, 1.0]
     model = tiny("llama", vocab=4096)
     assert recall.per_layer(model, Oracle(), [TEXT], 8, 64) == [1.0] * 3
+
+
+def test_part_of_a_prompt_is_read_from_its_beginning_each_time() -> None:
+    """By a draft, and by the first layers: nobody remembers the prompt of the run before."""
+    model, ids = tiny("llama", vocab=4096), mx.arange(8, 216)
+    config = KeepConfig(keep=0.5, threshold=1, chunk=13)  # 169 between the ends
+    engine = engine_for(model, settings())
+    draft = DraftScorer(tiny("llama", vocab=4096, num_hidden_layers=1), "small")
+    fed, call = [], draft._scores
+    draft._scores = lambda *a: fed.append(draft.cached) or call(*a)  # type: ignore
+    scorers = (draft, LayersScorer(model, 2))
+    arms = [ttft.Arm(engine, Speculative(model, s, config)) for s in scorers]
+    rows = ttft.measure(model, demo_tokenizer(), ids, arms, 2, 0, lambda: None)
+    assert fed == [[], []] and engine_of(model) is None
+    assert [(r.keep, r.prefill_draft) for r in rows] == [(0.5, "small"), (0.5, "self")]
+    names = [ttft.arm_name(r) for r in rows]
+    assert names[0] == "keep 50% by small, probe 50%, block 8, chunk"
+    for r, scorer in zip(rows, scorers):
+        read = kept_places(np.zeros(208), 0, config).size
+        wanted = cost(model, engine, 208, scorer, read)
+        assert r.ideal_speedup == wanted.speedup > 1 and r.decode_tps > 0
+        assert r.ffn_flops_skipped == wanted.ffn.sparsity > 0.2
+
+    def broken(*args: Any) -> Any:
+        raise RuntimeError("out of memory")
+
+    draft.score = broken  # type: ignore[method-assign]
+    with pytest.raises(FastForwardError, match="small failed .out of memory"):
+        ttft.measure(model, demo_tokenizer(), ids, arms, 1, 0, lambda: None)
 
 
 BENCH = ["bench", "-n", 1]
@@ -175,6 +209,35 @@ def test_the_dense_arm_that_dequantises_first(
     assert report(tmp_path, *args)[1]["rows"][1]["unpack"] == 0
 
 
+def test_drafts_and_shares_beside_neurons(tmp_path: Path, folder: Path) -> None:
+    """A name, self, or beside random weights a shape; stock is not measured twice."""
+    png, draft = tmp_path / "bench.png", tiny("llama", vocab=4096, num_hidden_layers=1)
+    small = save_folder(draft, tmp_path / "small")
+    args = ["--model", folder, "--block-sizes", 8, "--sparsities", "0,0.5"]
+    args += ["--prefill-draft", f"{small},self", "--keep", "1,0.5", "--png", png]
+    done, found = report(tmp_path, *BENCH, *args)
+    rows = [(r["sparsity"], r["keep"], r["prefill_draft"]) for r in found["rows"]]
+    half = [(0.5, "small"), (0.5, "self")]
+    assert rows == [(0, *h) for h in half] + [(0.5, 1, ""), *[(0.5, *h) for h in half]]
+    assert re.search(r"^100 +keep 50% by small +\d", done.stdout, re.M)
+    assert found["environment"]["draft small"] == "1 layers"
+    assert str(tmp_path) not in json.dumps(found) and png.is_file()
+
+
+def test_a_random_draft_has_as_many_of_its_layers(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    small = dict(hidden_size=64, intermediate_size=128, num_attention_heads=4)
+    small |= dict(num_key_value_heads=2, head_dim=16)
+    for name in ("llama-3.2-1b", "smollm2-135m"):
+        monkeypatch.setitem(shapes.SHAPES, name, shapes.SHAPES[name] | small)
+    args = ["--random", "llama-3.2-1b", "--layers", 4, "--contexts", 64]
+    args += ["--prefill-draft", "smollm2-135m", "--sparsities", 0]
+    found = report(tmp_path, *BENCH, *args)[1]
+    assert found["environment"]["draft smollm2-135m"] == "8 layers"
+    assert [r["keep"] for r in found["rows"]] == [0.5]
+
+
 @pytest.mark.parametrize(
     "args, code, said",
     [
@@ -188,6 +251,12 @@ def test_the_dense_arm_that_dequantises_first(
         (["--contexts", "96,2017"], 2, "--contexts: 2,017 tokens are too many, the mo"),
         (["--block-sizes", "0"], 2, "--block-sizes must be at least 8, got '0'."),
         (["--contexts", "0"], 2, "--contexts must be at least 1"),
+        (["--keep", "0.5"], 2, "--keep needs --prefill-draft: who says what is read?"),
+        (
+            ["--prefill-draft", "self", "--keep", "0"],
+            2,
+            "keep must be above 0 and at m",
+        ),
         (["--prune-tokens", "1"], 2, "prune_tokens must be at least 0 and below 1"),
         (["--selectors", "magic"], 2, "selector must be one of "),
         (["--strategies", "fast"], 2, "strategy must be one of chunk, columns"),

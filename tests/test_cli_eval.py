@@ -15,7 +15,7 @@ from mlx_fastforward.bench.eval.summaries import Summary
 from mlx_fastforward.bench.eval.tasks import BUILT
 from mlx_fastforward.cli import eval_save, first_use
 from mlx_fastforward.cli.eval import _tasks as asked_tasks
-from mlx_fastforward.cli.eval_tables import frontier, verdict
+from mlx_fastforward.cli.eval_tables import verdict
 from mlx_fastforward.config import DeviceSettings
 from mlx_fastforward.predictors.verified import chosen
 
@@ -130,7 +130,7 @@ def test_what_arms_run_with_and_are_called(tmp_path: Path) -> None:
     assert found["environment"]["dtype"] == "float16"
     more = ["--selectors", "oracle", "--compensators", "none", "--sparse-decode"]
     shares = ["--predictor", "none", "--sparsities", "0,0.5", "--prune-tokens", "0,0.4"]
-    wanted = ["probe 0%", "probe 0% tokens 40%", "probe 50%", "probe 50% tokens 40%"]
+    wanted = ["probe 0%", "tokens 40%", "probe 50%", "probe 50% tokens 40%"]
     assert labels(*shares) == wanted
     skipped = [r["ffn_sparsity"] for r in found["records"]]
     assert 0 == skipped[0] < skipped[1] < skipped[3] and skipped[2] < skipped[3]
@@ -186,6 +186,8 @@ def test_longbench_and_mmlu_from_a_folder(tmp_path: Path) -> None:
         (["--longbench", "--mmlu"], 2, "give --longbench or --mmlu, not both."),
         (["--limit", 3], 2, "--limit goes with --longbench or --mmlu; use --prompts."),
         (["--mmlu", "--png", "x.png"], 2, "--png does not go with --mmlu."),
+        (["--mmlu", "--prefill-draft", "self"], 2, "--prefill-draft does not go with"),
+        (["--keep", "0.5"], 2, "--keep needs --prefill-draft: who says what is read?"),
         (["--longbench", "--lengths", 9], 2, "--lengths does not go with --longben"),
     ],
 )  # fmt: skip
@@ -206,19 +208,6 @@ def test_verdicts() -> None:
         values |= {"arm": "x", "score_sparse": 0.5, "score_dense": 0.5 - difference}
         values |= {"score_difference": difference, "score_difference_bounds": bounds}
         assert said in verdict(Summary(**values))
-
-
-def test_the_frontier() -> None:
-    """A star where nobody skips as much at a lower KL; the most skipped last."""
-    arms = {"a": (0.4, 0.02), "b": (0.2, 0.03), "c": (0.1, 0.01), "d": (0.4, 0.05)}
-    values: dict[str, Any] = dict.fromkeys(Summary.__dataclass_fields__)
-    found = [
-        Summary(**values | {"arm": arm, "ffn_sparsity": skipped, "kl": kl})
-        for arm, (skipped, kl) in arms.items()
-    ]
-    names, *_, marks = (list(column.cells) for column in frontier(found).columns)
-    assert dict(zip(names, marks)) == {"a": "*", "b": "", "c": "*", "d": ""}
-    assert names[:2] == ["c", "b"]
 
 
 def test_save_keeps_what_auto_goes_by(

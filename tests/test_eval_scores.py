@@ -108,18 +108,18 @@ def test_a_naive_bootstrap_that_draws_whole_documents_gives_the_same() -> None:
 def record(**more: Any) -> Record:
     base: dict[str, Any] = dict.fromkeys(Record.__dataclass_fields__)
     base |= {"arm": "a", "task": "t", "document": "d"}
-    base |= {"kl": 0.0, "top1": 1.0, "ffn_sparsity": 0.0}
+    base |= {"kl": 0.0, "top1": 1.0, "ffn_sparsity": 0.0, "flops": 1.0}
     return Record(**{**base, **more})
 
 
 def test_a_summary_by_hand() -> None:
     rows = [
         record(document="x", kl=1.0, top1=0.5, score_dense=1, score_sparse=0.5,
-               exact_dense=1, exact_sparse=0, ffn_sparsity=0.2),
+               exact_dense=1, exact_sparse=0, ffn_sparsity=0.2, flops=0.3),
         record(document="x", kl=2.0, top1=1.0, score_dense=1, score_sparse=1,
-               exact_dense=1, exact_sparse=1, ffn_sparsity=0.2),
+               exact_dense=1, exact_sparse=1, ffn_sparsity=0.2, flops=0.3),
         record(document="y", kl=6.0, top1=0.0, score_dense=0, score_sparse=0.3,
-               exact_dense=0, exact_sparse=0, ffn_sparsity=0.5),
+               exact_dense=0, exact_sparse=0, ffn_sparsity=0.5, flops=0.5),
         record(task="c", document="z", kl=0.5, nll_dense=1.0, nll_sparse=1.5),
         record(task="c", document="w", kl=0.7, nll_dense=2.0, nll_sparse=2.0),
     ]  # fmt: skip
@@ -134,6 +134,7 @@ def test_a_summary_by_hand() -> None:
     assert t.score_difference_bounds == pytest.approx((-0.25, 0.3))
     assert (t.exact_dense, t.exact_sparse) == pytest.approx((2 / 3, 1 / 3))
     assert t.ffn_sparsity == pytest.approx(0.35)  # of documents, not of questions
+    assert t.speedup == pytest.approx(2.5)  # all FLOPs over those that ran
     assert t.perplexity_dense is t.nll_difference_bounds is None
     e = math.exp
     assert c.perplexity_dense == pytest.approx(e(1.5))

@@ -6,12 +6,15 @@ import pytest
 from mlx_lm.models.cache import make_prompt_cache
 
 from mlx_fastforward.attachment import attach, reading
+from mlx_fastforward.bench.flops import cost
 from mlx_fastforward.bench.studies import zoo
+from mlx_fastforward.build import engine_for
 from mlx_fastforward.model.families import Heads, mixers
 from mlx_fastforward.neurons import compensators as c
 from mlx_fastforward.neurons import selectors as s
 from mlx_fastforward.neurons.predictor import PredictorWeights
 from mlx_fastforward.prefill import prefill
+from mlx_fastforward.scorers import DraftScorer, LayersScorer
 from mlx_fastforward.tokens import flops
 from mlx_fastforward.tokens.flops import FlopCount
 from mlx_fastforward.tokens.plan import Plan
@@ -172,3 +175,39 @@ def test_linear_attention_does_not_look_back() -> None:
     assert not state.attends and attention.attends
     assert state.weights == 32 * (2 * 16 + 32 + 32 + 4 + 4) + 32 * 32
     assert attention.weights == 32 * (2 * 32 + 16 + 16) + 32 * 32  # q has a gate
+
+
+def other(tokens: int, whole: int, last: int = 1) -> int:
+    """Projections and attention of so many whole layers, keys and values of the last."""
+    weights = whole * 32 * (32 + 16 + 16 + 32) + last * 32 * (16 + 16)
+    return 2 * tokens * weights + whole * tokens * (tokens + 1) // 2 * 2 * (2 * 32)
+
+
+FFN = 6 * 32 * 128  # of a token
+STOCK = other(100, 3) + 3 * 100 * FFN
+
+
+def test_a_prompt_of_which_a_part_is_read() -> None:
+    """57 of 100 tokens; a draft of two layers reads them all, and 8 more."""
+    model = models.tiny("llama")
+    draft = DraftScorer(models.tiny("llama", num_hidden_layers=2), "small")
+    ours, theirs = other(57, 3) + 3 * 57 * FFN, other(108, 1) + 108 * FFN
+    engine = engine_for(model, models.settings(sparsity=0.0))
+    found = cost(model, engine, 100, draft, 57)
+    assert found.speedup == pytest.approx(STOCK / (ours + theirs))
+    assert found.ffn.sparsity == pytest.approx(0.43)
+    assert cost(model, engine, 100) == cost(model, engine, 100, draft)
+    assert cost(model, engine, 100).speedup == 1
+
+
+def test_first_layers_that_score_read_everything_densely() -> None:
+    """Two of four; the third reads 57 tokens sparsely, the fourth has keys and values only."""
+    model = models.tiny("llama")
+    engine = engine_for(model, models.settings(selector="probe"))
+    found = cost(model, engine, 100, LayersScorer(model, 2), 57)
+    sparse = 6 * 32 * (21 * 128 + 35 * 64) + FFN
+    sparse += 5 * (2 * 2 * 21 * 32 + 2 * 21 * 128)
+    ffn = 2 * 100 * FFN + sparse
+    assert (found.ffn.dense, found.ffn.run) == (3 * 100 * FFN, ffn)
+    run = ffn + other(100, 2, last=0) + other(57, 1)
+    assert found.speedup == pytest.approx(STOCK / run)

@@ -4,11 +4,14 @@ import importlib
 from typing import Any
 
 import pytest
+from matplotlib.figure import Figure
 from test_tables import BENCH, EVAL, WORST
 
+from mlx_fastforward.bench.eval.frontier import Point
 from mlx_fastforward.bench.speed.ttft import Row
 
 SPEED = importlib.import_module("mlx_fastforward.bench.speed.picture")
+FRONTIER = importlib.import_module("mlx_fastforward.bench.eval.frontier_picture")
 SCORES = importlib.import_module("mlx_fastforward.bench.eval.picture")
 
 
@@ -52,8 +55,29 @@ def test_eval() -> None:
         s.score_dense_bounds = s.score_sparse_bounds = (0.6, 0.9)
     worst = {**vars(WORST), "arm": EVAL[0].arm, "document": "a"}
     worst |= {"score_dense": 1.0, "score_sparse": 0.0}
-    figure = SCORES.draw([type(WORST)(**worst)], found, "title")
+    figure = SCORES.draw([type(WORST)(**worst)], found, [], "title")
     for axis in figure.axes:
         assert all(words(axis))
-    (legend,) = figure.legends
+    (legend,) = figure.subfigs[0].legends
     assert [t.get_text() for t in legend.get_texts()] == ["dense", EVAL[0].arm]
+
+
+def test_the_frontier() -> None:
+    """Three axes; a colour for what is left out, bars for the intervals, dense as a line."""
+    settings = [(0.5, 0, 1), (0.6, 0, 1), (0, 0.25, 1), (0, 0, 0.5), (0.5, 0, 0.5)]
+    points = [
+        Point("a", *s, "D", 1 + i, 0.01 * i, (0, 0.02 * i), 0.7, (0.6, 0.8), 0.9)
+        for i, s in enumerate(settings)
+    ]
+    figure = Figure()
+    axes = figure.subplots(1, 3)
+    FRONTIER.draw(axes, points)
+    kl, facts, quotes = axes
+    assert all([*words(kl), *words(facts), quotes.get_title(), quotes.get_ylabel()])
+    assert "by FLOPs" in kl.get_xlabel() and kl.get_yscale() == "log"
+    names = facts.get_legend_handles_labels()[1]
+    assert names == ["dense model", *list(FRONTIER.KINDS)[:3], "several of these"]
+    assert all(c.has_yerr for c in [*kl.containers, *facts.containers])
+    beside = [t.get_text() for t in kl.texts]
+    assert beside == ["50%", "60%", "skip 25%", "keep 50%", "50%, keep 50%"]
+    assert [t.get_text() for t in quotes.texts] == ["not asked"]

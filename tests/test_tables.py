@@ -9,6 +9,7 @@ import pytest
 from rich.console import Console
 from rich.table import Table
 
+from mlx_fastforward.bench.eval.frontier import Point
 from mlx_fastforward.bench.speed.ttft import Row
 from mlx_fastforward.cli import eval_tables, tables, verified_table
 
@@ -74,6 +75,12 @@ LAYER = SimpleNamespace(
     selector=OVERLAP,
     oracle=OVERLAP,
 )
+POINTS = [
+    Point(
+        *("trained + low-rank 50% keep 70% by Qwen3-0.6B-4bit", 0.5, 0.0, 0.7, "Q"),
+        *(2.34, 0.0123, (0.0101, 0.0156), 0.75, None, 0.8),
+    )
+]
 VERIFIED = {
     "rows": [
         {
@@ -94,6 +101,7 @@ SHOWN: dict[str, Callable[[], Table]] = {
     "bench": lambda: bench._table(BENCH),
     "scores": lambda: eval_tables._scores(EVAL),
     "kl": lambda: eval_tables._kl(EVAL),
+    "frontier": lambda: eval_tables.frontier(POINTS),
     "worst": lambda: eval_tables._worst([WORST]),
     "inspect": lambda: inspect._table([LAYER]),
     "verified": lambda: verified_table.table(VERIFIED),

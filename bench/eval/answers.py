@@ -11,8 +11,12 @@ from mlx_lm.models.cache import make_prompt_cache
 
 from ...attachment import engine_of, switched
 from ...continuation import follow
+from ...errors import FastForwardError
+from ...generation import Response
+from ...model.positions import make_compact
 from ...prefill import read
 from ...session import Session
+from ...speculative import Speculative
 from .scores import first_line
 from .tasks import Document, first_message, render
 
@@ -25,6 +29,7 @@ class Reading:
         prompt: Tokens of the prompt; ``cache`` holds them but for ``rest``.
         tokens: The answer, its end included.
         skipped: Share of the FFN FLOPs of the document's first prompt.
+        read: Share of that prompt's tokens that was read.
     """
 
     prompt: int
@@ -33,6 +38,7 @@ class Reading:
     tokens: list[int]
     text: str
     skipped: float
+    read: float = 1.0
 
 
 @dataclass
@@ -48,6 +54,7 @@ class Reply:
     tokens: int
     text: str
     skipped: float
+    read: float
 
 
 def reply(
@@ -57,16 +64,23 @@ def reply(
     targets: Optional[list[list[int]]],
     steps: set[bool],
     max_tokens: int,
+    reader: Optional[Speculative] = None,
 ) -> list[Reply]:
     """Answers to all questions of a document, sparsely where the model is attached.
 
     Args:
         targets: The tokens to score; None is the true ones of a continuation, else the answer.
         steps: Score them token by token, in one call, or both.
+        reader: Says which part of each prompt is read; None: all.
     """
-    ask = _converse if document.task == "chat" else _ask_each
+    if document.task == "chat":
+        readings = _converse(model, tokenizer, document, max_tokens, reader)
+    elif reader is None:
+        readings = _ask_each(model, tokenizer, document, max_tokens)
+    else:
+        readings = _ask_in_part(model, tokenizer, document, max_tokens, reader)
     replies = []
-    for i, reading in enumerate(ask(model, tokenizer, document, max_tokens)):
+    for i, reading in enumerate(readings):
         target = targets[i] if targets else document.following or reading.tokens
         rest = mx.array(reading.rest)
         logprobs = {}
@@ -76,7 +90,8 @@ def reply(
         text = reading.text.strip()
         if not tokenizer.has_chat_template:
             text = first_line(text)
-        replies.append(Reply(target, logprobs, reading.prompt, text, reading.skipped))
+        figures = reading.prompt, text, reading.skipped, reading.read
+        replies.append(Reply(target, logprobs, *figures))
     return replies
 
 
@@ -98,12 +113,56 @@ def _ask_each(
         yield Reading(len(ids), rest, cache, *answer, skipped)
 
 
-def _converse(
-    model: nn.Module, tokenizer: Any, document: Document, max_tokens: int
+def _ask_in_part(
+    model: nn.Module,
+    tokenizer: Any,
+    document: Document,
+    max_tokens: int,
+    reader: Speculative,
 ) -> Iterator[Reading]:
-    """One conversation as ``chat`` has it: earlier answers stay, and the cache is kept."""
+    """Every prompt from its beginning: what is read of it depends on the question."""
+    first: Optional[tuple[float, float]] = None
+    for ids in document.prompts:
+        cache = make_prompt_cache(model)
+        make_compact(cache)  # one that can be cut back
+        responses = reader.stream_generate(tokenizer, ids, 0, cache, max_tokens=1)
+        with contextlib.closing(responses):
+            share = _share(reader, next(responses))
+        _cut(cache, len(ids) - 1)
+        first = first or share
+        rest = ids[-1:]
+        answer = _greedy(
+            model, tokenizer, rest, copy.deepcopy(cache), False, max_tokens
+        )
+        yield Reading(len(ids), rest, cache, *answer, *first)
+
+
+def _share(reader: Speculative, r: Response) -> tuple[float, float]:
+    """Shares of FFN FLOPs skipped and of tokens read; raises where a draft failed."""
+    for note in reader.take_notes():
+        raise FastForwardError(note)
+    return r.ffn_sparsity, (r.read_tokens or r.prompt_tokens) / r.prompt_tokens
+
+
+def _cut(cache: Any, place: int) -> None:
+    for c in cache:
+        c.trim(c.offset - place)
+
+
+def _converse(
+    model: nn.Module,
+    tokenizer: Any,
+    document: Document,
+    max_tokens: int,
+    reader: Optional[Speculative],
+) -> Iterator[Reading]:
+    """One conversation as ``chat`` has it: earlier answers stay, and the cache is kept.
+
+    What a reader left out stays missing: nothing heals here.
+    """
     session = Conversation(model, tokenizer)
-    skipped = 0.0
+    session.speculative = reader
+    share = 0.0, 1.0
     for turn, question in enumerate(document.questions):
         said = question.text
         if turn == 0:
@@ -112,7 +171,7 @@ def _converse(
         before: list[Any] = []
 
         def keep(done: int, total: int) -> None:
-            if done == total - 1:  # all but the last token of the prompt is cached
+            if reader is None and done == total - 1:  # all but the last token is cached
                 before.append(copy.deepcopy(session.cache))
 
         tokens: list[int] = []
@@ -122,13 +181,17 @@ def _converse(
         )
         with contextlib.closing(responses):
             for r in responses:
+                if not before:  # with a reader: nobody tells how far it is
+                    before.append(copy.deepcopy(session.cache))
+                    _cut(before[0], len(ids) - 1)
                 if r.generation_tokens > len(tokens):
                     tokens.append(r.token)
                 text += r.text
                 if _ended(tokenizer, text):
                     break
-        skipped = r.ffn_sparsity if turn == 0 else skipped
-        yield Reading(len(ids), ids[-1:], before[-1], tokens, text, skipped)
+        if turn == 0:
+            share = (r.ffn_sparsity, 1.0) if reader is None else _share(reader, r)
+        yield Reading(len(ids), ids[-1:], before[0], tokens, text, *share)
 
 
 class Conversation(Session):

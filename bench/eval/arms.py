@@ -10,6 +10,7 @@ from ...config import DeviceSettings, PrefillConfig
 from ...engine import Engine
 from ...errors import ConfigError
 from ...predictors.file import PredictorFile
+from ...speculative import Speculative
 
 
 @dataclass(frozen=True)
@@ -17,12 +18,13 @@ class Arm:
     """Settings under a name; without any it is the dense model.
 
     The settings alone say what of a predictor file is used: selector probe, compensator none and
-    schedule uniform use nothing of it.
+    schedule uniform use nothing of it. With a reader the model reads only a part of each prompt.
     """
 
     label: str
     config: Optional[PrefillConfig]
     device: DeviceSettings = DeviceSettings()
+    reader: Optional[Speculative] = None
 
     def engine(
         self, model: nn.Module, predictor: Optional[PredictorFile]
@@ -44,14 +46,20 @@ def labels_of(arms: Sequence[Arm]) -> list[str]:
     return labels
 
 
-def label(engine: Engine, block: bool = False) -> str:
+def label(
+    engine: Engine, block: bool = False, reader: Optional[Speculative] = None
+) -> str:
     """What runs, whatever was asked for; with ``block`` the block size too."""
-    parts = [engine.selector.name]
+    parts, share = [engine.selector.name], engine.config.prune_tokens
     if engine.compensator is not None:
         parts += ["+", engine.compensator.name]
     parts.append(f"{100 * engine.config.sparsity:g}%")
-    if share := engine.config.prune_tokens:
+    if not engine.config.sparsity and (share or reader is not None):
+        parts = []
+    if share:
         parts.append(f"tokens {100 * share:g}%")
+    if reader is not None:
+        parts.append(f"keep {100 * reader.config.keep:g}% by {reader.scorer.name}")
     if block:
         parts.append(f"block {engine.block_size}")
     return " ".join(parts)

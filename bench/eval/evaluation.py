@@ -13,8 +13,10 @@ from mlx_lm.generate import wired_limit
 
 from ...attachment import seated
 from ...continuation import divergence
+from ...engine import Engine
 from ...errors import ConfigError
 from ...predictors.file import PredictorFile
+from ..flops import cost
 from . import scores
 from .answers import Reply, reply
 from .arms import Arm, labels_of
@@ -35,6 +37,8 @@ class Record:
         score_dense, score_sparse: 0 to 1, by the task's rule (scores.RULES).
         exact_dense, exact_sparse: 1 where the whole answer is right.
         ffn_sparsity: Share of the FFN FLOPs of the document's first prompt that was skipped.
+        read: Share of its tokens that the model read.
+        flops: Share of the stock prefill's FLOPs that ran, those of a draft too.
     """
 
     arm: str
@@ -52,6 +56,8 @@ class Record:
     dense: str
     sparse: str
     ffn_sparsity: float
+    read: float
+    flops: float
     nll_dense: Optional[float] = None
     nll_sparse: Optional[float] = None
     score_dense: Optional[float] = None
@@ -81,7 +87,7 @@ def evaluate(
     Raises:
         ConfigError, PredictorError: before anything is computed.
     """
-    labels = labels_of(arms)
+    labels_of(arms)
     engines = []
     for arm in arms:
         if (engine := arm.engine(model, predictor)) is None:
@@ -96,21 +102,37 @@ def evaluate(
             dense = reply(model, tokenizer, document, None, steps, max_tokens)
             tick(document.length)
             targets = [r.target for r in dense]
-            for label, engine in zip(labels, engines):
+            for arm, engine in zip(arms, engines):
                 step = {engine.config.sparse_decode}
+                parts = tokenizer, document, targets, step, max_tokens, arm.reader
                 with seated(model, engine):
-                    sparse = reply(
-                        model, tokenizer, document, targets, step, max_tokens
-                    )
+                    sparse = reply(model, *parts)
                 tick(document.length)
+                flops = _flops(model, engine, arm, document.length, sparse)
                 for turn, (d, s) in enumerate(zip(dense, sparse)):
-                    records.append(_record(label, document, turn, d, s))
+                    records.append(_record(arm.label, document, turn, d, s, flops))
             mx.clear_cache()
     return records
 
 
+def _flops(
+    model: nn.Module, engine: Engine, arm: Arm, tokens: int, replies: list[Reply]
+) -> tuple[float, float]:
+    """Shares of the FFN FLOPs skipped and of all FLOPs run, of a document's prompt."""
+    if arm.reader is None or replies[0].read == 1:
+        return replies[0].skipped, 1 / cost(model, engine, tokens).speedup
+    scorer, read = arm.reader.scorer, round(replies[0].read * tokens)
+    found = cost(model, engine, tokens, scorer, read)
+    return found.ffn.sparsity, 1 / found.speedup
+
+
 def _record(
-    label: str, document: Document, turn: int, dense: Reply, sparse: Reply
+    label: str,
+    document: Document,
+    turn: int,
+    dense: Reply,
+    sparse: Reply,
+    flops: tuple[float, float],
 ) -> Record:
     (step,) = sparse.logprobs
     p, q = dense.logprobs[step], sparse.logprobs[step]
@@ -131,7 +153,9 @@ def _record(
         expected=" | ".join(question.answers),
         dense=dense.text,
         sparse=sparse.text,
-        ffn_sparsity=sparse.skipped,
+        ffn_sparsity=flops[0],
+        read=sparse.read,
+        flops=flops[1],
     )
     if document.following:
         nll = [_nll(x, document.following) for x in (p, q)]

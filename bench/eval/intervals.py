@@ -3,12 +3,13 @@
 Questions about one document share its prefill, so they are no independent samples; documents are.
 """
 
-from typing import Callable, Optional, Sequence
+from typing import Any, Callable, Optional, Sequence
 
 import numpy as np
 
 RESAMPLES = 10_000
 AT_ONCE = 1_000  # resamples held in memory
+LEAST_KL = 1e-6  # rounding; a logarithmic axis has no zero
 
 Bounds = Optional[tuple[float, float]]
 
@@ -47,3 +48,10 @@ def interval(
         found.append(of((drawn @ sums) / (drawn @ sizes)[:, None]))
     low, high = np.percentile(np.concatenate(found), [2.5, 97.5])
     return float(low), float(high)
+
+
+def errors(values: Sequence[float], bounds: Sequence[Bounds]) -> Any:
+    """For bars: distances below and above; 0 where there is no interval. A log axis needs a rest below."""
+    both = [b or (v, v) for v, b in zip(values, bounds)]
+    low = [max(0.0, min(v - b[0], 0.999 * v)) for v, b in zip(values, both)]
+    return [low, [max(0.0, b[1] - v) for v, b in zip(values, both)]]

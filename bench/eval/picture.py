@@ -3,48 +3,67 @@
 from pathlib import Path
 from typing import Any, Sequence
 
+from . import frontier_picture
 from .evaluation import Record
-from .intervals import Bounds, interval
+from .frontier import PLANTED, Point
+from .intervals import LEAST_KL, errors, interval
 from .summaries import ALL, Summary
 
 DENSE = "0.6"
-PLANTED = ("needle", "key-value", "chat")
 DEPTHS = (0, 25, 50, 75, 100)
-LEAST_KL = 1e-6  # rounding; a logarithmic axis has no zero
+MOST = 4  # arms that bars beside each other can show
 
 
 def picture(
-    path: Path, records: Sequence[Record], found: Sequence[Summary], title: str
+    path: Path,
+    records: Sequence[Record],
+    found: Sequence[Summary],
+    points: Sequence[Point],
+    title: str,
 ) -> None:
     """Write a PNG; bars and points with their 95 % intervals."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
 
-    figure = draw(records, found, title)
+    figure = draw(records, found, points, title)
     FigureCanvasAgg(figure)
     figure.savefig(path, dpi=120, format="png")
 
 
-def draw(records: Sequence[Record], found: Sequence[Summary], title: str) -> Any:
-    """The three figures side by side."""
+def draw(
+    records: Sequence[Record],
+    found: Sequence[Summary],
+    points: Sequence[Point],
+    title: str,
+) -> Any:
+    """The arms by task, where they are few; below, the frontier of several."""
     from matplotlib.figure import Figure
 
     arms = list(dict.fromkeys(s.arm for s in found))
-    panels = 4 if len(arms) > 1 else 3
-    figure = Figure(figsize=(4.7 * panels, 4.6), layout="constrained")
-    axes = figure.subplots(1, panels)
-    _scores(axes[0], [s for s in found if s.score_dense is not None], arms)
-    _kl(axes[1], [s for s in found if s.task != ALL], arms)
-    _depths(axes[2], [r for r in records if r.task in PLANTED], arms)
-    if len(arms) > 1:
-        _frontier(axes[3], found)
-    for axis in axes:
-        axis.spines[["top", "right"]].set_visible(False)
-    scores, kl = (axis.get_legend_handles_labels() for axis in axes[:2])
-    figure.legend(
-        *(scores if scores[0] else kl), loc="outside lower center", ncols=4, fontsize=9
-    )
-    figure.suptitle(f"{title}; bars: 95 % intervals", fontsize=10, parse_math=False)
-    return figure
+    rows = [
+        r
+        for r, shown in (("tasks", len(arms) <= MOST), ("all", len(arms) > 1))
+        if shown
+    ]
+    whole = Figure(figsize=(14.1, 4.9 * len(rows)), layout="constrained")
+    parts = dict(zip(rows, whole.subfigures(len(rows), 1, squeeze=False)[:, 0]))
+    for row, figure in parts.items():
+        axes = figure.subplots(1, 3)
+        if row == "tasks":
+            _scores(axes[0], [s for s in found if s.score_dense is not None], arms)
+            _kl(axes[1], [s for s in found if s.task != ALL], arms)
+            _depths(axes[2], [r for r in records if r.task in PLANTED], arms)
+        else:
+            frontier_picture.draw(axes, points)
+        for axis in axes:
+            axis.spines[["top", "right"]].set_visible(False)
+        figure.legend(*_handles(axes), loc="outside lower center", ncols=4, fontsize=9)
+    whole.suptitle(f"{title}; bars: 95 % intervals", fontsize=10, parse_math=False)
+    return whole
+
+
+def _handles(axes: Any) -> Any:
+    """Of the axis with the longest legend."""
+    return max((a.get_legend_handles_labels() for a in axes), key=lambda h: len(h[0]))
 
 
 def _scores(axis: Any, found: list[Summary], arms: list[str]) -> None:
@@ -62,7 +81,7 @@ def _scores(axis: Any, found: list[Summary], arms: list[str]) -> None:
             [at + (i + 0.5) * width - 0.4 for at in range(len(own))],
             values,
             0.94 * width,
-            yerr=_errors(values, bounds),
+            yerr=errors(values, bounds),
             color=f"C{i - 1}" if arm else DENSE,
             label=arm or "dense",
         )
@@ -75,9 +94,9 @@ def _kl(axis: Any, found: list[Summary], arms: list[str]) -> None:
     for i, arm in enumerate(arms):
         own = [s for s in found if s.arm == arm]
         values = [max(LEAST_KL, s.kl) for s in own]
-        errors = _errors(values, [s.kl_bounds for s in own])
+        bars = errors(values, [s.kl_bounds for s in own])
         xs = [at + (i + 0.5) * 0.6 / len(arms) - 0.3 for at in range(len(own))]
-        axis.errorbar(xs, values, errors, fmt="o", color=f"C{i}", label=arm)
+        axis.errorbar(xs, values, bars, fmt="o", color=f"C{i}", label=arm)
     axis.set_xticks(range(len(own)), [s.task for s in own], fontsize=9)
     axis.set_xlim(-0.5, len(own) - 0.5)
     ends = [max(LEAST_KL, v) for s in found for v in (s.kl, *(s.kl_bounds or ()))]
@@ -102,7 +121,7 @@ def _depths(axis: Any, records: list[Record], arms: list[str]) -> None:
         axis.errorbar(
             xs,  # a little apart, to show the intervals
             means,
-            _errors(means, bounds),
+            errors(means, bounds),
             fmt="o-" if arm else "o--",
             markersize=4,
             color=f"C{i - 1}" if arm else DENSE,
@@ -110,25 +129,10 @@ def _depths(axis: Any, records: list[Record], arms: list[str]) -> None:
     axis.set(xlabel="depth of the fact in the document, %", xticks=DEPTHS)
 
 
-def _frontier(axis: Any, found: Sequence[Summary]) -> None:
-    """All tasks of every arm: what it skips, and what that costs."""
-    axis.set(title="KL by FFN FLOPs skipped", yscale="log", xlabel="skipped, %")
-    for i, s in enumerate({s.arm: s for s in found}.values()):
-        kl, at = max(LEAST_KL, s.kl), 100 * s.ffn_sparsity
-        axis.errorbar([at], [kl], _errors([kl], [s.kl_bounds]), fmt="o", color=f"C{i}")
-
-
 def _bin(record: Record) -> int:
     """The nearest of DEPTHS."""
     assert record.depth is not None
     return 25 * round(4 * record.depth)
-
-
-def _errors(values: list[float], bounds: list[Bounds]) -> Any:
-    """Distances below and above; 0 where there is no interval. A log axis needs a rest below."""
-    both = [b or (v, v) for v, b in zip(values, bounds)]
-    low = [max(0.0, min(v - b[0], 0.999 * v)) for v, b in zip(values, both)]
-    return [low, [max(0.0, b[1] - v) for v, b in zip(values, both)]]
 
 
 def _nothing(axis: Any, why: str) -> None:

@@ -23,6 +23,7 @@ class Summary:
         score_difference: Sparse - dense, of the same questions.
         perplexity_difference: Sparse - dense, of the same true tokens.
         ffn_sparsity: Share of the prompts' FFN FLOPs that was skipped, mean over documents.
+        speedup: What the FLOPs of the prompts allow, those of a draft counted.
     """
 
     arm: str
@@ -50,6 +51,7 @@ class Summary:
     perplexity_difference: Optional[float]
     perplexity_difference_bounds: Bounds
     ffn_sparsity: float
+    speedup: float
 
 
 def summaries(records: Sequence[Record]) -> list[Summary]:
@@ -67,7 +69,7 @@ def summaries(records: Sequence[Record]) -> list[Summary]:
 def summary(records: Sequence[Record], task: str) -> Summary:
     """Records of one arm under one name."""
     scores, exacts, nlls = (_Pairs(records, name) for name in ("score", "exact", "nll"))
-    documents = {r.document: r.ffn_sparsity for r in records}
+    documents = {r.document: r for r in records}
     keys = [r.document for r in records]
     kl, top1 = [r.kl for r in records], [r.top1 for r in records]
     return Summary(
@@ -97,7 +99,8 @@ def summary(records: Sequence[Record], task: str) -> Summary:
         perplexity_difference_bounds=nlls.bounds(
             lambda m: np.exp(m[:, 1]) - np.exp(m[:, 0])
         ),
-        ffn_sparsity=_mean(list(documents.values())),
+        ffn_sparsity=_mean([r.ffn_sparsity for r in documents.values()]),
+        speedup=1 / _mean([r.flops for r in documents.values()]),
     )
 
 

@@ -1,8 +1,8 @@
 """What a few sparsities cost, for a predictor file to carry: prose, planted facts, FLOPs."""
 
 import time
-from dataclasses import asdict, dataclass
-from typing import Any, Callable, Optional
+from dataclasses import asdict
+from typing import Any, Callable, Optional, Sequence
 
 import mlx.nn as nn
 
@@ -14,34 +14,14 @@ from ...model.families import context_length
 from ...predictors.file import PredictorFile
 from ...predictors.verified import USUAL
 from ..environment import describe
-from ..speed.ttft import ideal
 from .arms import Arm
 from .evaluation import Record, evaluate
-from .intervals import Bounds
-from .summaries import Summary, summary
+from .frontier import Point, frontier
 from .tasks import build, default_lengths
 
 SPARSITIES = (0.3, 0.4, 0.5, 0.6, 0.7)
 UNTRAINED = "no predictor"
 PROSE, FACTS = "continuation", "key-value"
-
-
-@dataclass(frozen=True)
-class Row:
-    """One sparsity; bounds are 95 % intervals over documents.
-
-    kl: Nats per token of prose that goes on. facts: share of planted facts that are found.
-    speedup: What the FLOPs allow of the whole prefill.
-    """
-
-    sparsity: float
-    kl: float
-    kl_bounds: Bounds
-    facts_dense: float
-    facts: float
-    facts_difference_bounds: Bounds
-    ffn_skipped: float
-    speedup: float
 
 
 def prompt_length(model: nn.Module, engine: Engine) -> int:
@@ -74,11 +54,13 @@ def verify(
     device: DeviceSettings = DeviceSettings(),
     tick: Callable[[int, int], None] = lambda done, total: None,
     late: Callable[[], bool] = lambda: False,
+    combined: Sequence[Arm] = (),
 ) -> dict[str, Any]:
     """The table of a detached model, and what it was measured on; see prompt_length().
 
     Args:
         documents: Of prose, and as many of facts; once ``late()``, two of each at least.
+        combined: More than neurons left out; their rows are the ``combined`` ones of the table.
     """
     start = time.perf_counter()
     length = prompt_length(model, engine_for(model, None, predictor, device=device))
@@ -86,6 +68,7 @@ def verify(
     arms = [Arm(f"{s:.0%}", PrefillConfig(s), device) for s in SPARSITIES]
     if predictor is not None and predictor.layers is not None:
         arms.append(_untrained(device))
+    arms += combined
     total, done = sum(d.length for d in asked) * (len(arms) + 1), 0
 
     def progress(tokens: int) -> None:
@@ -100,17 +83,11 @@ def verify(
             break
         records += evaluate(model, tokenizer, pair, arms, predictor, progress)
     tick(total, total)
-    rows = {}
-    for arm in arms:
-        engine = arm.engine(model, predictor)
-        assert engine is not None
-        speed = ideal(model, engine, length)
-        row = _row(engine.config.sparsity, arm.label, records, speed)
-        rows[arm.label] = asdict(row)
-    without = rows.pop(UNTRAINED, None)
+    rows = {p.arm: row(p) for p in frontier(records, arms)}
     return {
-        "rows": [*rows.values()],
-        "without": without,
+        "rows": [rows[f"{s:.0%}"] for s in SPARSITIES],
+        "without": rows.get(UNTRAINED),
+        "combined": [rows[arm.label] for arm in combined],
         "prompt_tokens": length,
         "documents": documents,
         "questions": sum(r.task == FACTS and r.arm == arms[0].label for r in records),
@@ -128,20 +105,9 @@ def _untrained(device: DeviceSettings) -> Arm:
     return Arm(UNTRAINED, config, device)
 
 
-def _row(sparsity: float, label: str, records: list[Record], speed: float) -> Row:
-    prose, facts = (_of(records, label, task) for task in (PROSE, FACTS))
-    assert facts.score_dense is not None and facts.score_sparse is not None
-    return Row(
-        sparsity,
-        round(prose.kl, 5),
-        prose.kl_bounds,
-        round(facts.score_dense, 4),
-        round(facts.score_sparse, 4),
-        facts.score_difference_bounds,
-        round(prose.ffn_sparsity, 4),
-        round(speed, 3),
-    )
-
-
-def _of(records: list[Record], label: str, task: str) -> Summary:
-    return summary([r for r in records if r.arm == label and r.task == task], task)
+def row(point: Point) -> dict[str, Any]:
+    """What a predictor file says of an arm."""
+    found = {k: v for k, v in asdict(point).items() if not k.startswith("quotes")}
+    for name in ("arm", "best"):
+        del found[name]
+    return {k: round(v, 5) if isinstance(v, float) else v for k, v in found.items()}

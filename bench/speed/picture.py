@@ -1,26 +1,36 @@
 """The bench's picture: TTFT against context, and speed-up against the limit."""
 
 from pathlib import Path
-from typing import Any
+from typing import Any, Optional, Sequence
 
 from .ttft import Row, arm_name
 
+Quality = Optional[dict[str, Any]]  # what eval --save measured at a row's settings
 
-def picture(path: Path, rows: list[Row], title: str) -> None:
+
+def picture(
+    path: Path, rows: list[Row], title: str, measured: Sequence[Quality] = ()
+) -> None:
     """Write a PNG, one line per arm."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
 
-    figure = draw(rows, title)
+    figure = draw(rows, title, measured)
     FigureCanvasAgg(figure)
     figure.savefig(path, dpi=100, format="png")
 
 
-def draw(rows: list[Row], title: str) -> Any:
-    """Seconds on the left, how many times as fast on the right; bars from the fastest to the slowest run."""
+def draw(rows: list[Row], title: str, measured: Sequence[Quality] = ()) -> Any:
+    """Seconds on the left, how many times as fast on the right, and what that costs where it is known.
+
+    Bars reach from the fastest to the slowest run.
+    """
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(9.6, 5), layout="constrained")
-    left, right = figure.subplots(1, 2)
+    known = any(measured)
+    figure = Figure(figsize=(14 if known else 9.6, 5), layout="constrained")
+    left, right, *more = figure.subplots(1, 3 if known else 2)
+    for axis in more:
+        _costs(axis, rows, measured)
     contexts = sorted({r.context for r in rows})
     first = {r.context: r for r in reversed(rows)}
     stock = [first[c] for c in contexts]
@@ -45,6 +55,28 @@ def draw(rows: list[Row], title: str) -> Any:
     said = f"{title}; bars: fastest to slowest run"
     figure.suptitle(said, fontsize=9, parse_math=False)
     return figure
+
+
+def _costs(axis: Any, rows: list[Row], measured: Sequence[Quality]) -> None:
+    """KL against the measured speed-up, at the longest prompt of each arm."""
+    longest = max(r.context for r in rows)
+    names = list(_lines(rows))
+    for r, q in zip(rows, measured):
+        if q is None or r.context != longest:
+            continue
+        color = f"C{names.index(arm_name(r))}"
+        told = f"{arm_name(r)}: facts {q['facts']:.2f} of {q['facts_dense']:.2f}"
+        spread = [[r.speedup - r.stock_ttft_s / r.ttft_spread_s[1]]]
+        spread += [[r.stock_ttft_s / r.ttft_spread_s[0] - r.speedup]]
+        point = [r.speedup], [max(1e-6, q["kl"])]
+        axis.errorbar(*point, xerr=spread, fmt="o", color=color, capsize=3, label=told)
+    axis.set(
+        title="what it costs (less is better)",
+        xlabel=f"times as fast as stock mlx-lm, {longest:,} tokens",
+        ylabel="KL of prose after the prompt, nats per token",
+        yscale="log",
+    )
+    axis.legend(fontsize=8)
 
 
 def _seconds(

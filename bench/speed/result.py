@@ -16,9 +16,9 @@ from ...files import expanded
 from ...model import linear
 from ...model.families import float_dtype
 from ...predictors.file import PredictorFile
-from ...predictors.verified import rows as verified_rows
+from ...predictors.verified import combinations
 from ...version import __version__
-from .ttft import Row
+from .ttft import Arm, Row
 
 FORMAT, VERSION = "mlx-fastforward bench", 1
 
@@ -28,7 +28,7 @@ def result(
     machine: dict[str, Any],
     thermal: tuple[str, str],
     run: dict[str, Any],
-    engines: Sequence[Engine],
+    arms: Sequence[Arm],
     rows: Sequence[Row],
     predictor: Optional[PredictorFile] = None,
 ) -> dict[str, Any]:
@@ -39,7 +39,7 @@ def result(
         machine: As machine.machine() tells.
         thermal: Before the first run and after the last.
         run: Trials, seconds of rest, and whether the arms were tuned.
-        engines: One per arm, as they ran.
+        arms: As they ran.
         predictor: Its verified table is the quality beside the speed.
     """
     return {
@@ -56,9 +56,9 @@ def result(
         },
         "model": model,
         "run": run,
-        "arms": [_arm(engine) for engine in engines],
+        "arms": [_arm(arm) for arm in arms],
         "rows": [asdict(row) for row in rows],
-        "quality": _quality(predictor),
+        "quality": quality(predictor),
     }
 
 
@@ -77,17 +77,36 @@ def described(model: nn.Module, engine: Engine, name: str, random: bool) -> dict
     }
 
 
-def _arm(engine: Engine) -> dict[str, Any]:
+def _arm(arm: Arm) -> dict[str, Any]:
     """What ran, with the device's settings; where the predictor file lies is nobody's business."""
-    settings = engine.settings()
-    settings["predictor"] = engine.predictor is not None
-    return settings | {"device": asdict(engine.device)}
+    settings = arm.engine.settings()
+    settings["predictor"] = arm.engine.predictor is not None
+    if arm.reader is not None:
+        settings |= arm.reader.settings()
+    return settings | {"device": asdict(arm.engine.device)}
 
 
-def _quality(predictor: Optional[PredictorFile]) -> list[dict[str, float]]:
-    names = ("sparsity", "kl", "facts", "facts_dense")
+LEFT_OUT = ("sparsity", "prune_tokens", "keep", "prefill_draft")
+
+
+def quality(predictor: Optional[PredictorFile]) -> list[dict[str, Any]]:
+    """What was measured of each combination."""
+    names = (*LEFT_OUT, "kl", "facts", "facts_dense")
     details = {} if predictor is None else predictor.details
-    return [{n: row[n] for n in names} for row in verified_rows(details)]
+    return [{n: row[n] for n in names} for row in combinations(details)]
+
+
+def quality_of(
+    row: Row, measured: Sequence[dict[str, Any]]
+) -> Optional[dict[str, Any]]:
+    """What was measured at a row's settings; of neurons it holds for trained predictors only."""
+    if row.sparsity and row.selector != "trained":
+        return None
+    for found in measured:
+        same = {"prune_tokens": 0.0, "keep": 1.0, "prefill_draft": ""} | found
+        if all(same[name] == getattr(row, name) for name in LEFT_OUT):
+            return found
+    return None
 
 
 @dataclass(frozen=True)
@@ -101,7 +120,7 @@ class Result:
     model: dict[str, Any]
     run: dict[str, Any]
     rows: list[Row]
-    quality: list[dict[str, float]]
+    quality: list[dict[str, Any]]
 
     @property
     def chip(self) -> str:
@@ -120,12 +139,9 @@ class Result:
         shape = "shape of " if m["random_weights"] else ""
         return f"{shape}{m['name']}, {m['layers']} layers, {m['quantisation']}, {m['dtype']}"
 
-    def quality_of(self, row: Row) -> Optional[dict[str, float]]:
-        """What was verified at a row's sparsity: it holds for trained predictors only."""
-        if row.selector != "trained":
-            return None
-        same = (q for q in self.quality if abs(q["sparsity"] - row.sparsity) < 1e-6)
-        return next(same, None)
+    def quality_of(self, row: Row) -> Optional[dict[str, Any]]:
+        """What eval --save measured at a row's settings."""
+        return quality_of(row, self.quality)
 
 
 def of_the_ideal(row: Row) -> Optional[float]:

@@ -48,12 +48,28 @@ SHAPES: dict[str, dict[str, Any]] = {
         hidden_size=3072, num_hidden_layers=28, num_attention_heads=24, head_dim=128
     ),
     "llama-3.1-8b": LLAMA_8B,
+    "smollm2-135m": LLAMA_1B
+    | dict(
+        hidden_size=576,
+        intermediate_size=1536,
+        num_hidden_layers=30,
+        num_attention_heads=9,
+        num_key_value_heads=3,
+    ),
     "qwen3-4b": LLAMA_8B
     | dict(
         model_type="qwen3",
         hidden_size=2560,
         intermediate_size=9728,
         num_hidden_layers=36,
+    ),
+    "qwen3-0.6b": LLAMA_8B
+    | dict(
+        model_type="qwen3",
+        hidden_size=1024,
+        intermediate_size=3072,
+        num_hidden_layers=28,
+        num_attention_heads=16,
     ),
     "qwen3.5-4b": QWEN_3_5 | dict(hidden_size=2560, intermediate_size=9216),
     "qwen3.5-9b": QWEN_3_5 | dict(hidden_size=4096, intermediate_size=12288),

@@ -6,35 +6,59 @@ round runs every arm once, after a warm-up; medians over the rounds.
 
 import statistics
 import time
-from dataclasses import dataclass, field, replace
-from typing import Any, Callable
+from dataclasses import dataclass, field
+from typing import Any, Callable, Iterator, Optional
 
 import mlx.core as mx
 import mlx.nn as nn
 from mlx_lm.generate import stream_generate as stock_stream_generate
+from mlx_lm.models.cache import make_prompt_cache
 
 from ...attachment import seated
 from ...engine import Engine
+from ...errors import FastForwardError
 from ...generation import stream_generate
-from ...model.families import (
-    Heads,
-    float_dtype,
-    layer_norm_weights,
-    mixers,
-    prefilled,
-)
+from ...model.families import float_dtype, layer_norm_weights, prefilled
 from ...model.proof import reach
-from ...tokens.flops import ideal_speedup
+from ...speculative import Speculative
 from ...tokens.plan import CHUNK
+from ..flops import cost
 
 DECODED = 16  # tokens after the first, for the decoding speed
+
+
+@dataclass(frozen=True)
+class Arm:
+    """What runs; with a reader the model reads only a part of the prompt."""
+
+    engine: Engine
+    reader: Optional[Speculative] = None
+
+    @property
+    def stock(self) -> bool:
+        """Whether nothing was asked to be left out."""
+        config = self.engine.config
+        return not (config.sparsity or config.prune_tokens or self.reader)
+
+    def generate(
+        self, model: nn.Module, tokenizer: Any, ids: mx.array, max_tokens: int
+    ) -> Iterator[Any]:
+        """As mlx-lm's stream_generate; whoever scores tokens has not seen this prompt before."""
+        if self.reader is None:
+            yield from stream_generate(model, tokenizer, ids, max_tokens)
+            return
+        self.reader.scorer.cached = []
+        cache, tokens = make_prompt_cache(model), ids.tolist()
+        yield from self.reader.stream_generate(tokenizer, tokens, 0, cache, max_tokens)
+        for note in self.reader.take_notes():
+            raise FastForwardError(note)
 
 
 @dataclass
 class Row:
     """One arm at one context. Times in seconds, medians; spread is (min, max).
 
-    ideal_speedup is what the FLOPs allow; ffn_share is the FFNs' measured share of stock's time, and
+    ideal_speedup is what the FLOPs allow, a draft's own counted; ffn_share is the FFNs' measured share of stock's time, and
     reachable_speedup what skipping their FLOPs gives if all else takes as long as in stock.
     """
 
@@ -61,6 +85,8 @@ class Row:
     stock_decode_tps: float
     unpack: int = 0
     half: bool = False
+    keep: float = 1.0
+    prefill_draft: str = ""
 
 
 @dataclass
@@ -71,6 +97,7 @@ class Timings:
     decode: list[float] = field(default_factory=list)
     peak: list[float] = field(default_factory=list)
     skipped: float = 0.0
+    read: Optional[int] = None  # of the prompt's tokens, where not all
 
     @property
     def spread(self) -> tuple[float, float]:
@@ -92,51 +119,45 @@ def run(
         to.decode.append((len(times) - 1) / (times[-1] - times[0]))
     to.peak.append(mx.get_peak_memory() / 1e9)
     to.skipped = getattr(response, "ffn_sparsity", 0.0)
+    to.read = getattr(response, "read_tokens", None)
 
 
-def warm_up(model: nn.Module, tokenizer: Any, engines: list[Engine]) -> None:
+def warm_up(model: nn.Module, tokenizer: Any, arms: list[Arm]) -> None:
     """First calls page weights in, compile kernels and compute column norms: not timed."""
     run(stock_stream_generate, model, tokenizer, mx.zeros(64, mx.int32), Timings())
-    for engine in engines:
-        ids = mx.zeros(engine.shortest + 1, dtype=mx.int32)
-        with seated(model, engine):
-            run(stream_generate, model, tokenizer, ids, Timings())
+    for arm in arms:
+        ids = mx.zeros(arm.engine.shortest + 1, dtype=mx.int32)
+        with seated(model, arm.engine):
+            run(arm.generate, model, tokenizer, ids, Timings())
 
 
 def measure(
     model: nn.Module,
     tokenizer: Any,
     ids: mx.array,
-    engines: list[Engine],
+    arms: list[Arm],
     rounds: int,
     delay: float,
     tick: Callable[[], None],
 ) -> list[Row]:
     """All arms on one prompt, interleaved round by round, ``delay`` seconds before each run."""
-    stock, sparse = Timings(), [Timings() for _ in engines]
+    stock, sparse = Timings(), [Timings() for _ in arms]
     ffns = []
     for _ in range(rounds):
         ffns.append(ffn_seconds(model, ids.size))
         time.sleep(delay)
         run(stock_stream_generate, model, tokenizer, ids, stock)
         tick()
-        for engine, timings in zip(engines, sparse):
+        for arm, timings in zip(arms, sparse):
             time.sleep(delay)
-            with seated(model, engine):
-                run(stream_generate, model, tokenizer, ids, timings)
+            with seated(model, arm.engine):
+                run(arm.generate, model, tokenizer, ids, timings)
             tick()
     share = statistics.median(ffns) / statistics.median(stock.ttft)
     return [
-        row(ids.size, engine, stock, timings, share, ideal(model, engine, ids.size))
-        for engine, timings in zip(engines, sparse)
+        row(model, ids.size, arm, stock, timings, share)
+        for arm, timings in zip(arms, sparse)
     ]
-
-
-def ideal(model: nn.Module, engine: Engine, tokens: int) -> float:
-    """The speed-up that the FLOPs of a prompt allow."""
-    heads, n = Heads.of(model, engine.shapes[0][0]), engine.ffns[0].share[1]
-    heads = replace(heads, queries=heads.queries // n, keys=heads.keys // n)
-    return ideal_speedup(mixers(model), heads, tokens, engine.counted(tokens))
 
 
 def ffn_seconds(model: nn.Module, tokens: int) -> float:
@@ -152,15 +173,20 @@ def ffn_seconds(model: nn.Module, tokens: int) -> float:
 
 
 def row(
+    model: nn.Module,
     context: int,
-    engine: Engine,
+    arm: Arm,
     stock: Timings,
     sparse: Timings,
     share: float,
-    ideal: float,
 ) -> Row:
-    settings, ttft = engine.settings(), statistics.median(sparse.ttft)
-    stock_ttft = statistics.median(stock.ttft)
+    settings, ttft = arm.engine.settings(), statistics.median(sparse.ttft)
+    stock_ttft, skipped = statistics.median(stock.ttft), sparse.skipped
+    reader = arm.reader if sparse.read is not None else None
+    scorer = None if reader is None else reader.scorer
+    found = cost(model, arm.engine, context, scorer, sparse.read)
+    if reader is not None:  # the engine counts what is read alone
+        skipped = found.ffn.sparsity
     return Row(
         context,
         settings["sparsity"],
@@ -174,10 +200,10 @@ def row(
         stock_ttft,
         stock.spread,
         stock_ttft / ttft,
-        ideal,
+        found.speedup,
         share,
-        1 / (1 - share * sparse.skipped),
-        sparse.skipped,
+        1 / (1 - share * skipped),
+        skipped,
         context / ttft,
         max(sparse.peak),
         max(stock.peak),
@@ -185,14 +211,20 @@ def row(
         statistics.median(stock.decode or [0.0]),
         settings["unpack"],
         settings["half"],
+        1.0 if reader is None else reader.config.keep,
+        "" if reader is None else reader.scorer.name,
     )
 
 
 def arm_name(row: Row) -> str:
     """Short, for tables and pictures."""
-    if not row.sparsity and not row.prune_tokens:
-        return f"dense, {_multiplied(row)}" if row.unpack else "tuned: dense"
     parts = []
+    if row.keep < 1:
+        parts.append(f"keep {row.keep:.0%} by {row.prefill_draft}")
+    if not row.sparsity and not row.prune_tokens:
+        if parts:
+            return parts[0]
+        return f"dense, {_multiplied(row)}" if row.unpack else "tuned: dense"
     if row.sparsity:
         parts.append(f"{row.selector} {row.sparsity:.0%}")
     if row.prune_tokens:

@@ -27,7 +27,7 @@ from ..eval.arms import Arm
 from ..eval.evaluation import Record, evaluate
 from ..eval.summaries import summary
 from ..eval.tasks import Document, build
-from ..speed.ttft import ideal
+from ..flops import cost
 
 LAST = 64  # queries whose attention says who matters
 PROSE, FACTS = "continuation", "key-value"
@@ -277,7 +277,7 @@ def main(
     for arm in chosen:
         engine = arm.engine(net, side)
         assert engine is not None
-        print(line(arm.label, records, ideal(net, engine, length)))
+        print(line(arm.label, records, cost(net, engine, length).speedup))
 
 
 if __name__ == "__main__":

@@ -1,6 +1,7 @@
 """mlx_fastforward bench: TTFT of stock mlx-lm against sparse prefill, on this device."""
 
 from dataclasses import asdict, replace
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any, Optional
 
@@ -19,6 +20,7 @@ from .inputs import DTYPES, FAST, check_choice, check_fast, numbers
 from .lengths import check_lengths_of
 from .models import dtype_name, public_name, stock_model
 from .outputs import check_files, write, write_json
+from .part_read import keep_configs, readers, scorer_of
 from .tables import say, show
 
 DECODED = 32  # tokens that are timed after the prompt
@@ -31,8 +33,9 @@ def bench(
         Optional[str],
         o.opt(
             "Random weights in the shape of llama-3.2-1b, llama-3.2-3b, llama-3.1-8b, "
-            "qwen3-4b, qwen3.5-4b, qwen3.5-9b, gemma-4-31b, ministral-3-3b or glm-4-9b, "
-            "with predictors of random weights: for timings they do."
+            "qwen3-4b, qwen3.5-4b, qwen3.5-9b, gemma-4-31b, ministral-3-3b, glm-4-9b, "
+            "smollm2-135m or qwen3-0.6b, with predictors of random weights: for timings they "
+            "do. A --prefill-draft may then be such a shape, too."
         ),
     ] = None,
     layers: Annotated[
@@ -52,6 +55,8 @@ def bench(
     ] = None,
     sparsities: Annotated[str, o.opt("Shares of FFN neurons dropped.")] = "0.5",
     prune_tokens: o.PruneShares = "0",
+    prefill_draft: o.Drafts = None,
+    keep: o.KeepShares = None,
     block_sizes: Annotated[Optional[str], o.opt("Default: the tuned one.")] = None,
     selectors: Annotated[
         str, o.opt("auto, trained, probe, first-block, oracle.")
@@ -97,6 +102,8 @@ def bench(
 
       mlx_fastforward bench --random llama-3.2-1b --layers 8 --contexts 2048,4096
 
+      mlx_fastforward bench --random llama-3.2-1b --sparsities 0,0.5 --prefill-draft smollm2-135m --keep 1,0.5
+
       mlx_fastforward bench report results/*.json --html report.html
     """
     if context.invoked_subcommand is not None:  # bench report
@@ -112,6 +119,7 @@ def bench(
         check_files(json_file, png)
         check_files(save, None)
         check_fast(fast, 0)
+        keeps = keep_configs(prefill_draft, keep, 1)
         sizes = numbers("--contexts", contexts, int) if contexts else None
         net, tokenizer, side = _model(
             model, random, layers, q_bits, dtype, predictor, trust_remote_code
@@ -130,6 +138,16 @@ def bench(
         if attention_blocks:
             queries = numbers("--attention-blocks", attention_blocks, int, 0)
         console = Console(stderr=True)
+        draft = partial(
+            _draft,
+            net,
+            tokenizer,
+            random=random,
+            layers=layers,
+            q_bits=q_bits,
+            dtype=dtype,
+        )
+        parts = readers(net, prefill_draft, keeps, draft)
         engines = []
         for config in configs:
             for arm, device in _arms(config, blocks, ways):
@@ -137,26 +155,26 @@ def bench(
                 if not no_tune and not blocks and not ways:
                     engine = engine.on(tuned(net, engine, console))
                 engines += _attention_arms(engine, queries)
+        runs = [ttft.Arm(e, r) for e in engines for r in parts]
+        if keeps:  # of lists put together, the arm that leaves nothing out is stock
+            runs = [a for a in runs if not a.stock] or runs
         if fast:
-            engine = engine_for(net, PrefillConfig(0.0), device=FAST)
-            engines.append(
-                engine if no_tune else engine.on(tuned(net, engine, console))
-            )
+            runs.append(ttft.Arm(_fast(net, None if no_tune else console)))
         sizes = sizes or _contexts(net)
         processes = ranks.group().size() if ranks.several() else 1
         rows: list[ttft.Row] = []
         before = thermal()
         with Progress(console=console, disable=not console.is_terminal) as bar:
-            total = len(sizes) * num_trials * (len(engines) + 1)
+            total = len(sizes) * num_trials * (len(runs) + 1)
             task = bar.add_task("timing", total=total)
-            ttft.warm_up(net, tokenizer, engines)
+            ttft.warm_up(net, tokenizer, runs)
             for tokens in sizes:
                 ids = mx.random.randint(8, 4096, (tokens,), key=mx.random.key(tokens))
                 rows += ttft.measure(
                     net,
                     tokenizer,
                     ids,
-                    engines,
+                    runs,
                     num_trials,
                     delay,
                     lambda: bar.advance(task),
@@ -169,19 +187,23 @@ def bench(
         }
         if processes > 1:
             settings["processes"] = processes
+        for reader in dict.fromkeys(a.reader.scorer for a in runs if a.reader):
+            if reader.name != "self":
+                settings[f"draft {reader.name}"] = f"{len(reader.model.layers)} layers"
         environment = describe() | settings
-        _show(rows, environment)
+        measured = [result.quality_of(r, result.quality(side)) for r in rows]
+        _show(rows, environment, measured)
         report = {"environment": environment, "rows": [asdict(r) for r in rows]}
-        _write(report, rows, json_file, png)
+        _write(report, rows, measured, json_file, png)
         if save is not None:
             name = random or public_name(model)
             by_hand = no_tune or blocks or ways
             run = {"trials": num_trials, "delay_s": delay, "tuned": not by_hand}
             run["processes"] = processes
-            about = result.described(net, engines[0], name, random is not None)
+            about = result.described(net, runs[0].engine, name, random is not None)
             heat = (before, thermal())
-            parts = (about, machine(), heat, run, engines, rows, side)
-            write_json(save, result.result(*parts))
+            told = (about, machine(), heat, run, runs, rows, side)
+            write_json(save, result.result(*told))
 
 
 def _model(
@@ -221,6 +243,38 @@ def _model(
     return net, load_tokenizer(demo.MODEL), shapes.random_predictor(net)
 
 
+def _draft(
+    net: Any,
+    tokenizer: Any,
+    name: str,
+    random: Optional[str],
+    layers: Optional[int],
+    q_bits: int,
+    dtype: Optional[str],
+) -> Any:
+    """A scorer; beside random weights of some layers a draft of random weights, as many of its own."""
+    import mlx.core as mx
+
+    from ..bench.speed import shapes
+    from ..scorers import DraftScorer
+
+    if random is None or name not in shapes.SHAPES:
+        return scorer_of(name, net, tokenizer, dtype)
+    share = len(net.layers) / shapes.SHAPES[random]["num_hidden_layers"]
+    own = shapes.SHAPES[name]["num_hidden_layers"]
+    count = max(2, round(share * own)) if layers else None
+    kind = getattr(mx, dtype_name(net))
+    return DraftScorer(shapes.random_model(name, count, kind, q_bits), name)
+
+
+def _fast(net: Any, console: Optional[Console]) -> Any:
+    """The engine that skips nothing, and dequantises first where that is faster."""
+    from ..build import engine_for
+
+    engine = engine_for(net, PrefillConfig(0.0), device=FAST)
+    return engine if console is None else engine.on(tuned(net, engine, console))
+
+
 def _arms(
     config: PrefillConfig, blocks: Optional[list[int]], ways: Optional[list[str]]
 ) -> list[tuple[PrefillConfig, DeviceSettings]]:
@@ -248,23 +302,27 @@ def _contexts(net: Any) -> list[int]:
 
 
 def _write(
-    report: dict[str, Any], rows: Any, json_file: Optional[Path], png: Optional[Path]
+    report: dict[str, Any],
+    rows: Any,
+    measured: Any,
+    json_file: Optional[Path],
+    png: Optional[Path],
 ) -> None:
     from ..bench.speed.picture import picture
 
     env = report["environment"]
     title = f"{env['model']}, {env['dtype']}, {env['device']}, mlx {env['mlx']}"
     write_json(json_file, report)
-    write(png, lambda half: picture(half, rows, title))
+    write(png, lambda half: picture(half, rows, title, measured))
 
 
-def _show(rows: Any, environment: dict[str, Any]) -> None:
+def _show(rows: Any, environment: dict[str, Any], measured: Any) -> None:
     say(", ".join(f"{k} {v}" for k, v in environment.items()))
-    show(_table(rows))
+    show(_table(rows, measured))
 
 
-def _table(rows: Any) -> Table:
-    """Sparse against stock mlx-lm."""
+def _table(rows: Any, measured: Any = ()) -> Table:
+    """Sparse against stock mlx-lm; what eval --save measured of some, beside it."""
     from ..bench.speed.ttft import arm_name
 
     table = Table(
@@ -280,7 +338,14 @@ def _table(rows: Any) -> Table:
         "tok/s",
         "stock tok/s",
     )
-    for r in rows:
+    known = any(measured)
+    if known:
+        table.add_column("KL")
+        table.add_column("facts")
+    for r, q in zip(rows, measured if known else [None] * len(rows)):
+        costs = ["", ""]
+        if q is not None:
+            costs = [f"{q['kl']:.4f}", f"{q['facts']:.2f} of {q['facts_dense']:.2f}"]
         table.add_row(
             f"{r.context:,}",
             arm_name(r),
@@ -293,6 +358,7 @@ def _table(rows: Any) -> Table:
             f"{r.stock_peak_memory_gb:.2f}",
             f"{r.decode_tps:.1f}",
             f"{r.stock_decode_tps:.1f}",
+            *(costs if known else []),
         )
     return table
 

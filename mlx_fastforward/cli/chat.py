@@ -2,6 +2,8 @@
 
 from functools import partial
 
+import typer
+
 from . import options as o
 from .chat_commands import run
 from .conversation import Chat, banner
@@ -19,9 +21,11 @@ from .inputs import (
 from .lengths import check_bytes
 from .models import load_model
 from .part_read import keep_config, refuse_beside, speculative, tell
+from .speedup import Settings, explain, settled
 
 
 def chat(
+    context: typer.Context,
     model: o.Model = None,
     file: o.File = None,
     force: o.Force = False,
@@ -30,6 +34,7 @@ def chat(
     pipeline: o.Pipeline = False,
     sparsity: o.AutoSparsity = "auto",
     prune_tokens: o.PruneTokens = 0.0,
+    speedup: o.Speedup = None,
     block_size: o.BlockSize = None,
     no_tune: o.NoTune = False,
     fast: o.Fast = False,
@@ -65,18 +70,33 @@ def chat(
     with one_line_errors(), interruptible():
         check_lengths(max_tokens, prefill_step_size, block_size)
         check_choice("--selector", selector, o.SELECTORS)
-        share = sparsity_of(sparsity)
-        check_fast(fast, share)
+        chosen = settled(
+            Settings(
+                sparsity_of(sparsity),
+                prune_tokens,
+                keep,
+                prefill_draft,
+                prefill_threshold,
+            ),
+            context,
+            speedup,
+            model,
+            predictor,
+            trust_remote_code,
+        )
+        check_fast(fast, chosen.sparsity)
         template = template_config(chat_template_config)
-        keeping = keep_config(prefill_draft, keep, prefill_threshold)
+        keeping = keep_config(
+            chosen.prefill_draft, chosen.keep, chosen.prefill_threshold
+        )
         if keeping is not None:
             refuse_beside(**{"--max-kv-size": max_kv_size, "--cache-dir": cache_dir})
         disk = disk_cache(cache_dir, cache_gb, tell)
         document = read_text(file) if file is not None else None
         load = partial(
             load_model,
-            sparsity=share,
-            prune_tokens=prune_tokens,
+            sparsity=chosen.sparsity,
+            prune_tokens=chosen.prune_tokens,
             block_size=block_size,
             selector=selector,
             trust_remote_code=trust_remote_code,
@@ -84,6 +104,7 @@ def chat(
             device=device_settings(no_tune, fast),
         )
         net, tokenizer = load(model, predictor=predictor, adapter_path=adapter_path)
+        explain(net, chosen)
         import mlx.core as mx
 
         from ..session import Session
@@ -92,7 +113,7 @@ def chat(
             mx.random.seed(seed)
         session = Session(net, tokenizer, system_prompt, max_kv_size, template)
         session.shelf = Shelf(disk) if disk is not None else None
-        session.speculative = speculative(net, tokenizer, prefill_draft, keeping)
+        session.speculative = speculative(net, tokenizer, chosen.prefill_draft, keeping)
         loop = Chat(
             session,
             model or "demo",

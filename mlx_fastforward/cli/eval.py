@@ -2,6 +2,7 @@
 
 import time
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any, Optional
 
@@ -19,6 +20,9 @@ from .first_use import tuned
 from .inputs import DTYPES, check_choice, numbers
 from .models import dtype_name, public_name, stock_model
 from .outputs import check_files, write, write_json
+from .part_read import keep_configs, readers, scorer_of
+
+SHORT = 256  # tokens; shorter prompts, follow-up questions, are read whole
 
 
 def evaluate(
@@ -30,6 +34,8 @@ def evaluate(
     compensators: Annotated[str, o.opt("auto, none, mlp, low-rank.")] = "auto",
     sparsities: Annotated[str, o.opt("Shares of FFN neurons dropped.")] = "0.5",
     prune_tokens: o.PruneShares = "0",
+    prefill_draft: o.Drafts = None,
+    keep: o.KeepShares = None,
     block_sizes: Annotated[
         Optional[str],
         o.opt(
@@ -98,6 +104,8 @@ def evaluate(
 
       mlx_fastforward eval --sparsities 0,0.5 --prune-tokens 0.1,0.25
 
+      mlx_fastforward eval --sparsities 0,0.5 --prefill-draft DRAFT,self --keep 1,0.7,0.5 --png all.png
+
       mlx_fastforward eval --data questions.jsonl --tasks qa
     """
     with one_line_errors(), interruptible():
@@ -121,20 +129,27 @@ def evaluate(
             for share in numbers("--prune-tokens", prune_tokens, float)
             for block in blocks
         ]
-        benchmark = chosen(longbench, mmlu, limit, lengths, png)
+        benchmark = chosen(longbench, mmlu, limit, lengths, png, prefill_draft)
+        keeps = keep_configs(prefill_draft, keep, SHORT)
+        if prefill_draft is not None and sparse_decode:
+            raise ConfigError("--sparse-decode does not go with --prefill-draft.")
         asked = [] if benchmark else _tasks(tasks, data)
         sizes = numbers("--lengths", lengths, int) if lengths else None
         check_choice("--dtype", dtype, DTYPES)
         net, tokenizer, side = stock_model(model, dtype, predictor, trust_remote_code)
+        load = partial(scorer_of, model=net, tokenizer=tokenizer, dtype=dtype)
+        parts = readers(net, prefill_draft, keeps, load)
         if save:
-            save_verified(net, tokenizer, side, model, prompts, no_tune)
+            more = [(c, r) for c in configs for r in parts if c.prune_tokens or r]
+            save_verified(net, tokenizer, side, model, prompts, no_tune, more)
             return
         from ..bench.eval.evaluation import evaluate as run
+        from ..bench.eval.frontier import frontier
         from ..bench.eval.summaries import summaries, worst
         from ..bench.eval.tasks import build
 
         console = Console(stderr=True, highlight=False)
-        arms, engines = _arms(net, configs, side, None if no_tune else console)
+        arms, engines = _arms(net, configs, side, None if no_tune else console, parts)
         if benchmark:
             table = run_benchmark(
                 benchmark, net, tokenizer, arms, side, tasks, limit, data, console
@@ -161,6 +176,7 @@ def evaluate(
             )
         seconds = time.perf_counter() - start
         found, bad = summaries(records), worst(records)
+        points = frontier(records, arms)
         settings = {
             "predictor": public_name(side.source) if side else "none",
             "tasks": asked,
@@ -171,20 +187,22 @@ def evaluate(
             "max_tokens": max_tokens,
         }
         environment = _environment(net, model)
-        show(environment, found, bad)
+        show(environment, found, bad, points)
         report = {
             "environment": environment,
             "settings": settings,
             "seconds": round(seconds, 1),
             "arms": [
                 {"label": arm.label, **asdict(arm.config), **engine.settings()}
+                | (arm.reader.settings() if arm.reader is not None else {})
                 for arm, engine in zip(arms, engines)
             ],
+            "frontier": [asdict(p) for p in points],
             "summaries": [asdict(s) for s in found],
             "worst": [asdict(r) for r in bad],
             "records": [asdict(r) for r in records],
         }
-        _write(report, records, found, json_file, png)
+        _write(report, records, found, points, json_file, png)
         console.print(
             f"{len(records):,} answers compared in {seconds / 60:.1f} minutes."
         )
@@ -227,9 +245,15 @@ def _lengths(net: Any, asked: Optional[list[int]]) -> list[int]:
 
 
 def _arms(
-    net: Any, configs: list[PrefillConfig], side: Any, console: Optional[Console]
+    net: Any,
+    configs: list[PrefillConfig],
+    side: Any,
+    console: Optional[Console],
+    readers: list[Any],
 ) -> tuple[list[Any], list[Any]]:
     """Arms named by what they run, and their engines; tuned as for chat if there is a console.
+
+    Each is read whole, or in part, as the readers say.
 
     Where dense is fastest the settings that were asked for are measured. Block sizes are named
     where they are not all the usual one.
@@ -247,9 +271,10 @@ def _arms(
     asked = any(config.block_size for config in configs)
     usual = set() if asked else {BLOCK_SIZE}
     several = len({e.block_size for e in engines} | usual) > 1
-    arms = [Arm(label(e, several), e.config, e.device) for e in engines]
+    pairs = [(e, r) for e in engines for r in readers]
+    arms = [Arm(label(e, several, r), e.config, e.device, r) for e, r in pairs]
     labels_of(arms)
-    return arms, engines
+    return arms, [e for e, _ in pairs]
 
 
 def _environment(net: Any, model: Optional[str]) -> dict[str, Any]:
@@ -263,6 +288,7 @@ def _write(
     report: dict[str, Any],
     records: Any,
     found: Any,
+    points: Any,
     json_file: Optional[Path],
     png: Optional[Path],
 ) -> None:
@@ -271,4 +297,4 @@ def _write(
     env = report["environment"]
     title = f"{env['model']}, {env['dtype']}, {env['device']}, mlx {env['mlx']}"
     write_json(json_file, report)
-    write(png, lambda half: picture(half, records, found, title))
+    write(png, lambda half: picture(half, records, found, points, title))

@@ -16,6 +16,7 @@ def chosen(
     limit: Optional[int],
     lengths: Optional[str],
     png: Optional[Path],
+    prefill_draft: Optional[str] = None,
 ) -> Optional[str]:
     """Which of the two is asked for; flags that do not go together are refused."""
     if longbench and mmlu:
@@ -23,7 +24,8 @@ def chosen(
     name = "longbench" if longbench else "mmlu" if mmlu else None
     if name is None and limit is not None:
         raise ConfigError("--limit goes with --longbench or --mmlu; use --prompts.")
-    for flag, value in (("--lengths", lengths), ("--png", png)):
+    given = {"--lengths": lengths, "--png": png, "--prefill-draft": prefill_draft}
+    for flag, value in given.items():
         if name and value is not None:
             raise ConfigError(f"{flag} does not go with --{name}.")
     return name

@@ -21,10 +21,16 @@ def save_verified(
     model: Optional[str],
     documents: int,
     no_tune: bool,
+    combined: list[tuple[Any, Any]],
 ) -> None:
-    """Measure, show and keep. What has no file of its own gets one without weights."""
+    """Measure, show and keep. What has no file of its own gets one without weights.
+
+    Args:
+        combined: Settings and readers of what is measured beside sparsity alone.
+    """
     from dataclasses import asdict, replace
 
+    from ..bench.eval.arms import Arm, label
     from ..bench.eval.verify import prompt_length, verify
     from ..build import engine_for
     from ..predictors.base import BaseModel
@@ -57,9 +63,13 @@ def save_verified(
         curves = _curves(net, tokenizer, predictor, tick)
         made = predictor or PredictorFile(base)
         made = made if curves is None else replace(made, curves=curves)
-        found = verify(
-            net, tokenizer, made, documents, device, lambda *n: tick("verify", *n)
-        )
+        arms = [
+            Arm(label(engine_for(net, c, made), reader=r), c, device, r)
+            for c, r in combined
+        ]
+        verifying = lambda *n: tick("verify", *n)
+        parts = (net, tokenizer, made, documents, device, verifying)
+        found = verify(*parts, combined=arms)
     sections: dict[str, Any] = {"verified": found}
     if curves is not None:
         sections["curves"] = asdict(curves)

@@ -34,8 +34,8 @@ def announce(
         )
 
 
-def show(environment: dict[str, Any], found: Any, worst: Any) -> None:
-    """Environment, scores, KL, perplexity, the worst cases, and a line per arm."""
+def show(environment: dict[str, Any], found: Any, worst: Any, points: Any) -> None:
+    """Environment, scores, KL, perplexity, the worst cases, the frontier, and a line per arm."""
     console = Console(highlight=False)
     say(", ".join(f"{k} {v}" for k, v in environment.items()), console)
     answered = [s for s in found if s.score_dense is not None]
@@ -46,8 +46,8 @@ def show(environment: dict[str, Any], found: Any, worst: Any) -> None:
         rows = [s for s in texts if s.task == "continuation"]
         show_table(_perplexity(rows), console)
     show_table(_worst(worst), console)
-    if len(whole := _wholes(found)) > 1:
-        show_table(frontier(whole), console)
+    if len(points) > 1:
+        show_table(frontier(points), console)
     for arm in dict.fromkeys(s.arm for s in answered):
         say(verdict([s for s in answered if s.arm == arm][-1]), console)
 
@@ -124,23 +124,32 @@ def _named(table: Table, found: Any) -> Iterator[tuple[str, Any]]:
         last = s.arm
 
 
-def _wholes(found: Any) -> list[Any]:
-    """Every arm's summary of all tasks."""
-    return list({s.arm: s for s in found}.values())
-
-
-def frontier(whole: Any) -> Table:
-    """Every arm's summary of all tasks by what it skips, a mark on those worth having."""
+def frontier(points: Any) -> Table:
+    """Every arm by how fast its FLOPs allow it to be, a mark on those worth having."""
     title = (
-        "All tasks by FFN FLOPs skipped; *: no other arm skips as much at a lower KL"
+        "What each arm costs; *: no other is as fast with a lower KL and as many facts"
     )
-    table = _table(title, "arm", "skipped", "KL", "score", "")
-    for s in sorted(whole, key=lambda s: s.ffn_sparsity):
-        more = (o for o in whole if o.ffn_sparsity >= s.ffn_sparsity)
-        score = "-" if s.score_sparse is None else f"{s.score_sparse:.3f}"
-        mark = "" if any(o.kl < s.kl for o in more) else "*"
-        table.add_row(s.arm, f"{s.ffn_sparsity:.1%}", f"{s.kl:.4f}", score, mark)
+    names = ("by FLOPs", "KL", "95 % interval", "facts", "quotes", "")
+    table = _table(title, "arm", *names)
+    dense = points[0]
+    if dense.facts is not None or dense.quotes is not None:
+        scores = _score(dense.facts_dense), _score(dense.quotes_dense)
+        table.add_row("dense", "1.00", "0", "-", *scores, "")
+    for p in points:
+        table.add_row(
+            p.arm,
+            f"{p.speedup:.2f}",
+            f"{p.kl:.4f}",
+            _bounds(p.kl_bounds, ".4f"),
+            _score(p.facts),
+            _score(p.quotes),
+            "*" if p.best else "",
+        )
     return table
+
+
+def _score(value: Optional[float]) -> str:
+    return "-" if value is None else f"{value:.3f}"
 
 
 def _perplexity(found: Any) -> Table:

@@ -30,10 +30,12 @@ from .models import load_model
 from .outputs import broken, status_line
 from .part_read import answers, keep_config, refuse_beside, speculative
 from .prompt import add_stops, asked_text, prompt_tokens
+from .speedup import Settings, explain, settled
 from .terminal import prefill_progress
 
 
 def generate(
+    context: typer.Context,
     prompt: Annotated[
         Optional[str],
         typer.Argument(help="The prompt; '-' reads it from standard input."),
@@ -59,6 +61,7 @@ def generate(
     pipeline: o.Pipeline = False,
     sparsity: o.AutoSparsity = "auto",
     prune_tokens: o.PruneTokens = 0.0,
+    speedup: o.Speedup = None,
     block_size: o.BlockSize = None,
     no_tune: o.NoTune = False,
     fast: o.Fast = False,
@@ -132,8 +135,6 @@ def generate(
         text = asked_text(prompt, prompt_option, file)
         check_lengths(max_tokens, prefill_step_size, block_size)
         check_choice("--selector", selector, o.SELECTORS)
-        share = sparsity_of(sparsity)
-        check_fast(fast, share)
         template = template_config(chat_template_config)
         if draft_model is not None and ranks.rank() is not None:
             fail("--draft-model runs in one process; start it without mlx.launch.", 2)
@@ -142,7 +143,24 @@ def generate(
             fail("--max-tokens -1 does not go with --draft-model; give a number.", 2)
         if draft_model is not None and prompt_cache_file is not None:
             fail("--prompt-cache-file does not go with --draft-model.", 2)
-        keeping = keep_config(prefill_draft, keep, prefill_threshold)
+        chosen = settled(
+            Settings(
+                sparsity_of(sparsity),
+                prune_tokens,
+                keep,
+                prefill_draft,
+                prefill_threshold,
+            ),
+            context,
+            speedup,
+            model,
+            predictor,
+            trust_remote_code,
+        )
+        check_fast(fast, chosen.sparsity)
+        keeping = keep_config(
+            chosen.prefill_draft, chosen.keep, chosen.prefill_threshold
+        )
         if keeping is not None:
             refuse_beside(
                 **{
@@ -160,12 +178,13 @@ def generate(
             adapter_path=adapter_path,
             trust_remote_code=trust_remote_code,
             pipeline=pipeline,
-            sparsity=share,
-            prune_tokens=prune_tokens,
+            sparsity=chosen.sparsity,
+            prune_tokens=chosen.prune_tokens,
             block_size=block_size,
             selector=selector,
             device=device_settings(no_tune, fast),
         )
+        explain(net, chosen)
         add_stops(tokenizer, extra_eos_token)
         check_bytes(net, text, force)
         ids = patiently(
@@ -181,7 +200,7 @@ def generate(
             len(text),
             Console(stderr=True),
         )
-        reader = speculative(net, tokenizer, prefill_draft, keeping)
+        reader = speculative(net, tokenizer, chosen.prefill_draft, keeping)
         raw = ignore_chat_template or not tokenizer.has_chat_template
         more: dict[str, Any] = {"max_kv_size": max_kv_size}
         if draft_model is not None:
@@ -218,6 +237,7 @@ def generate(
                 "model": model or "demo",
                 **engine.settings(),
                 **(reader.settings() if reader is not None else {}),
+                **({"chosen": chosen.told} if chosen.told else {}),
             },
             json_output,
             figures,
@@ -307,6 +327,8 @@ def _run(
     print()
     if verbose or (verbose is None and sys.stdout.isatty() and sys.stderr.isatty()):
         console = Console(stderr=True, soft_wrap=True, highlight=False)
+        if "chosen" in settings:
+            console.print(settings["chosen"], style="dim")
         figures = status_line(last)
         if console.is_terminal:
             figures = broken(figures, console.width)

@@ -65,6 +65,14 @@ PRUNED = (
 )
 PruneTokens = Annotated[float, opt(f"Share {PRUNED}", "--prune-tokens", panel=SPARSE)]
 PruneShares = Annotated[str, opt(f"Which shares {PRUNED}", "--prune-tokens")]
+Speedup = Annotated[
+    Optional[float],
+    opt(
+        "Take the best combination measured for this model (eval --save) that is so many times as "
+        "fast by its FLOPs, in the place of --sparsity, --prune-tokens and --keep.",
+        panel=SPARSE,
+    ),
+]
 BlockSize = Annotated[
     Optional[int],
     opt(
@@ -113,6 +121,21 @@ PrefillDraft = Annotated[
 Keep = Annotated[
     float,
     opt("Share of a long prompt that is read, above 0 to 1.", panel=SPECULATIVE),
+]
+Drafts = Annotated[
+    Optional[str],
+    opt(
+        "Drafts that say which part of each prompt is read, with commas between them: folders, "
+        "repositories, self (the model's own first layers).",
+        "--prefill-draft",
+    ),
+]
+KeepShares = Annotated[
+    Optional[str],
+    opt(
+        "Which shares of a prompt are read, with --prefill-draft: 0.5 by default, 1 reads all.",
+        "--keep",
+    ),
 ]
 PrefillThreshold = Annotated[
     int,

@@ -1,11 +1,13 @@
 """Speculative prefill on the command line: its flags made into a Speculative."""
 
 import sys
-from typing import Any, Iterator, Optional
+from typing import Any, Callable, Iterator, Optional
 
 from .. import ranks
 from ..errors import ConfigError, LoadProblem
 from .errors import fail
+from .inputs import numbers
+from .models import public_name
 
 
 def keep_config(draft: Optional[str], keep: float, threshold: int) -> Any:
@@ -37,22 +39,83 @@ def speculative(
     """A Speculative, or None without a config; a low --keep is warned of."""
     if config is None or draft is None:
         return None
-    from mlx_lm.models.cache import make_prompt_cache
-
-    from ..model.positions import check_compact, ropes_of
     from ..scorers import LayersScorer
     from ..speculative import Speculative
 
-    check_compact(make_prompt_cache(model))
-    ropes_of(model)
-    scorer = LayersScorer(model) if draft == "self" else _draft(draft, tokenizer)
+    _check(model)
+    own = draft == "self"
+    scorer = LayersScorer(model) if own else _draft(draft, tokenizer, draft)
     reader = Speculative(model, scorer, config)
     if reader.warning is not None:
         tell(reader.warning)
     return reader
 
 
-def _draft(name: str, tokenizer: Any) -> Any:
+def keep_configs(
+    drafts: Optional[str], keeps: Optional[str], threshold: int
+) -> list[Any]:
+    """What a list of --keep says, for commands that measure; none without a draft."""
+    if drafts is None and keeps is not None:
+        raise ConfigError("--keep needs --prefill-draft: who says what is read?")
+    shares = numbers("--keep", keeps or "0.5", float)
+    found = [
+        keep_config(d, share, threshold) for share in shares for d in _names(drafts)
+    ]
+    return list(dict.fromkeys(found))
+
+
+def readers(
+    model: Any, drafts: Optional[str], configs: list[Any], load: Callable[[str], Any]
+) -> list[Optional[Any]]:
+    """A Speculative for each draft and each share below 1; None: all is read.
+
+    Args:
+        load: Makes a scorer of a draft's name.
+    """
+    from ..speculative import Speculative
+
+    parts = [c for c in configs if c.keep < 1]
+    found: list[Optional[Any]] = (
+        [None] if not parts or len(parts) < len(configs) else []
+    )
+    for name in _names(drafts) if parts else []:
+        _check(model)
+        scorer = load(name)
+        found += [Speculative(model, scorer, c) for c in parts]
+    return found
+
+
+def _names(drafts: Optional[str]) -> list[str]:
+    return [] if drafts is None else [name.strip() for name in drafts.split(",")]
+
+
+def scorer_of(
+    name: str, model: Any, tokenizer: Any, dtype: Optional[str] = None
+) -> Any:
+    """Who says which tokens matter: a draft, or the model's first layers."""
+    from ..scorers import LayersScorer
+
+    if name == "self":
+        return LayersScorer(model)
+    scorer = _draft(name, tokenizer, public_name(name))
+    if dtype is not None:
+        import mlx.core as mx
+
+        scorer.model.set_dtype(getattr(mx, dtype))
+    return scorer
+
+
+def _check(model: Any) -> None:
+    """Refuse a model that cannot leave tokens out."""
+    from mlx_lm.models.cache import make_prompt_cache
+
+    from ..model.positions import check_compact, ropes_of
+
+    check_compact(make_prompt_cache(model))
+    ropes_of(model)
+
+
+def _draft(name: str, tokenizer: Any, shown: str) -> Any:
     from mlx_lm.utils import load
 
     from ..hub import problems
@@ -63,8 +126,8 @@ def _draft(name: str, tokenizer: Any) -> Any:
     with problems(name, LoadProblem):
         model, theirs, *_ = load(checked_name(name))
     if theirs.get_vocab() == tokenizer.get_vocab():
-        return DraftScorer(model, name)
-    return DraftScorer(model, name, Translation(tokenizer, theirs))
+        return DraftScorer(model, shown)
+    return DraftScorer(model, shown, Translation(tokenizer, theirs))
 
 
 def answers(

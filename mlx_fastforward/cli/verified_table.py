@@ -27,17 +27,32 @@ def table(found: dict[str, Any]) -> Table:
         "sparsity", "KL of prose", "planted facts", "speed by FLOPs", "passes"
     )
     without = found.get("without")
-    for row in [*found["rows"], *([without] if without else [])]:
+    for row in [*found["rows"], *([without] if without else []), *_combined(found)]:
         facts = f"{row['facts']:.3f}, dense {row['facts_dense']:.3f}"
         facts += _bounds(row["facts_difference_bounds"], "+.3f")
         table.add_row(
-            f"{row['sparsity']:.0%}" + (", no predictor" if row is without else ""),
+            _name(row) + (", no predictor" if row is without else ""),
             f"{row['kl']:.4f}{_bounds(row['kl_bounds'], '.4f')}",
             facts,
             f"{row['speedup']:.2f}x",
             "" if row is without else "yes" if passes(row) else "no",
         )
     return table
+
+
+def _combined(found: dict[str, Any]) -> list[dict[str, Any]]:
+    rows: list[dict[str, Any]] = found.get("combined") or []
+    return rows
+
+
+def _name(row: dict[str, Any]) -> str:
+    """What is left out, shortly."""
+    parts = [f"{row['sparsity']:.0%}"] if row["sparsity"] else []
+    if row.get("prune_tokens"):
+        parts.append(f"tokens {row['prune_tokens']:.0%}")
+    if row.get("keep", 1) < 1:
+        parts.append(f"keep {row['keep']:.0%} by {row['prefill_draft']}")
+    return ", ".join(parts)
 
 
 def _bounds(bounds: Optional[list[float]], form: str) -> str:

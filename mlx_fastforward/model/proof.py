@@ -39,7 +39,7 @@ def reach(model: nn.Module) -> Reach:
     found = found_ffns(model)
     ffns = _proven(found)
     proven = {id(ffn.mlp) for ffn in ffns}
-    flops = [_flops(f) for f in found]
+    flops = [ffn_weights(f) for f in found]
     within = sum(n for n, f in zip(flops, found) if id(f.module) in proven)
     share = within / max(1, sum(flops))
     odd = _odd([f for f in found if not f.experts and id(f.module) not in proven])
@@ -123,7 +123,7 @@ def proven(shell: Shell, order: Order, rows: int) -> bool:
         return False
 
 
-def _flops(found: Found) -> float:
-    """Per token."""
+def ffn_weights(found: Found) -> float:
+    """Weights that a token meets in an FFN."""
     weights = [found.module[n] for n in (*found.layout.inputs, found.layout.down)]
     return max(1, found.experts) * sum(math.prod(linear.shape(w)) for w in weights)

@@ -1,6 +1,6 @@
 """Sparsity that was checked: a predictor file's table of what each one costs, and what auto takes."""
 
-from typing import Any, Optional
+from typing import Any, Optional, Sequence
 
 from ..errors import ConfigError
 from .file import PredictorFile
@@ -92,3 +92,72 @@ def resolved(
     if sparsity != AUTO:
         raise ConfigError(f"sparsity must be a number or {AUTO!r}, got {sparsity!r}.")
     return chosen({} if predictor is None else predictor.details)
+
+
+def combinations(details: dict[str, Any]) -> list[dict[str, Any]]:
+    """All that was measured, also where more than neurons was left out."""
+    section = details.get("verified")
+    more = section.get("combined") if isinstance(section, dict) else None
+    more = [r for r in more or [] if isinstance(r, dict) and _complete(r)]
+    return [
+        {"prune_tokens": 0.0, "keep": 1.0, "prefill_draft": ""} | r
+        for r in rows(details) + more
+    ]
+
+
+def reaching(
+    details: dict[str, Any], speedup: float, drafts: Sequence[str] = ()
+) -> dict[str, Any]:
+    """The best measured combination that is this fast by its FLOPs; raises ConfigError.
+
+    Best: of those that lose no more than MOST_FACTS of the facts beside each other the least KL.
+
+    Args:
+        drafts: That are at hand; a repository and the model's own layers always are.
+    """
+    timed = (r for r in combinations(details) if isinstance(r.get("speedup"), float))
+    found = [r for r in timed if _at_hand(r["prefill_draft"], drafts)]
+    if not found:
+        raise ConfigError(
+            "--speedup needs combinations that were measured for this model: "
+            "mlx_fastforward eval --save, with --prune-tokens or --prefill-draft for more."
+        )
+    fast = [r for r in found if r["speedup"] >= speedup]
+    if not fast:
+        most = max(found, key=lambda r: r["speedup"])
+        raise ConfigError(
+            f"nothing that was measured for this model is {speedup:g} times as fast by its FLOPs; "
+            f"{named(most)} is {most['speedup']:.2f}. eval --save --prefill-draft DRAFT --keep "
+            "0.5,0.3 measures more."
+        )
+    top = max(r["facts"] for r in fast)
+    near = [r for r in fast if r["facts"] >= top - MOST_FACTS - 1e-9]
+    return min(near, key=lambda r: r["kl"])
+
+
+def _at_hand(draft: str, drafts: Sequence[str]) -> bool:
+    """Folders are known by their last name only, and must be named again."""
+    return draft in ("", "self", *drafts) or (not drafts and "/" in draft)
+
+
+def named(row: dict[str, Any]) -> str:
+    """A combination in words."""
+    parts = []
+    if row["sparsity"]:
+        parts.append(f"{row['sparsity']:.0%} of the FFN neurons left out")
+    if row["prune_tokens"]:
+        parts.append(f"{row['prune_tokens']:.0%} of the tokens skip FFNs")
+    if row["keep"] < 1:
+        parts.append(
+            f"{row['keep']:.0%} of the tokens read, as {row['prefill_draft']} says"
+        )
+    return ", ".join(parts) or "nothing left out"
+
+
+def figures(row: dict[str, Any], details: dict[str, Any]) -> str:
+    """What was measured of a combination, for a banner."""
+    about = details["verified"]
+    return (
+        f"{row['speedup']:.2f} times as fast by FLOPs at {about.get('prompt_tokens', 0):,} "
+        f"tokens, KL {row['kl']:.4f}, facts {row['facts']:.1%}, dense {row['facts_dense']:.1%}"
+    )

@@ -80,6 +80,7 @@ def count_call(
     compensator: Optional[Compensator],
     skipping: Optional[Skipping] = None,
     products: Sequence[int] = (),
+    first: int = 0,
 ) -> None:
     """Add one call to a count.
 
@@ -89,9 +90,12 @@ def count_call(
         keep: Neurons that each layer keeps, None for a dense layer.
         skipping: None where every token stays.
         products: Of each layer's FFN; without, three.
+        first: The layers below are not counted.
     """
     batch, new = tokens
     for layer, ((d, f), kept) in enumerate(prefilled(list(zip(shapes, keep)))):
+        if layer < first:
+            continue
         n = products[layer] if products else 3
         count.dense += batch * dense_ffn(new, d, f, n)
         here, stay = plan, new
