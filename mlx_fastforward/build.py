@@ -57,6 +57,7 @@ def engine_for(
         schedule=schedule,
         share=found.share,
         left_dense=found.odd,
+        readout=None if predictor is None else predictor.readout,
     )
     engine.drop_unsupported()
     return engine
