@@ -327,3 +327,16 @@ def update_predictor(path: str | Path, **sections: Any) -> None:
     path = Path(path)
     info, _ = read(path)
     write_text(path / JSON_NAME, json.dumps(info | sections, indent=2) + "\n")
+
+
+def add_readout(path: str | Path, readout: Readout, **details: Any) -> None:
+    """Put a readout into a predictor file, in the place of one that is there."""
+    info, tensors = read(expanded(Path(path)))
+    weights = {k: w for k, w in vars(readout).items() if isinstance(w, mx.array)}
+    section = {
+        "layer": readout.layer,
+        "heads": readout.heads,
+        "rank": readout.key.shape[1] // readout.heads,
+    }
+    tensors |= {f"readout.{k}": w.astype(mx.float16) for k, w in weights.items()}
+    save_predictor(path, info | {"readout": section | details}, tensors)
