@@ -81,6 +81,7 @@ def _built(
         schedule=schedule,
         share=found.share,
         left_dense=found.odd,
+        readout=None if predictor is None else predictor.readout,
     )
     engine.drop_unsupported()
     return engine

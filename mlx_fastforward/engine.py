@@ -33,6 +33,7 @@ from .tokens.pruning import (
     mean_token,
     survivors,
 )
+from .tokens.readout import Readout
 from .tokens.split import TokenSplit
 
 # Larger blocks do not need a larger dense head: 128 tokens are the paper's block. What follows a
@@ -85,7 +86,8 @@ class Engine:
     ``keep[i]`` neurons of layer i survive in a sparse block; None keeps the layer dense.
     ``predictor`` says where the trained weights came from, ``chosen`` why this sparsity was taken
     where that was left to the predictor file, ``share`` which part of the FFN FLOPs the FFNs here are,
-    and ``left_dense`` which of the rest are no routed experts.
+    and ``left_dense`` which of the rest are no routed experts. ``readout`` scores tokens for a
+    speculative prefill.
     """
 
     config: PrefillConfig
@@ -100,6 +102,7 @@ class Engine:
     share: float = 1.0
     left_dense: Optional[str] = None
     pruner: Pruner = CentredNorm()
+    readout: Optional[Readout] = None
 
     @property
     def sparse(self) -> bool:

@@ -8,7 +8,7 @@ import mlx.nn as nn
 import numpy as np
 from mlx_lm.models.cache import make_prompt_cache
 
-from .attachment import switched, watched, watched_attention
+from .attachment import engine_of, switched, watched, watched_attention
 from .errors import ConfigError, UnsupportedModel
 from .model.families import model_type
 from .model.positions import make_compact
@@ -16,7 +16,7 @@ from .prefill import prefill
 from .session import common_prefix
 from .tokens.mapping import Translation, carried
 from .tokens.plan import CHUNK
-from .tokens.speculative import KeepConfig, importance, weights
+from .tokens.speculative import KeepConfig, importance, pooled, weights
 
 
 class Attention:
@@ -124,14 +124,18 @@ class LayersScorer:
     """The model's own first layers, which read every token; their work is used for what is kept.
 
     The last queries of the prompt look, and the layers above go on from the hidden states of the
-    tokens that are kept (GemFilter, arXiv 2409.17422).
+    tokens that are kept (GemFilter, arXiv 2409.17422). Where the model's predictor file has a fitted
+    readout, that one scores.
     """
 
     name = "self"
 
     def __init__(self, model: nn.Module, layers: Optional[int] = None):
-        total = len(model.layers)
+        total, engine = len(model.layers), engine_of(model)
         self.model = model
+        self.readout = None if engine is None or layers else engine.readout
+        if self.readout is not None:
+            layers = self.readout.layer
         self.layers = max(1, total // 2) if layers is None else layers
         if not 0 < self.layers < total:
             raise ConfigError(
@@ -160,7 +164,7 @@ class LayersScorer:
         for i in chunks:
             chunk = mx.array([list(ids[i : i + CHUNK])])
             with contextlib.ExitStack() as stack:
-                if i == chunks[-1]:
+                if i == chunks[-1] and self.readout is None:
                     attention.last = min(config.look_ahead, chunk.shape[1])
                     attention.places = list(range(len(ids) - attention.last, len(ids)))
                     seen = watched_attention(self.model, attention)
@@ -169,6 +173,8 @@ class LayersScorer:
                 hidden.append(self._first(chunk))
         self.cached, self.start = list(ids), start
         self.hidden = mx.concatenate(hidden, axis=1)[:, start - keep :]
+        if self.readout is not None:
+            return np.array(pooled(self.readout(self.hidden[0]), config.pool))
         return attention.importance(config.pool)[start:]
 
     def _first(self, chunk: mx.array) -> mx.array:

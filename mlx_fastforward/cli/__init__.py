@@ -21,6 +21,7 @@ from .eval import evaluate
 from .generate import generate
 from .inspect import inspect
 from .predictors import predictors
+from .readout import readout
 from .serve import serve
 from .train import train
 from .tune import tune
@@ -84,6 +85,7 @@ app.command("eval")(evaluate)
 app.command()(inspect)
 app.command()(tune)
 app.command()(train)
+app.command()(readout)
 app.command()(convert)
 app.command()(predictors)
 app.command()(models)

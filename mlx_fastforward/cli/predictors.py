@@ -80,6 +80,8 @@ def summary(predictor: Any) -> list[str]:
         parts.append("importances")
     if predictor.curves:
         parts.append("curves")
+    if predictor.readout:
+        parts.append(f"readout of {predictor.readout.layer} layers")
     lines = [
         f"for {b.name}: {b.sizes()}",
         f"{'; '.join(parts) or 'nothing'} ({_size(predictor)})",

@@ -28,14 +28,24 @@ from ..neurons.compensators import (
 )
 from ..neurons.predictor import QUANTIZATION_BITS, PredictorWeights, group_size
 from ..neurons.schedule import Curves
+from ..tokens.readout import Readout
 from .base import BaseModel
-from .tensors import TensorFileError, open_tensors, sha256, write_tensors
+from .checked import (
+    FORMAT,
+    JSON_NAME,
+    TENSORS_NAME,
+    Tensors,
+    kind_of,
+    per_layer,
+    read,
+    section_of,
+    whole,
+    words,
+)
+from .tensors import sha256, write_tensors
 
-FORMAT = 1
 POOLED, TOKENWISE = "pooled", "token-wise"
 MLP, LOW_RANK = "mlp", "low-rank"
-JSON_NAME = "fastforward.json"
-TENSORS_NAME = "fastforward.safetensors"
 
 
 @dataclass
@@ -50,6 +60,7 @@ class PredictorFile:
         details: The whole JSON (calibration summary, versions).
         source: Where it was found.
         curves: What each layer's sparsity costs, or None.
+        readout: Says which tokens a speculative prefill keeps, or None.
     """
 
     base: BaseModel
@@ -59,6 +70,7 @@ class PredictorFile:
     details: dict[str, Any] = field(default_factory=dict)
     source: str = ""
     curves: Optional[Curves] = None
+    readout: Optional[Readout] = None
 
     def check(self, model: BaseModel) -> None:
         """Refuse a model that this was not made for; raises PredictorError."""
@@ -97,12 +109,14 @@ class PredictorFile:
         compensator = copy.copy(self.compensator)
         if compensator is not None:
             compensator.layers = [cast(w) for w in compensator.layers]
-        return replace(self, layers=layers, compensator=compensator)
+        readout = self.readout and cast(self.readout)
+        return replace(self, layers=layers, compensator=compensator, readout=readout)
 
     def arrays(self) -> list[mx.array]:
         """All weights, to evaluate them before they are needed."""
         parts: list[Any] = list(self.layers or [])
         parts += getattr(self.compensator, "layers", [])
+        parts += [self.readout] if self.readout else []
         return [w for p in parts for w in vars(p).values() if isinstance(w, mx.array)]
 
 
@@ -118,7 +132,7 @@ def _cast(value: Any, dtype: mx.Dtype) -> Any:
 def load_predictor(path: str | Path) -> PredictorFile:
     """Read a predictor file lazily (weights are mapped, not read); raises PredictorError."""
     path = expanded(Path(path))
-    info, tensors = _read(path)
+    info, tensors = read(path)
     base = _base(path, info)
     # before lists as long as the file says are made
     weights = info.get("predictor") or info.get("compensator")
@@ -126,7 +140,7 @@ def load_predictor(path: str | Path) -> PredictorFile:
         raise PredictorError(
             f"{path / TENSORS_NAME} lacks weights for {base.layers} layers."
         )
-    file = _File(path, tensors)
+    file = Tensors(path, tensors)
     predictors = compensator = importances = None
     if info.get("predictor"):
         predictors = _predictors(file, info, base)
@@ -136,22 +150,24 @@ def load_predictor(path: str | Path) -> PredictorFile:
         weight = file.get("importance", (base.layers,))
         importances = np.array(weight.astype(mx.float32)).tolist()
     curves = _curves(path, info, base) if "curves" in info else None
+    readout = _readout(file, info, base) if info.get("readout") else None
+    source = str(path)
     return PredictorFile(
-        base, predictors, compensator, importances, info, str(path), curves
+        base, predictors, compensator, importances, info, source, curves, readout
     )
 
 
 def _base(path: Path, info: dict[str, Any]) -> BaseModel:
-    base = _section(path, info, "base_model")
+    base = section_of(path, info, "base_model")
     layers, d = (
-        _whole(path, info, "base_model", key) for key in ("layers", "hidden_size")
+        whole(path, info, "base_model", key) for key in ("layers", "hidden_size")
     )
     f: int | list[int]
     if isinstance(base.get("ffn_size"), list):
-        widths = _per_layer(path, info, "base_model", "ffn_size", layers)
+        widths = per_layer(path, info, "base_model", "ffn_size", layers)
         f = widths[0] if len(set(widths)) == 1 else widths
     else:  # no list is made as long as the file says before the tensors were counted
-        f = _whole(path, info, "base_model", "ffn_size")
+        f = whole(path, info, "base_model", "ffn_size")
     if not isinstance(mark := base.get("fingerprint"), str):
         raise PredictorError(f"{path / JSON_NAME} lacks base_model.fingerprint.")
     name, kind = base.get("name"), base.get("model_type")
@@ -166,11 +182,11 @@ def _base(path: Path, info: dict[str, Any]) -> BaseModel:
 
 
 def _predictors(
-    file: "_File", info: dict[str, Any], base: BaseModel
+    file: "Tensors", info: dict[str, Any], base: BaseModel
 ) -> list[PredictorWeights]:
     path, d = file.path, base.hidden_size
-    kind = _kind(path, info, "predictor", (POOLED, TOKENWISE))
-    ranks = _per_layer(path, info, "predictor", "rank", base.layers)
+    kind = kind_of(path, info, "predictor", (POOLED, TOKENWISE))
+    ranks = per_layer(path, info, "predictor", "rank", base.layers)
     rows = ranks if kind == POOLED else [2 * r for r in ranks]
     none: list[Any] = [None] * base.layers
     queries = biases = none
@@ -187,17 +203,17 @@ def _predictors(
 
 
 def _w2(
-    file: "_File", info: dict[str, Any], shapes: list[tuple[int, int]]
+    file: "Tensors", info: dict[str, Any], shapes: list[tuple[int, int]]
 ) -> tuple[int, list[tuple[Any, Any, Any]]]:
     """Bits (0: float), and per layer w2 with its scales and biases."""
     quantization, path = info["predictor"].get("quantization"), file.path
     if quantization is None:
         return 0, [(w, None, None) for w in file.layers("predictor.w2", shapes)]
-    bits = _whole(path, {"quantization": quantization}, "quantization", "bits")
+    bits = whole(path, {"quantization": quantization}, "quantization", "bits")
     odd = [f for _, f in shapes if not group_size(f)]
     if bits not in QUANTIZATION_BITS or odd:
         raise PredictorError(
-            f"{path / JSON_NAME}: expected a predictor in {_words(QUANTIZATION_BITS)} bits "
+            f"{path / JSON_NAME}: expected a predictor in {words(QUANTIZATION_BITS)} bits "
             f"and a multiple of 32 neurons; found {bits} bits and "
             f"{(odd or [shapes[0][1]])[0]} neurons."
         )
@@ -209,10 +225,10 @@ def _w2(
     return bits, list(zip(w2, scales, biases))
 
 
-def _compensator(file: "_File", info: dict[str, Any], base: BaseModel) -> Compensator:
+def _compensator(file: "Tensors", info: dict[str, Any], base: BaseModel) -> Compensator:
     path, d = file.path, base.hidden_size
-    kind = _kind(path, info, "compensator", (MLP, LOW_RANK))
-    ranks = _per_layer(path, info, "compensator", "rank", base.layers)
+    kind = kind_of(path, info, "compensator", (MLP, LOW_RANK))
+    ranks = per_layer(path, info, "compensator", "rank", base.layers)
     if kind == LOW_RANK:
         parts = [
             file.layers("compensator.center", [(d,)] * base.layers),
@@ -233,8 +249,21 @@ def _compensator(file: "_File", info: dict[str, Any], base: BaseModel) -> Compen
     return MLPCompensator([MLPWeights(*w) for w in zip(w1, w2)], activation)
 
 
+def _readout(file: Tensors, info: dict[str, Any], base: BaseModel) -> Readout:
+    names = "layer", "heads", "rank"
+    layer, heads, rank = (whole(file.path, info, "readout", name) for name in names)
+    if layer >= base.layers:
+        raise PredictorError(
+            f"{file.path / JSON_NAME}: expected readout.layer below {base.layers}, found {layer}."
+        )
+    d, width = base.hidden_size, heads * rank
+    shapes = {"query": (d, width), "bias": (width,), "key": (d, width)}
+    tensors = {k: file.get(f"readout.{k}", shape) for k, shape in shapes.items()}
+    return Readout(layer, heads, **tensors)
+
+
 def _curves(path: Path, info: dict[str, Any], base: BaseModel) -> Curves:
-    section = _section(path, info, "curves")
+    section = section_of(path, info, "curves")
     levels: Any = section.get("levels")
     rows: Any = section.get("kl")
     good = _ascending(levels) and isinstance(rows, list)
@@ -269,119 +298,6 @@ def packed(name: str, w: mx.array, bits: int) -> dict[str, mx.array]:
     return {name: weight, f"{name}.scales": scales, f"{name}.biases": biases}
 
 
-def _kind(
-    path: Path, info: dict[str, Any], section: str, known: tuple[str, str]
-) -> str:
-    """Which of the known kinds; the first one unless it says otherwise."""
-    kind = _section(path, info, section).get("kind", known[0])
-    if kind not in list(known):
-        raise PredictorError(
-            f"{path / JSON_NAME}: expected a {section} of kind {' or '.join(map(repr, known))}, "
-            f"found {kind!r}; a newer mlx-fastforward may know it."
-        )
-    return kind
-
-
-def _per_layer(
-    path: Path, info: dict[str, Any], section: str, key: str, layers: int
-) -> list[int]:
-    """One number per layer; most files have one for all."""
-    value = _section(path, info, section).get(key)
-    if not isinstance(value, list):
-        return [_whole(path, info, section, key)] * layers
-    if len(value) != layers:
-        raise PredictorError(
-            f"{path / JSON_NAME}: expected {layers} numbers in {section}.{key}, found {len(value)}."
-        )
-    return [_whole(path, {section: {key: v}}, section, key) for v in value]
-
-
-def _words(numbers: Sequence[int]) -> str:
-    return " or ".join(map(str, numbers))
-
-
-def _section(path: Path, info: dict[str, Any], name: str) -> dict[str, Any]:
-    section = info.get(name)
-    if not isinstance(section, dict):
-        raise PredictorError(
-            f"{path / JSON_NAME}: expected {name} to be an object, found {section!r}."
-        )
-    return section
-
-
-def _whole(path: Path, info: dict[str, Any], section: str, key: str) -> int:
-    value = _section(path, info, section).get(key)
-    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-        raise PredictorError(
-            f"{path / JSON_NAME}: expected {section}.{key} to be a whole number above 0, "
-            f"found {value!r}."
-        )
-    return value
-
-
-@dataclass(frozen=True)
-class _File:
-    """The tensors of a predictor file, each checked as it is asked for."""
-
-    path: Path
-    tensors: dict[str, mx.array]
-
-    def get(
-        self, key: str, shape: tuple[int, ...], dtype: Optional[mx.Dtype] = None
-    ) -> mx.array:
-        """A tensor of this name and shape, float or of the dtype given, or PredictorError."""
-        file = self.path / TENSORS_NAME
-        if key not in self.tensors:
-            raise PredictorError(f"{file} lacks the tensor {key}.")
-        tensor = self.tensors[key]
-        if tuple(tensor.shape) != shape:
-            raise PredictorError(
-                f"{file}: {key} should have shape {shape}, found {tuple(tensor.shape)}."
-            )
-        if not mx.issubdtype(tensor.dtype, dtype or mx.floating):
-            raise PredictorError(
-                f"{file}: {key} should be {dtype or 'float'}, found {tensor.dtype}."
-            )
-        return tensor
-
-    def layers(
-        self,
-        name: str,
-        shapes: Iterable[tuple[int, ...]],
-        dtype: Optional[mx.Dtype] = None,
-    ) -> list[mx.array]:
-        """This part of every layer."""
-        return [self.get(f"layers.{i}.{name}", s, dtype) for i, s in enumerate(shapes)]
-
-
-def _read(path: Path) -> tuple[dict[str, Any], dict[str, mx.array]]:
-    for name in (JSON_NAME, TENSORS_NAME):
-        if not (path / name).is_file():
-            raise PredictorError(
-                f"no predictor file in {path}: expected the files {JSON_NAME} and {TENSORS_NAME}."
-            )
-    try:
-        info = json.loads((path / JSON_NAME).read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError) as e:
-        raise PredictorError(f"{path / JSON_NAME} cannot be read: {e}") from e
-    if not isinstance(info, dict) or info.get("format") != FORMAT:
-        found = info.get("format") if isinstance(info, dict) else type(info).__name__
-        raise PredictorError(
-            f"{path / JSON_NAME}: expected format {FORMAT}, found {found!r}."
-        )
-    try:
-        tensors = open_tensors(path / TENSORS_NAME)
-        found = sha256(path / TENSORS_NAME) if "sha256" in info else None
-    except TensorFileError as e:
-        raise PredictorError(f"{path / TENSORS_NAME} cannot be read: {e}") from e
-    if found != info.get("sha256"):
-        raise PredictorError(
-            f"{path / TENSORS_NAME} is damaged: its checksum is not the one in {JSON_NAME}; "
-            "copy or make it again."
-        )
-    return info, tensors
-
-
 def save_predictor(
     path: str | Path, info: dict[str, Any], tensors: dict[str, mx.array]
 ) -> None:
@@ -409,5 +325,18 @@ def save_predictor(
 def update_predictor(path: str | Path, **sections: Any) -> None:
     """Write sections of a predictor file's JSON anew; its weights stay as they are."""
     path = Path(path)
-    info, _ = _read(path)
+    info, _ = read(path)
     write_text(path / JSON_NAME, json.dumps(info | sections, indent=2) + "\n")
+
+
+def add_readout(path: str | Path, readout: Readout, **details: Any) -> None:
+    """Put a readout into a predictor file, in the place of one that is there."""
+    info, tensors = read(expanded(Path(path)))
+    weights = {k: w for k, w in vars(readout).items() if isinstance(w, mx.array)}
+    section = {
+        "layer": readout.layer,
+        "heads": readout.heads,
+        "rank": readout.key.shape[1] // readout.heads,
+    }
+    tensors |= {f"readout.{k}": w.astype(mx.float16) for k, w in weights.items()}
+    save_predictor(path, info | {"readout": section | details}, tensors)

@@ -50,6 +50,10 @@ def usual_length(model: nn.Module) -> int:
     return min(LENGTH, context_length(model) or LENGTH)
 
 
+# a text, and questions about it with their answers
+Chat = tuple[str, list[tuple[str, str]]]
+
+
 class DataError(FastForwardError, ValueError):
     """Data that a predictor cannot be fitted on, said in one line."""
 
@@ -212,7 +216,8 @@ class Sequences:
         rng = random.Random(f"{self.seed} {i}")
         place = self.passages[i % len(self.passages)]
         text = self.corpus.passage(place, self.length * BYTES_PER_TOKEN)
-        ids = getattr(self, f"_{kind}")(rng, text)
+        text, turns = getattr(self, f"_{kind}")(rng, text)
+        ids = self._chat(text, turns) if turns else self.tokenizer.encode(text)
         return mx.array(ids[: self.length])
 
     def _line(self, place: Place) -> list[int]:
@@ -228,10 +233,10 @@ class Sequences:
                 f"{place.file}, byte {place.start}: the chat template refused it: {reason}"
             ) from e
 
-    def _prose(self, rng: random.Random, text: str) -> list[int]:
-        return self.tokenizer.encode(text)
+    def _prose(self, rng: random.Random, text: str) -> Chat:
+        return text, []
 
-    def _facts(self, rng: random.Random, text: str) -> list[int]:
+    def _facts(self, rng: random.Random, text: str) -> Chat:
         """Facts planted among the paragraphs of a text, and asked for."""
         paragraphs = self._paragraphs(text)
         kind = CODE if rng.random() < 0.5 else WORD
@@ -242,18 +247,18 @@ class Sequences:
             at = rng.randrange(len(paragraphs) + 1)
             paragraphs.insert(at, planted(kind, name, value))
             turns.append((asked(kind, name), value))
-        return self._chat("\n\n".join(paragraphs), turns)
+        return "\n\n".join(paragraphs), turns
 
-    def _quotes(self, rng: random.Random, text: str) -> list[int]:
-        """Sentences of a text to complete."""
-        text = "\n\n".join(self._paragraphs(text))
+    def _quotes(self, rng: random.Random, text: str) -> Chat:
+        """Sentences of a text to complete; the whole text where it has none."""
+        whole, text = text, "\n\n".join(self._paragraphs(text))
         sentences = [s.split() for s in re.split(r"(?<=[.!?])\s+", text)]
         sentences = [s for s in sentences if 8 <= len(s) <= 28]
         turns = []
         for words in rng.sample(sentences, min(3, len(sentences))):
             begun = " ".join(words[:5])
             turns.append((f"{QUOTE} {begun}", " ".join(words[5:])))
-        return self._chat(text, turns) if turns else self._prose(rng, text)
+        return (text, turns) if turns else (whole, turns)
 
     def _paragraphs(self, text: str) -> list[str]:
         """As much of a text as leaves room for a few questions."""
