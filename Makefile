@@ -119,7 +119,7 @@ picture-bench: $(INSTALLED)
 
 picture-eval: $(INSTALLED)
 	mkdir -p build
-	$(FF) eval --dtype float32 --sparsities 0.5 --lengths 1900 --prompts 5 $(EVAL) --json build/eval.json --png build/eval.png
+	$(FF) eval --dtype float32 --sparsities 0.5 --prompts 10 $(EVAL) --json build/eval.json --png build/eval.png
 	$(SMALL) build/eval.png docs/eval.png
 
 clean:

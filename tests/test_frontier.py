@@ -26,7 +26,7 @@ from mlx_fastforward.scorers import DraftScorer, LayersScorer
 from mlx_fastforward.speculative import Speculative, read_places
 from mlx_fastforward.tokens.speculative import KeepConfig
 
-KEEP = KeepConfig(keep=0.5, threshold=LENGTH, chunk=16)
+KEEP = KeepConfig(keep=0.5, threshold=LENGTH // 2, chunk=16)
 
 
 def part(model: Any, config: PrefillConfig, draft: Any) -> Arm:

@@ -22,7 +22,7 @@ from .models import dtype_name, public_name, stock_model
 from .outputs import check_files, write, write_json
 from .part_read import keep_configs, readers, scorer_of
 
-SHORT = 256  # tokens; shorter prompts, follow-up questions, are read whole
+SHORT = 128  # tokens; shorter prompts, follow-up questions, are read whole
 
 
 def evaluate(

@@ -127,29 +127,27 @@ def _named(table: Table, found: Any) -> Iterator[tuple[str, Any]]:
 def frontier(points: Any) -> Table:
     """Every arm by how fast its FLOPs allow it to be, a mark on those worth having."""
     title = (
-        "What each arm costs; *: no other is as fast with a lower KL and as many facts"
+        "What each arm costs, scores of dense ones; "
+        "*: none is as fast with a lower KL and as many facts"
     )
     names = ("by FLOPs", "KL", "95 % interval", "facts", "quotes", "")
     table = _table(title, "arm", *names)
-    dense = points[0]
-    if dense.facts is not None or dense.quotes is not None:
-        scores = _score(dense.facts_dense), _score(dense.quotes_dense)
-        table.add_row("dense", "1.00", "0", "-", *scores, "")
     for p in points:
         table.add_row(
             p.arm,
             f"{p.speedup:.2f}",
             f"{p.kl:.4f}",
             _bounds(p.kl_bounds, ".4f"),
-            _score(p.facts),
-            _score(p.quotes),
+            _of(p.facts, p.facts_dense),
+            _of(p.quotes, p.quotes_dense),
             "*" if p.best else "",
         )
     return table
 
 
-def _score(value: Optional[float]) -> str:
-    return "-" if value is None else f"{value:.3f}"
+def _of(value: Optional[float], dense: Optional[float]) -> str:
+    """Beside what the dense model reaches."""
+    return "-" if value is None else f"{value:.3f} of {dense:.3f}"
 
 
 def _perplexity(found: Any) -> Table:

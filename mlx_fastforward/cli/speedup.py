@@ -3,7 +3,6 @@
 from dataclasses import dataclass
 from typing import Any, Optional
 
-import click
 import typer
 
 from .. import demo
@@ -64,7 +63,7 @@ def settled(
 
 def _typed(context: typer.Context, name: str) -> bool:
     source = context.get_parameter_source(name)
-    return source is click.core.ParameterSource.COMMANDLINE
+    return source is not None and source.name == "COMMANDLINE"
 
 
 def _details(
