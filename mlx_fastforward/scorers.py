@@ -16,6 +16,7 @@ from .prefill import prefill
 from .session import common_prefix
 from .tokens.mapping import Translation, carried
 from .tokens.plan import CHUNK
+from .tokens.readout import Readout
 from .tokens.speculative import KeepConfig, importance, pooled, weights
 
 
@@ -124,18 +125,28 @@ class LayersScorer:
     """The model's own first layers, which read every token; their work is used for what is kept.
 
     The last queries of the prompt look, and the layers above go on from the hidden states of the
-    tokens that are kept (GemFilter, arXiv 2409.17422). Where the model's predictor file has a fitted
-    readout, that one scores.
+    tokens that are kept (GemFilter, arXiv 2409.17422). A fitted readout scores better.
+
+    Args:
+        layers: How many read every token; default: half of them, or as many as the readout wants.
+        readout: Default: an attached model's own, unless ``layers`` are given.
     """
 
     name = "self"
 
-    def __init__(self, model: nn.Module, layers: Optional[int] = None):
+    def __init__(
+        self,
+        model: nn.Module,
+        layers: Optional[int] = None,
+        readout: Optional[Readout] = None,
+    ):
         total, engine = len(model.layers), engine_of(model)
         self.model = model
-        self.readout = None if engine is None or layers else engine.readout
-        if self.readout is not None:
-            layers = self.readout.layer
+        if readout is None and layers is None and engine is not None:
+            readout = engine.readout
+        self.readout = readout
+        if readout is not None:
+            layers = readout.layer
         self.layers = max(1, total // 2) if layers is None else layers
         if not 0 < self.layers < total:
             raise ConfigError(

@@ -8,6 +8,7 @@ from typing import Annotated, Any, Optional
 
 import mlx.core as mx
 import typer
+from mlx.utils import tree_map
 from rich.progress import track
 
 from ...attachment import attach
@@ -42,14 +43,27 @@ def healed(session: Session) -> list[float]:
         steps.append(time.perf_counter() - start)
 
 
+def rounded(w: mx.array, bits: int) -> mx.array:
+    """A weight as it is in so many bits: kernels for packed ones are slow on CPUs."""
+    if not bits or w.ndim < 2:
+        return w
+    return mx.dequantize(*mx.quantize(w, 64, bits), 64, bits)
+
+
 def main(
     whole: Annotated[bool, typer.Option(help="Also all tokens, to compare.")] = True,
     draft: Annotated[
         Optional[str], typer.Option(help="A model; none: dense only.")
     ] = None,
     layers: Annotated[
-        Optional[str], typer.Option(help="Layers of the model's own that score: 2,4.")
+        Optional[str],
+        typer.Option(
+            help="Layers of the model's own that score: 2,4; or fitted, by the readout."
+        ),
     ] = None,
+    bits: Annotated[
+        int, typer.Option(help="Of the draft's weights, then float again; 0: as it is.")
+    ] = 0,
     keep: str = "0.7,0.5,0.3",
     follow_up: Annotated[
         bool, typer.Option("--follow-up", help="Ask a second question, too.")
@@ -60,15 +74,17 @@ def main(
     questions: int = 24,
 ) -> None:
     net, tokenizer, predictor = load_stock(model or _demo(), "float32")
-    if sparsity:
-        attach(net, PrefillConfig(sparsity=sparsity), predictor=predictor)
+    attach(net, PrefillConfig(sparsity=sparsity), predictor=predictor)
     scorers: list[tuple[str, Scorer]] = []
     if draft:
         small, _, _ = load_stock(draft, "float32", "none")
-        scorers.append(("draft", DraftScorer(small, "draft")))
-    for n in (layers or "").split(","):
-        if n:
-            scorers.append((f"self, {n} layers", LayersScorer(net, int(n))))
+        name = f"draft in {bits} bits" if bits else "draft"
+        small.update(tree_map(lambda w: rounded(w, bits), small.parameters()))
+        scorers.append((name, DraftScorer(small, "draft")))
+    for n in filter(None, (layers or "").split(",")):
+        scorer = LayersScorer(net, None if n == "fitted" else int(n))
+        kind = "a readout" if scorer.readout else "attention"
+        scorers.append((f"self, {scorer.layers} layers by {kind}", scorer))
     arms: list[tuple[str, Optional[Speculative]]] = []
     if whole:
         arms.append(("all read", None))

@@ -142,6 +142,7 @@ def bench(
             _draft,
             net,
             tokenizer,
+            side,
             random=random,
             layers=layers,
             q_bits=q_bits,
@@ -246,6 +247,7 @@ def _model(
 def _draft(
     net: Any,
     tokenizer: Any,
+    side: Any,
     name: str,
     random: Optional[str],
     layers: Optional[int],
@@ -259,7 +261,7 @@ def _draft(
     from ..scorers import DraftScorer
 
     if random is None or name not in shapes.SHAPES:
-        return scorer_of(name, net, tokenizer, dtype)
+        return scorer_of(name, net, tokenizer, side, dtype)
     share = len(net.layers) / shapes.SHAPES[random]["num_hidden_layers"]
     own = shapes.SHAPES[name]["num_hidden_layers"]
     count = max(2, round(share * own)) if layers else None

@@ -137,7 +137,9 @@ def evaluate(
         sizes = numbers("--lengths", lengths, int) if lengths else None
         check_choice("--dtype", dtype, DTYPES)
         net, tokenizer, side = stock_model(model, dtype, predictor, trust_remote_code)
-        load = partial(scorer_of, model=net, tokenizer=tokenizer, dtype=dtype)
+        load = partial(
+            scorer_of, model=net, tokenizer=tokenizer, side=side, dtype=dtype
+        )
         parts = readers(net, prefill_draft, keeps, load)
         if save:
             more = [(c, r) for c in configs for r in parts if c.prune_tokens or r]

@@ -90,13 +90,19 @@ def _names(drafts: Optional[str]) -> list[str]:
 
 
 def scorer_of(
-    name: str, model: Any, tokenizer: Any, dtype: Optional[str] = None
+    name: str,
+    model: Any,
+    tokenizer: Any,
+    side: Optional[Any] = None,
+    dtype: Optional[str] = None,
 ) -> Any:
-    """Who says which tokens matter: a draft, or the model's first layers."""
+    """Who says which tokens matter: a draft, or the model's first layers, with a fitted readout if the
+    predictor file ``side`` has one.
+    """
     from ..scorers import LayersScorer
 
     if name == "self":
-        return LayersScorer(model)
+        return LayersScorer(model, readout=None if side is None else side.readout)
     scorer = _draft(name, tokenizer, public_name(name))
     if dtype is not None:
         import mlx.core as mx
