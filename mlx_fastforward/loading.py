@@ -87,7 +87,7 @@ def load(
         check_stages(model)
     if searching:
         predictor = predictor_for(str(path_or_hf_repo), BaseModel.of(model), revision)
-    value, chosen = resolved(sparsity, predictor)
+    value, chosen = resolved(sparsity, predictor, settings)
     config = PrefillConfig.from_kwargs(sparsity=value, **settings)
     attach(model, config, predictor=predictor, device=device).chosen = chosen
     if several and pipeline:

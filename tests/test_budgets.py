@@ -217,6 +217,7 @@ def row(sparsity: float, kl: float, facts: float, dense: float = 0.9) -> dict[st
         ([row(0.5, 0.009, 0.87), row(0.3, 0.001, 0.9)], 0.5),  # in any order
         ([row(0.3, 0.001, 0.86), row(0.5, 0.001, 0.9)], 0.0),  # all below must pass
         ([row(0.3, 0.001, 0.95), row(0.4, 0.0101, 0.95)], 0.3),
+        ([row(0.5, 0.001, 0.9), row(0.7, 0.001, 0.9)], 0.7),
         ([{"sparsity": "x"}], 0.5),
         ([], 0.5),
     ],
@@ -232,13 +233,20 @@ def test_auto_takes_the_largest_that_passes(
     assert (why == UNVERIFIED) == (not known)
     assert resolved("auto", predictor) == (sparsity, why)
     assert resolved(0.4, predictor) == (0.4, None)
+    other = resolved("auto", predictor, {"selector": "probe", "block_size": 8})
+    assert other == (min(sparsity, 0.5), "not verified with another selector")
     with pytest.raises(ConfigError, match="auto"):
         resolved("most", predictor)
 
 
-@pytest.mark.parametrize("questions, wanted", [(7, 0.5), (20, 0.7)])
-def test_few_facts_prove_no_more_than_the_usual(questions: int, wanted: float) -> None:
-    table = [row(s, 0.001, 0.9) for s in (0.3, 0.5, 0.7)]
+@pytest.mark.parametrize(
+    "questions, found, wanted", [(7, 0.9, 0.5), (25, 0.9, 0.7), (25, 0.7, 0.5)]
+)
+def test_few_facts_prove_no_more_than_the_usual(
+    questions: int, found: float, wanted: float
+) -> None:
+    """Nor do many that the dense model does not find."""
+    table = [row(s, 0.001, found, found) for s in (0.3, 0.5, 0.7)]
     details = {"verified": {"rows": table, "questions": questions}}
     assert chosen(details)[0] == wanted
 

@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 import models
+import predictor_files
 import pytest
 from commands import bad, good, report
 
@@ -17,6 +18,8 @@ from mlx_fastforward.cli import eval_save, first_use
 from mlx_fastforward.cli.eval import _tasks as asked_tasks
 from mlx_fastforward.cli.eval_tables import verdict
 from mlx_fastforward.config import DeviceSettings
+from mlx_fastforward.predictors.base import BaseModel
+from mlx_fastforward.predictors.file import JSON_NAME
 from mlx_fastforward.predictors.verified import chosen
 
 SHORT = ["--lengths", "256", "--prompts", "1", "-m", "4"]
@@ -217,8 +220,12 @@ def test_save_keeps_what_auto_goes_by(
     monkeypatch.setenv("MLX_FASTFORWARD_HOME", str(tmp_path / "home"))
     line = bad(1, "eval", "--save", "--model", tiny, "--prompts", 1)
     assert line.startswith("nothing to verify: prompts of fewer than 512 tokens")
-    net = models.tiny("llama", vocab=4096)
+    net = predictor_files.tiny_model(vocab=4096)
     tiny = models.save_folder(net, tmp_path / "m", max_position_embeddings=700)
+    dense = DeviceSettings(
+        dense=True
+    )  # what tuning finds here, it need not find elsewhere
+    monkeypatch.setattr(eval_save, "tuned", lambda *args: dense)
     monkeypatch.setattr(eval_save, "SEQUENCES", 1)
     monkeypatch.setattr(verify, "SPARSITIES", (0.5, 0.7))
     said = good("eval", "--save", "--model", tiny, "--prompts", 1)
@@ -228,8 +235,16 @@ def test_save_keeps_what_auto_goes_by(
     rows = file.details["verified"]["rows"]
     assert [r["sparsity"] for r in rows] == [0.5, 0.7]
     assert file.layers is None and {r["facts_dense"] for r in rows} == {0.0}
+    assert all(r["kl"] > 0 for r in rows)
     model, _ = load(str(tiny), sparsity="auto")
     engine = engine_of(model)
     assert engine is not None and (engine.config.sparsity, engine.chosen) == chosen(
         file.details
     )
+    predictor_files.save(folder)
+    mark = BaseModel.of(net).fingerprint
+    trained = predictor_files.edit(folder, "base_model", fingerprint=mark) / JSON_NAME
+    before = trained.read_text()
+    flags = ("--model", tiny, "--prompts", 1, "--predictor", "none")
+    assert "holds trained weights" in bad(1, "eval", "--save", *flags)
+    assert trained.read_text() == before

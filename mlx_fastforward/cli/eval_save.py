@@ -49,8 +49,12 @@ def save_verified(
         raise PredictorError(
             f"{predictor.source} is no folder of this machine; copy it to one and name that."
         )
+    if predictor is None and (folder / JSON_NAME).is_file():
+        _check_untrained(folder, base)
     engine = engine_for(net, None, predictor)
     device = engine.device if no_tune else tuned(net, engine, console)
+    if device.dense:  # then sparse would be measured as dense
+        device = engine.device
     prompt_length(net, engine.on(device))  # refused before the measuring
     with Progress(console=console, disable=not console.is_terminal) as bar:
         tasks: dict[str, Any] = {}
@@ -79,6 +83,19 @@ def save_verified(
         update_predictor(folder, **sections)
     show_verified(found)
     print(f"kept in {folder}")
+
+
+def _check_untrained(folder: Path, base: Any) -> None:
+    """What would be written over must be no more than a table, and this model's."""
+    from ..predictors.file import load_predictor
+
+    there = load_predictor(folder)
+    there.check(base)
+    if there.layers is not None or there.compensator is not None:
+        raise PredictorError(
+            f"{folder} holds trained weights, which nothing may replace; --predictor {folder} "
+            "measures them, or move them away."
+        )
 
 
 def _curves(net: Any, tokenizer: Any, predictor: Any, tick: Any) -> Any:

@@ -2,6 +2,7 @@
 
 from typing import Any, Optional, Sequence
 
+from ..config import PrefillConfig
 from ..errors import ConfigError
 from .file import PredictorFile
 
@@ -9,6 +10,15 @@ AUTO = "auto"
 USUAL = 0.5  # where nothing was verified
 # What may be lost: KL in nats per token of prose that goes on, and share of planted facts.
 MOST_KL, MOST_FACTS = 0.01, 0.03
+OWN = (
+    "selector",
+    "compensator",
+    "schedule",
+    "dense_head",
+    "dense_tail",
+    "prune_tokens",
+    "sparse_decode",
+)
 ENOUGH = 20  # facts, for more than the usual sparsity
 UNVERIFIED = "not verified for this model: mlx_fastforward train, or eval --save"
 
@@ -56,15 +66,17 @@ def better_than_none(details: dict[str, Any]) -> bool:
     return bool(own[0]["kl"] <= without["kl"] and lost <= MOST_FACTS + 1e-9)
 
 
-def _few(details: dict[str, Any]) -> bool:
+def _few(details: dict[str, Any], table: list[dict[str, Any]]) -> bool:
+    """Facts that the dense model does not find cannot be lost."""
     questions = _section(details).get("questions")
-    return isinstance(questions, int) and questions < ENOUGH
+    found = min((r["facts_dense"] for r in table), default=0)
+    return isinstance(questions, int) and questions * found < ENOUGH
 
 
 def chosen(details: dict[str, Any]) -> tuple[float, str]:
     """The largest sparsity that passes with all below it, and why, in a few words."""
     table = rows(details)
-    if _few(details):  # a few facts cannot tell more sparsity from luck
+    if _few(details, table):  # a few facts cannot tell more sparsity from luck
         table = [r for r in table if r["sparsity"] <= USUAL]
     if not table:
         return USUAL, UNVERIFIED
@@ -84,14 +96,26 @@ def chosen(details: dict[str, Any]) -> tuple[float, str]:
 
 
 def resolved(
-    sparsity: float | str, predictor: Optional[PredictorFile]
+    sparsity: float | str,
+    predictor: Optional[PredictorFile],
+    settings: dict[str, Any] = {},
 ) -> tuple[float, Optional[str]]:
-    """A number, and why it was taken where that was left to the file; raises ConfigError."""
+    """A number, and why it was taken where that was left to the file; raises ConfigError.
+
+    Args:
+        settings: Of PrefillConfig; only under its own defaults was anything verified.
+    """
     if not isinstance(sparsity, str):
         return sparsity, None
     if sparsity != AUTO:
         raise ConfigError(f"sparsity must be a number or {AUTO!r}, got {sparsity!r}.")
-    return chosen({} if predictor is None else predictor.details)
+    value, why = chosen({} if predictor is None else predictor.details)
+    plain = PrefillConfig()
+    if other := [
+        n for n in OWN if settings.get(n, getattr(plain, n)) != getattr(plain, n)
+    ]:
+        return min(value, USUAL), f"not verified with another {', '.join(other)}"
+    return value, why
 
 
 def combinations(details: dict[str, Any]) -> list[dict[str, Any]]:

@@ -105,8 +105,9 @@ class Provider(ModelProvider):
             self.predictor = predictor_for(model_path, BaseModel.of(model))
         else:
             self.predictor = named_predictor(named)
-        value, chosen = resolved(self.cli_args.sparsity, self.predictor)
         skip = self.cli_args.prune_tokens
+        asked = {"prune_tokens": skip}
+        value, chosen = resolved(self.cli_args.sparsity, self.predictor, asked)
         config = PrefillConfig.from_kwargs(sparsity=value, prune_tokens=skip)
         attach(model, config, predictor=self.predictor).chosen = chosen
         if self.pipeline_group is not None:
