@@ -115,7 +115,7 @@ def _layer(engine: Engine, inputs: list[mx.array], calls: int) -> list[mx.array]
     rows = engine.device.attention_block
     attend = by_queries(whole, rows) if rows else whole
     for end in range(n, x.shape[1] + 1, n):
-        plan = engine.plan(n, empty=False, after=CHUNK)
+        plan = engine.plan(n, cached=CHUNK, after=CHUNK)
         assert plan is not None
         part, seen = slice(end - n, end), slice(end)
         call, layer = engine.call(plan), sparse_layer(engine)

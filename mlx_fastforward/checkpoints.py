@@ -7,6 +7,8 @@ values of the other layers only need the place.
 import copy
 from typing import Any
 
+from mlx_lm.models.cache import can_trim_prompt_cache
+
 from .model.caches import parts
 
 MOST = 4  # places
@@ -18,8 +20,27 @@ def trimmable(cache: list[Any], tokens: float) -> bool:
     return not any(_passes(part, tokens) for part in parts(cache))
 
 
+def can_trim(cache: list[Any], keep: int) -> bool:
+    """Whether trimming to ``keep`` tokens leaves all that the next one looks back at."""
+    held = all(_first_held(part) <= _looks_back(part, keep) for part in parts(cache))
+    return held and can_trim_prompt_cache(cache)
+
+
+def _first_held(part: Any) -> int:
+    """The first place that a part still has; others are trimmed by mlx-lm's rules."""
+    return int(getattr(part, "start_position", getattr(part, "start", 0)) or 0)
+
+
+def _looks_back(part: Any, keep: int) -> int:
+    """How far a token at ``keep`` looks back: its chunk's beginning, or a window."""
+    if (chunk := getattr(part, "chunk_size", None)) is not None:
+        return keep // int(chunk) * int(chunk)
+    window = getattr(part, "window", None)
+    return keep if window is None else max(0, keep - int(window))
+
+
 def _passes(part: Any, tokens: float) -> bool:
-    window = getattr(part, "max_size", None)
+    window = getattr(part, "max_size", getattr(part, "chunk_size", None))
     return not part.is_trimmable() or window is not None and window <= tokens
 
 

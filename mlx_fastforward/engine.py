@@ -206,7 +206,7 @@ class Engine:
             return None
         memory: Memory = [{} for _ in self.ffns]
         if self.selector.remembers:
-            memory = memory_of(cache, len(self.ffns), empty)
+            memory = memory_of(cache, len(self.ffns), empty, new)
             if new == 1 and not any(memory):
                 return None
         return self.call(plan, memory, valid_tokens(cache, batch, new))

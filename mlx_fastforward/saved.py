@@ -21,7 +21,7 @@ def folder() -> Path:
 
 def names() -> list[str]:
     """Of the saved conversations."""
-    return sorted(p.stem for p in folder().glob("*.safetensors"))
+    return sorted(p.stem for p in folder().glob("[!.]*.safetensors"))
 
 
 def path_of(name: str) -> Path:

@@ -35,7 +35,9 @@ class Attention:
     def __call__(
         self, layer: int, own: Any, q: mx.array, k: Any, v: Any, *args: Any, **kw: Any
     ) -> Any:
-        if isinstance(k, mx.array) and k.shape[2] == self.seen:  # not of a window
+        cache = kw.get("cache", args[0] if args else None)
+        window = getattr(cache, "window", None) or self.seen  # of caches that keep all
+        if isinstance(k, mx.array) and self.seen == k.shape[2] <= window:
             self.queries.setdefault(layer, []).append(q[0, :, -self.last :])
             self.keys[layer] = k[0, :, : self.prompt]
             self.scale[layer] = float(kw["scale"] if "scale" in kw else args[1])

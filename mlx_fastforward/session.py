@@ -7,14 +7,10 @@ from dataclasses import replace
 from typing import Any, Iterator, Optional, Sequence
 
 import mlx.nn as nn
-from mlx_lm.models.cache import (
-    can_trim_prompt_cache,
-    make_prompt_cache,
-    trim_prompt_cache,
-)
+from mlx_lm.models.cache import make_prompt_cache, trim_prompt_cache
 
 from .attachment import engine_of, switched
-from .checkpoints import Checkpoints, trimmable
+from .checkpoints import Checkpoints, can_trim, trimmable
 from .engine import EDGE
 from .errors import TemplateError
 from .generation import Response, stream_generate
@@ -144,6 +140,8 @@ class Session:
         self.cache = make_prompt_cache(self.model, self.max_kv_size)
         self.cached: list[int] = []
         self.checkpoints = Checkpoints()
+        if self.speculative is not None:
+            self.speculative.forget()
 
     def take_model(self, model: nn.Module, tokenizer: Any) -> None:
         """Another model goes on with the conversation, and reads it anew."""
@@ -235,13 +233,11 @@ class Session:
             return stream_generate(
                 self.model, self.tokenizer, new, prompt_cache=self.cache, **kwargs
             )
+        protect = 0
+        with contextlib.suppress(TemplateError):
+            protect = system_tokens(self.tokenizer, self.messages, self.template, ids)
         return self.speculative.stream_generate(
-            self.tokenizer,
-            ids,
-            cached,
-            self.cache,
-            protect=system_tokens(self.tokenizer, self.messages, self.template, ids),
-            **kwargs,
+            self.tokenizer, ids, cached, self.cache, protect=protect, **kwargs
         )
 
     def _joined(self, ids: list[int], tokens: list[int], text: str) -> str:
@@ -302,7 +298,7 @@ class Session:
             self.cached, self.cache = found
             keep = min(common_prefix(self.cached, ids), len(ids) - 1)
         surplus = len(self.cached) - keep
-        if surplus and not can_trim_prompt_cache(self.cache):
+        if surplus and not can_trim(self.cache, keep):
             keep = self.checkpoints.back(self.cache, keep)
         elif surplus:
             self.checkpoints.drop_from(keep + 1)
@@ -320,7 +316,7 @@ class Session:
         """
         counts = counted(self.cache)
         known = min([len(tokens), *counts])
-        if can_trim_prompt_cache(self.cache):
+        if can_trim(self.cache, known):
             for part, count in zip(parts(self.cache), counts):
                 part.trim(count - known)
         elif max(counts, default=0) > known or self._uncertain(len(counts)):

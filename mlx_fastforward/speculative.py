@@ -18,6 +18,7 @@ from .attachment import engine_of, reading, watched
 from .errors import brief
 from .generation import Response, stream_generate
 from .model.positions import (
+    CompactKVCache,
     is_whole,
     make_compact,
     pieces,
@@ -84,9 +85,12 @@ class Speculative:
         self.model = model
         self.scorer = scorer
         self.config = config
-        self.exact = 0
-        self.healed = False
         self.notes: list[str] = []
+        self.forget()
+
+    def forget(self) -> None:
+        """Another cache takes the place of the one that was read."""
+        self.exact, self.healed = 0, False
 
     def settings(self) -> dict[str, Any]:
         """For the banner and --json."""
@@ -188,6 +192,7 @@ class Speculative:
     ) -> Optional[float]:
         """read_places() of all but the last place; None where it failed, and nothing was read."""
         layers = self.scorer if isinstance(self.scorer, LayersScorer) else None
+        before = list(cache)
         try:
             make_compact(cache)
             args = self.model, ids, places[:-1], cache, chunk, progress, layers
@@ -197,7 +202,9 @@ class Speculative:
                 f"the prompt could not be read in part ({brief(e)}); it is read whole."
             )
             for c in cache:
-                c.trim(c.offset - cached)
+                if isinstance(c, CompactKVCache):
+                    c.trim(c.offset - cached)
+            cache[:] = before
             return None
         self.healed = False
         if self.exact == cached and self._reads_densely():

@@ -24,6 +24,7 @@ from .errors import ConfigError
 from .model import linear
 from .model.families import Heads
 from .model.ffn import GatedFFN
+from .neurons.schedule import neurons_kept
 from .timing import MARGIN, ROUNDS, difference, interleaved, is_rounding
 from .tokens.plan import CHUNK, Plan
 from .tuned import heads_of, key, remember, sparse_layer
@@ -145,7 +146,7 @@ def search(
         largest: Largest block size to try.
         limit: Seconds, about; a prompt's length is not known to gain unless there was time for it.
     """
-    start = time.perf_counter()
+    start, engine = time.perf_counter(), _average(engine)
     x, found = _inputs(engine), []  # type: mx.array, list[Candidate]
     dense = fastest_dense(engine)
     sizes = [b for b in BLOCKS if b <= largest]
@@ -225,6 +226,15 @@ def chunk_seconds(engine: Engine) -> float:
     x, ffn = _inputs(engine)[:, :few], engine.ffns[sparse_layer(engine)]
     found = interleaved({0: lambda: ffn.activations_and_output(x)[1]}, 3)
     return found[0] * CHUNK / few
+
+
+def _average(engine: Engine) -> Engine:
+    """With the mean budget in the layer that is timed, whose own may be far from it; all tokens run."""
+    layer = sparse_layer(engine)
+    budgets = [k / f for k, (_, f) in zip(engine.keep, engine.shapes) if k]
+    keep = list(engine.keep)
+    keep[layer] = neurons_kept(sum(budgets) / len(budgets), engine.shapes[layer][1])
+    return replace(engine, keep=keep, config=replace(engine.config, prune_tokens=0.0))
 
 
 def _trial(engine: Engine, block: int, strategy: str, way: Way) -> Engine:

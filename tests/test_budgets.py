@@ -15,6 +15,7 @@ from mlx_lm.models.cache import make_prompt_cache
 from models import FFN, LAYERS, save_random_predictor, tiny, token_ids
 
 from mlx_fastforward.attachment import attach, detach, reading
+from mlx_fastforward.bench.studies import zoo
 from mlx_fastforward.build import engine_for
 from mlx_fastforward.config import PrefillConfig
 from mlx_fastforward.errors import ConfigError, PredictorError
@@ -134,6 +135,15 @@ def test_the_meter_measures_one_layer_at_a_time(monkeypatch: Any) -> None:
     twice = meter.curves([costs, [3 * c for c in costs]])
     for trial, cost in zip(meter.trials, costs):
         assert twice.kl[trial.layer][trial.level] == pytest.approx(2 * cost, abs=1e-6)
+
+
+def test_the_meter_where_layers_have_two_ffns(monkeypatch: Any) -> None:
+    monkeypatch.setattr(measuring, "TOKENS", 6)
+    model = zoo.tiny("longcat_flash")
+    meter = Meter(model, None, 8)
+    layers = [ffn.layer for ffn in meter.engines[0].ffns]
+    assert layers == sorted(layers * 2)[::2] and layers.count(0) == 2
+    assert min(meter.costs(mx.array(token_ids(70)))) > 1e-5
 
 
 def test_layers_that_were_not_sampled_take_the_mean_shape(monkeypatch: Any) -> None:

@@ -139,10 +139,15 @@ def test_a_prompt_that_was_read_in_part_is_never_saved(tmp_path: Path) -> None:
     with pytest.raises(FileProblem, match="read in part cannot be saved"):
         write_cache(tmp_path / "cache.safetensors", session.cache, {})
     assert not list(tmp_path.iterdir())
-    saved.save(session, "part", "tiny")
+    path = saved.save(session, "part", "tiny")
+    (path.parent / ".writing-x.safetensors").touch()  # what a killed one leaves
+    assert saved.names() == ["part"]
     other = session_of()
+    other.speculative.exact, other.speculative.healed = 9, True
     saved.load(other, "part")
     assert other.messages == session.messages and other.cached == []
+    # of the cache that went
+    assert (other.speculative.exact, other.speculative.healed) == (0, False)
 
 
 def test_first_layers_serve_a_conversation() -> None:

@@ -1,20 +1,24 @@
 """A conversation over one KV cache: what is reused, and that it is the right thing."""
 
 import copy
+from types import SimpleNamespace
 from typing import Any, Optional
 
 import mlx.core as mx
 import models
 import numpy as np
 import pytest
-from mlx_lm.models.cache import make_prompt_cache
+from mlx_lm.models.cache import KVCache, make_prompt_cache
 from mlx_lm.utils import load, load_tokenizer
 from models import logprobs
 
-from mlx_fastforward import attach, detach, stream_generate
+from mlx_fastforward import attach, detach
+from mlx_fastforward import session as session_module
+from mlx_fastforward import stream_generate
 from mlx_fastforward.attachment import is_enabled, switch, watched
 from mlx_fastforward.demo import MODEL as DEMO
 from mlx_fastforward.errors import TemplateError
+from mlx_fastforward.model.caches import memory_of
 from mlx_fastforward.session import Session, common_prefix
 
 LONG = "Keawe was poor, brave, and active; he could read and write. " * 3
@@ -48,6 +52,39 @@ def assert_right(session: Session, text: str, cached: Optional[int] = None) -> N
     assert got[0].cached_tokens + got[0].prompt_tokens == len(ids)
     assert cached in (None, got[0].cached_tokens)
     assert got[0].ffn_sparsity == 0.0
+
+
+def test_what_the_selector_remembers_goes_with_its_text() -> None:
+    """Another text after the same first tokens begins anew; one step back does not."""
+    cache = [KVCache()]
+
+    def call(new: int, fresh: bool = False) -> bool:
+        """Whether anything is remembered."""
+        (memory,) = memory_of(cache, 1, fresh, new)
+        known = bool(memory)
+        memory["scores"] = mx.zeros(3)
+        cache[0].offset += new
+        return known
+
+    assert not call(20, fresh=True) and call(5) and call(1)
+    cache[0].trim(6)
+    assert call(1)
+    cache[0].trim(4)
+    assert not call(30) and call(1)
+
+
+def test_a_template_that_refuses_the_system_prompt_alone(monkeypatch: Any) -> None:
+    session = session_of(system_prompt="Be brief.")
+    session.speculative = SimpleNamespace(
+        stream_generate=lambda *args, protect, **kwargs: iter([protect]),
+        forget=lambda: None,
+    )
+
+    def refuses(*args: Any) -> int:
+        raise TemplateError("no")
+
+    monkeypatch.setattr(session_module, "system_tokens", refuses)
+    assert [*session._stream([1, 2], 0)] == [0]
 
 
 @pytest.mark.parametrize("name", ["llama", SLIDING])

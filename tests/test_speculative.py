@@ -11,6 +11,7 @@ from mlx_lm.models.cache import KVCache, RotatingKVCache, make_prompt_cache
 from models import tiny, token_ids
 
 from mlx_fastforward import attach, speculative
+from mlx_fastforward.checkpoints import can_trim
 from mlx_fastforward.errors import ConfigError, UnsupportedModel
 from mlx_fastforward.model import positions
 from mlx_fastforward.model.positions import (
@@ -21,7 +22,7 @@ from mlx_fastforward.model.positions import (
     ropes_of,
     runs_of,
 )
-from mlx_fastforward.scorers import DraftScorer, LayersScorer
+from mlx_fastforward.scorers import Attention, DraftScorer, LayersScorer
 from mlx_fastforward.speculative import Speculative, read_places
 from mlx_fastforward.tokens.mapping import Translation, carried
 from mlx_fastforward.tokens.speculative import (
@@ -229,15 +230,9 @@ def test_the_best_chunks_stay_with_head_tail_and_what_is_protected() -> None:
     assert later.min() >= 10000 and later.size <= 0.2 * 4096
     assert set(range(14096 - 512, 14096)) <= set(later)
     assert set(range(400)) <= set(kept_places(scores, 0, config, protect=400))
-    assert (
-        kept_places(np.arange(320.0), 0, KeepConfig(keep=0.25)).tolist()
-        == [
-            *range(20),  # a sixteenth
-            *range(276, 280),  # a chunk's last part, up to the tail
-            *range(280, 320),
-        ]
-        or kept_places(np.arange(320.0), 0, KeepConfig(keep=0.25)).size <= 80
-    )
+    # a sixteenth, and the tail; whole chunks do not fit in what is left
+    few = kept_places(np.arange(320.0), 0, KeepConfig(keep=0.25)).tolist()
+    assert few == [*range(20), *range(280, 320)]
     assert kept_places(scores, 0, KeepConfig(keep=1.0)).size == 6400
 
 
@@ -353,6 +348,27 @@ def test_a_draft_that_fails_a_short_prompt_and_all_kept_are_read_whole() -> None
         assert spec.notes == (said if isinstance(scorer, Broken) else [])
 
 
+def test_windows_do_not_score_what_they_cannot_see() -> None:
+    """Their caches hold all keys until it is known which of them count."""
+    attention, x = Attention(10), mx.zeros((1, 2, 10, 4))
+    cut, whole = CompactKVCache(window=4), CompactKVCache(window=12)
+    for layer, cache in enumerate((cut, whole, None)):
+        attention(layer, lambda q, *a, **kw: q, x, x, x, cache=cache, scale=1.0)
+    assert set(attention.queries) == {1, 2}
+
+
+def test_a_window_that_moved_on_before_is_not_cut_below_its_beginning() -> None:
+    cache = RotatingKVCache(max_size=8)
+    for new in (20, 9):
+        cache.update_and_fetch(*[mx.zeros((1, 1, new, 4))] * 2)
+    make_compact(caches := [cache])
+    first = caches[0].runs[0][0]
+    assert first > 0 and [can_trim(caches, n) for n in (first + 8, first + 7)] == [
+        True,
+        False,
+    ]
+
+
 def test_a_model_that_cannot_is_read_whole(monkeypatch: pytest.MonkeyPatch) -> None:
     """A failure in the middle of the reading leaves nothing behind."""
     model, ids = tiny("llama"), token_ids(100)
@@ -370,7 +386,7 @@ def test_a_model_that_cannot_is_read_whole(monkeypatch: pytest.MonkeyPatch) -> N
     got = stream(spec, ids, cache := make_prompt_cache(model))
     assert models.distance(models.logprobs(got), wanted) < 1e-4
     assert "another RoPE" in spec.notes[0] and got[0].read_tokens is None
-    assert cache[0].runs[0][0] == 0 and len(cache[0].runs) == 1
+    assert is_whole(cache)  # as if nothing had been tried
     monkeypatch.setattr(speculative, "rotated_at", rotated)
     assert stream(spec, ids, make_prompt_cache(model))[0].read_tokens
 

@@ -350,6 +350,8 @@ def test_another_run_is_not_gone_on_with(flags: Flags, out: Path) -> None:
         "repeat them, or start anew with --restart."
     )
     assert '"token-wise"' in state.read_text()
+    assert "--minutes" in bad(2, *other, "--restart", "--minutes", 0.0001)
+    assert '"token-wise"' in state.read_text()  # refused, and nothing lost
     interrupted(Run, "capture", *other, "--restart")
     assert not state.exists()
 

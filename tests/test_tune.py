@@ -1,7 +1,7 @@
 """Tuning chooses the fastest correct candidate, dense among them."""
 
 import io
-from dataclasses import astuple
+from dataclasses import astuple, replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, Callable
@@ -29,6 +29,17 @@ HEADS, CHUNK = Heads(queries=4, keys=2, size=8), 256
 def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.setenv("MLX_FASTFORWARD_HOME", str(tmp_path / "home"))
     return tmp_path / "home"
+
+
+def test_the_layer_that_is_timed_has_the_mean_budget() -> None:
+    model = models.tiny("llama", num_hidden_layers=5)
+    engine = engine_for(model, models.settings(sparsity=0.5, prune_tokens=0.5), None)
+    neurons = engine.shapes[0][1]
+    keep = [None, neurons - 8, 8, neurons // 2, None]
+    timed = tuning._average(replace(engine, keep=keep))
+    layer = tuning.sparse_layer(timed)
+    assert keep[layer] == 8 and timed.keep[layer] == neurons // 2
+    assert timed.config.prune_tokens == 0
 
 
 @pytest.fixture

@@ -108,6 +108,8 @@ def test_ctrl_c_skips_tuning(home: Path, monkeypatch: pytest.MonkeyPatch) -> Non
     ff.attach(model, ff.PrefillConfig())
     first_use.tune_first(model, 600, console)
     assert "Tuning skipped: blocks of 128 tokens. --no-tune" in console.file.getvalue()
+    engine = engine_of(model)  # as bench and eval ask
+    assert first_use.tuned(model, engine, console) == engine.device
     assert not home.exists() and engine_of(model).device == DeviceSettings()
 
 

@@ -26,19 +26,7 @@ def tune_first(model: Any, tokens: int, console: Optional[Console] = None) -> No
         return
     if engine.sparse and engine.config.block_size is not None:
         return
-    try:
-        device = tuned(model, engine, console)
-    except KeyboardInterrupt:
-        _tell(
-            console,
-            (
-                f"Tuning skipped: blocks of {engine.block_size} tokens. --no-tune never asks, "
-                "mlx_fastforward tune measures another time."
-                if engine.sparse
-                else "Tuning skipped: --fast is taken as it is."
-            ),
-        )
-        return
+    device = tuned(model, engine, console)
     if device != engine.device:
         tuning.use(model, engine, device)
 
@@ -57,7 +45,26 @@ def worth_tuning(engine: Any) -> bool:
 
 
 def tuned(model: Any, engine: Any, console: Console) -> Any:
-    """This device's settings for an engine of the model, measured now or remembered."""
+    """This device's settings for an engine of the model, measured now or remembered.
+
+    Ctrl-C skips the measuring alone.
+    """
+    try:
+        return _tuned(model, engine, console)
+    except KeyboardInterrupt:
+        _tell(
+            console,
+            (
+                f"Tuning skipped: blocks of {engine.block_size} tokens. --no-tune never asks, "
+                "mlx_fastforward tune measures another time."
+                if engine.sparse
+                else "Tuning skipped: --fast is taken as it is."
+            ),
+        )
+        return engine.device
+
+
+def _tuned(model: Any, engine: Any, console: Console) -> Any:
     from .. import tuned as memory
     from .. import tuning
 

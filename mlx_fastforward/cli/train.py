@@ -111,7 +111,7 @@ def train(
         from ..predictors.search import default_folder
         from ..train.data import Sequences, open_corpus, usual_length
         from ..train.run import WORK, Run
-        from ..train.state import Settings, forget
+        from ..train.state import Settings
 
         corpus = open_corpus(data)
         net, tokenizer = load_model(
@@ -144,14 +144,12 @@ def train(
             seed=seed or 0,
             data=", ".join(data) if data else "bundled",
         )
-        if restart and not dry_run:
-            forget(out / WORK)
         parts = [
             Sequences(corpus, tokenizer, length, settings.seed, held_out)
             for held_out in (False, True)
         ]
         with _progress(console) as tick:
-            run = Run(net, name, (parts[0], parts[1]), out, settings, tick)
+            run = Run(net, name, (parts[0], parts[1]), out, settings, tick, restart)
             new = dry_run or not run.state.tokens
             _announce(run, console, new)
             reads = tokens_read(net, None, DOCUMENTS)

@@ -75,7 +75,7 @@ def valid_tokens(cache: Cache, batch: int, new: int) -> Optional[mx.array]:
     return valid.astype(mx.float32)
 
 
-def memory_of(cache: Cache, layers: int, fresh: bool) -> Memory:
+def memory_of(cache: Cache, layers: int, fresh: bool, new: int) -> Memory:
     """The selector's memory of a prompt, kept on the first of its caches that counts tokens.
 
     There it dies with the prompt, is copied with it, and follows it when mlx-lm quantises the cache.
@@ -83,15 +83,17 @@ def memory_of(cache: Cache, layers: int, fresh: bool) -> Memory:
 
     Args:
         fresh: The prompt begins with this call.
+        new: Tokens of this call. What is remembered was seen in one call; where the cache was cut back
+            into it or before, another text may follow.
     """
     plain = (p for p in parts(cache) if isinstance(getattr(p, "offset", None), int))
     first: Any = next(plain, None)
     if first is None:
         return [{} for _ in range(layers)]
-    memory: Optional[Memory] = None if fresh else first.__dict__.get("_fastforward")
-    if memory is None:
+    end, memory = first.__dict__.get("_fastforward", (0, []))
+    if fresh or not any(memory) or first.offset < end:
         memory = [{} for _ in range(layers)]
-        first._fastforward = memory
+        first._fastforward = first.offset + new, memory
         if hasattr(type(first), "to_quantized"):  # a method, so that copies follow
             first.to_quantized = types.MethodType(_to_quantized, first)
     return memory

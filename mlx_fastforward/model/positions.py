@@ -52,6 +52,7 @@ class CompactKVCache:
     ):
         self.inner: Any = KVCache() if inner is None else inner
         self.window = window
+        self.start = start
         self.offset = start + self.inner.offset  # the place of the next token
         self.runs: list[Run] = [(start, self.offset)] if self.inner.offset else []
         self.coming: Optional[list[Run]] = None  # of the next call; None: at the end

@@ -100,9 +100,12 @@ class Meter:
 
         dense, found = after(before), []
         for trial in self.trials:
+            # where layers have more caches than one, all of them run again
+            one_each = len(before) <= len(model.layers)
+            first = self.engines[0].ffns[trial.layer].layer if one_each else 0
 
             def skip(layer: int, own: Any, *args: Any, **kwargs: Any) -> Any:
-                if layer < trial.layer:
+                if layer < first:
                     return outputs[layer]
                 return own(*args, **kwargs)
 
@@ -110,7 +113,7 @@ class Meter:
             with seated(model, self.alone(trial)), watched(model.layers, skip):
                 with reading(model, prompt):
                     model(ids[None, : prompt - 1], cache=cache)
-            cache = before[: trial.layer] + cache[trial.layer :]
+            cache = before[:first] + cache[first:]
             found.append(divergence(dense, after(cache))[0])
             tick()
         return found

@@ -5,7 +5,6 @@ answer look at, in all layers. Prompts are texts with a question at their end.
 """
 
 import random
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Callable, Optional, Sequence
 

@@ -67,6 +67,7 @@ class Run:
         data: Token sequences to fit on, and those that are held out.
         out: Folder of the file; the state is kept in a folder inside it.
         tick: Called with (phase, done, total, details) as the work goes on.
+        anew: Whatever the folder holds; it is deleted when the work begins.
     """
 
     def __init__(
@@ -77,7 +78,9 @@ class Run:
         out: Path,
         settings: Settings,
         tick: Tick,
+        anew: bool = False,
     ):
+        self.anew = anew
         self.base = BaseModel.of(model, name)
         self.ffns = ffns_of(model)
         self.dtype = float_dtype(model)
@@ -93,6 +96,8 @@ class Run:
 
     def __call__(self) -> dict[str, Any]:
         """All that is not done yet; writes the file and returns its report."""
+        if self.anew:
+            forget(self.work)
         descents: dict[str, Curve] = {}
         self.capture("held-out")
         for stage in self.stages:
@@ -114,7 +119,7 @@ class Run:
     def state(self) -> State:
         """Where the run is; PredictorError where the folder holds another one."""
         asked = asdict(self.settings) | {"fingerprint": self.base.fingerprint}
-        return State.resumed(self.work, asked)
+        return State(self.work, asked) if self.anew else State.resumed(self.work, asked)
 
     def seconds(self, share: float) -> float:
         """So much of --minutes; without end if there is none."""
