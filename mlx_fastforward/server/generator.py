@@ -236,14 +236,12 @@ class Generator(server.ResponseGenerator):
         )
         kwargs |= {"prefill_step_size": prefill_step_size}
         kwargs |= {"prompt_progress_callback": progress}
-        if asked.in_part and draft_model is None:
+        if draft_model is None and (reader := self._reader_for(asked)):
             if start and not reading.read_at:
                 self._keep_prefix(reading, prompt_cache)
-            self._reader = reader = self._reader_for(asked)
+            self._reader, args = reader, (reader, reading, tokenizer, prompt_cache)
             with plan:
-                yield from read_partly(
-                    reader, reading, tokenizer, prompt_cache, **kwargs
-                )
+                yield from read_partly(*args, **kwargs)
             return
         kwargs |= {"prompt_cache": prompt_cache, "draft_model": draft_model}
         responses = stream_generate(model, tokenizer, prompt[start:], **kwargs)
@@ -253,10 +251,11 @@ class Generator(server.ResponseGenerator):
                     reading.was_read(len(prompt) - start, False)
                 yield response
 
-    def _reader_for(self, asked: Asked) -> Speculative:
-        """The server's, with the share that a request asks for."""
+    def _reader_for(self, asked: Asked) -> Optional[Speculative]:
+        """The server's, with the share that a request asks for; None where all of it is read."""
         reader = self.model_provider.reader
-        assert reader is not None
+        if reader is None or not asked.in_part:
+            return None
         config = reader.config
         if asked.keep is not None:
             config = replace(config, keep=asked.keep)
