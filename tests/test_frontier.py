@@ -16,6 +16,7 @@ from mlx_fastforward.bench.eval import verify
 from mlx_fastforward.bench.eval.arms import Arm
 from mlx_fastforward.bench.eval.frontier import frontier
 from mlx_fastforward.bench.flops import cost
+from mlx_fastforward.bench.studies import frontier as both
 from mlx_fastforward.build import engine_for
 from mlx_fastforward.cli import eval_save
 from mlx_fastforward.config import PrefillConfig
@@ -107,7 +108,7 @@ def test_points_of_the_frontier() -> None:
         asked = dict(task="key-value", document=f"k{arm}", kl=9.0, score_dense=1)
         for part in (prose, asked | dict(score_sparse=facts)):
             records.append(record(arm=arm, flops=flops, **part))
-    points = frontier(records, arms)
+    points = frontier(records, {a.label: a.left_out for a in arms})
     assert [p.arm for p in points] == ["c", "b", "a", "d"]
     assert [p.best for p in points] == [True, False, True, False]
     assert (points[2].kl, points[2].facts, points[2].speedup) == (0.02, 1, 2)
@@ -123,7 +124,9 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return models.save_folder(model, path / "m", max_position_embeddings=700)
 
 
-def test_all_methods_in_one_run(tmp_path: Path, folder: Path) -> None:
+def test_all_methods_in_one_run(
+    tmp_path: Path, folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     """Nothing left out, tokens that skip, a part read by two scorers, and both together."""
     args = ["eval", "--model", folder, "--lengths", 256, "--prompts", 1, "-m", 4]
     args += ["--block-sizes", 8, "--tasks", "continuation,needle,quote"]
@@ -147,6 +150,14 @@ def test_all_methods_in_one_run(tmp_path: Path, folder: Path) -> None:
     )
     assert "What each arm costs" in done.stdout and (tmp_path / "a.png").is_file()
     assert str(folder.parent) not in json.dumps(found)
+    other = tmp_path / "other.json"
+    found["settings"]["seed"] = 1  # as if these were other documents
+    other.write_text(json.dumps(found), encoding="utf-8")
+    both.main([tmp_path / "report.json", other, other], tmp_path / "b.png")
+    text = capsys.readouterr().out
+    lines = [line for line in text.splitlines() if line.startswith(names[1])]
+    assert f"{points[names[1]]['speedup']:.2f}" in lines[-1]
+    assert (tmp_path / "b.png").is_file() and "all equal" in lines[-1]
 
 
 def measured(**more: Any) -> dict[str, Any]:

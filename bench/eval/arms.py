@@ -1,7 +1,7 @@
 """What is compared: settings under a name."""
 
 from dataclasses import dataclass
-from typing import Optional, Sequence
+from typing import Any, Optional, Sequence
 
 import mlx.nn as nn
 
@@ -33,6 +33,17 @@ class Arm:
         if self.config is None:
             return None
         return engine_for(model, self.config, predictor, device=self.device)
+
+    @property
+    def left_out(self) -> dict[str, Any]:
+        """What it leaves out of a prompt, by the names of the flags."""
+        config, reader = self.config or PrefillConfig(sparsity=0.0), self.reader
+        return {
+            "sparsity": config.sparsity,
+            "prune_tokens": config.prune_tokens,
+            "keep": 1.0 if reader is None else reader.config.keep,
+            "prefill_draft": "" if reader is None else reader.scorer.name,
+        }
 
 
 DENSE = Arm("dense", None)

@@ -1,9 +1,8 @@
 """Every arm as one point: how fast the FLOPs allow it to be, and what it costs."""
 
 from dataclasses import dataclass, replace
-from typing import Any, Optional, Sequence
+from typing import Any, Mapping, Optional, Sequence
 
-from .arms import Arm
 from .evaluation import Record
 from .intervals import Bounds
 from .summaries import ALL, summary
@@ -47,15 +46,23 @@ class Point:
     best: bool = False
 
 
-def frontier(records: Sequence[Record], arms: Sequence[Arm]) -> list[Point]:
-    """A point per arm, the slowest first."""
-    found = [_point(arm, [r for r in records if r.arm == arm.label]) for arm in arms]
+def frontier(
+    records: Sequence[Record], left_out: Mapping[str, dict[str, Any]]
+) -> list[Point]:
+    """A point per arm, the slowest first.
+
+    Args:
+        left_out: By arms' labels, as Arm.left_out tells.
+    """
+    found = [
+        _point([r for r in records if r.arm == arm], settings)
+        for arm, settings in left_out.items()
+    ]
     found = [replace(p, best=not any(_beats(o, p) for o in found)) for p in found]
     return sorted(found, key=lambda p: p.speedup)
 
 
-def _point(arm: Arm, records: list[Record]) -> Point:
-    assert arm.config is not None
+def _point(records: list[Record], settings: dict[str, Any]) -> Point:
     of = lambda *tasks: [r for r in records if r.task in tasks]
     kl = summary(of(PROSE) or records, ALL)
     values: dict[str, Any] = {"kl": kl.kl, "kl_bounds": kl.kl_bounds}
@@ -65,15 +72,8 @@ def _point(arm: Arm, records: list[Record]) -> Point:
             values[name], values[f"{name}_dense"] = s.score_sparse, s.score_dense
             values[f"{name}_bounds"] = s.score_sparse_bounds
             values[f"{name}_difference_bounds"] = s.score_difference_bounds
-    return Point(
-        arm.label,
-        arm.config.sparsity,
-        arm.config.prune_tokens,
-        1.0 if arm.reader is None else arm.reader.config.keep,
-        "" if arm.reader is None else arm.reader.scorer.name,
-        summary(records, ALL).speedup,
-        **values,
-    )
+    speedup = summary(records, ALL).speedup
+    return Point(records[0].arm, **settings, speedup=speedup, **values)
 
 
 def _beats(a: Point, b: Point) -> bool:

@@ -83,7 +83,8 @@ def verify(
             break
         records += evaluate(model, tokenizer, pair, arms, predictor, progress)
     tick(total, total)
-    rows = {p.arm: row(p) for p in frontier(records, arms)}
+    left_out = {arm.label: arm.left_out for arm in arms}
+    rows = {p.arm: row(p) for p in frontier(records, left_out)}
     return {
         "rows": [rows[f"{s:.0%}"] for s in SPARSITIES],
         "without": rows.get(UNTRAINED),

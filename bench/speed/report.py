@@ -14,7 +14,7 @@ NOTES = (
     "mlx-lm. Ideal: what the skipped FLOPs allow. Of the ideal: the share of the time that the "
     "ideal would save which was really saved; above 100 %, something else was faster too. FFN: "
     "the FFNs' share of stock's time. KL (nats) and facts (sparse of dense) are what eval --save "
-    "measured for this predictor file at that sparsity."
+    "measured of an arm for this predictor file."
 )
 STYLE = """
 body { font: 15px/1.45 system-ui, sans-serif; margin: 2em auto; max-width: 76em; padding: 0 1em }

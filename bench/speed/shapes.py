@@ -118,13 +118,18 @@ SHAPES: dict[str, dict[str, Any]] = {
 
 
 def random_model(
-    name: str, layers: Optional[int], dtype: mx.Dtype, bits: int = 0
+    name: str,
+    layers: Optional[int],
+    dtype: mx.Dtype,
+    bits: int = 0,
+    lazy: bool = False,
 ) -> nn.Module:
     """A randomly initialised model of a real shape, with a small vocabulary.
 
     Args:
         layers: Fewer than the real one has, for small machines.
         bits: Quantised as mlx_lm.convert does, in groups of 64; 0 is float.
+        lazy: Without making the weights: for who only counts them.
     """
     shape = dict(
         rms_norm_eps=1e-5,
@@ -144,7 +149,8 @@ def random_model(
     if bits:
         nn.quantize(model, group_size=64, bits=bits)
     model.eval()
-    mx.eval(model.parameters())
+    if not lazy:
+        mx.eval(model.parameters())
     return model
 
 

@@ -178,7 +178,7 @@ def evaluate(
             )
         seconds = time.perf_counter() - start
         found, bad = summaries(records), worst(records)
-        points = frontier(records, arms)
+        points = frontier(records, {arm.label: arm.left_out for arm in arms})
         settings = {
             "predictor": public_name(side.source) if side else "none",
             "tasks": asked,

@@ -38,6 +38,15 @@ def show(environment: dict[str, Any], found: Any, worst: Any, points: Any) -> No
     """Environment, scores, KL, perplexity, the worst cases, the frontier, and a line per arm."""
     console = Console(highlight=False)
     say(", ".join(f"{k} {v}" for k, v in environment.items()), console)
+    answered = scores_and_kl(found, points)
+    show_table(_worst(worst), console)
+    for arm in dict.fromkeys(s.arm for s in answered):
+        say(verdict([s for s in answered if s.arm == arm][-1]), console)
+
+
+def scores_and_kl(found: Any, points: Any) -> list[Any]:
+    """The tables of arms and tasks; returns the summaries with answers."""
+    console = Console(highlight=False)
     answered = [s for s in found if s.score_dense is not None]
     if answered:
         show_table(_scores(answered), console)
@@ -45,11 +54,9 @@ def show(environment: dict[str, Any], found: Any, worst: Any, points: Any) -> No
     if texts := [s for s in found if s.perplexity_dense is not None]:
         rows = [s for s in texts if s.task == "continuation"]
         show_table(_perplexity(rows), console)
-    show_table(_worst(worst), console)
     if len(points) > 1:
         show_table(frontier(points), console)
-    for arm in dict.fromkeys(s.arm for s in answered):
-        say(verdict([s for s in answered if s.arm == arm][-1]), console)
+    return answered
 
 
 def verdict(s: Any) -> str:
