@@ -82,9 +82,9 @@ def main(
         small.update(tree_map(lambda w: rounded(w, bits), small.parameters()))
         scorers.append((name, DraftScorer(small, "draft")))
     for n in filter(None, (layers or "").split(",")):
-        scorer = LayersScorer(net, None if n == "fitted" else int(n))
-        kind = "a readout" if scorer.readout else "attention"
-        scorers.append((f"self, {scorer.layers} layers by {kind}", scorer))
+        own = LayersScorer(net, None if n == "fitted" else int(n))
+        kind = "a readout" if own.readout else "attention"
+        scorers.append((f"self, {own.layers} layers by {kind}", own))
     arms: list[tuple[str, Optional[Speculative]]] = []
     if whole:
         arms.append(("all read", None))

@@ -177,7 +177,7 @@ class Counted(Engine):
     """How many tokens skip is told by the layer, or by the text: a share of the importance, in sixteenths."""
 
     skips: dict[int, float] = {}
-    share: Optional[float] = None
+    held: Optional[float] = None
     parts: Optional[list[dict[str, mx.array]]] = None  # of substitutes; None: the mean
     counts: dict[int, list[float]]
 
@@ -186,9 +186,9 @@ class Counted(Engine):
             return self.run(call, layer, x)
         plan, skip = call.split.plan, self.skips.get(layer, 0.0)
         scores = self.pruner.score(layer, x[:, plan.start : plan.stop], None)
-        if self.share is not None:
+        if self.held is not None:
             ranked = np.sort(np.array(scores[0]))[::-1].cumsum()
-            most = np.searchsorted(ranked, self.share * ranked[-1]) + 1
+            most = np.searchsorted(ranked, self.held * ranked[-1]) + 1
             skip = 1 - min(1.0, np.ceil(16 * most / ranked.size) / 16)
         stay = survivors(
             plan, skip, self.block_size, self.selector.unit(self.block_size)
@@ -334,12 +334,12 @@ def counts(
         elif name == "true":
             more = {"pruner": TrueError(base.ffns)}
         if skip[0] == "s":
-            more["share"] = float(skip[1:])
+            more["held"] = float(skip[1:])
         else:
             more["skips"] = {i: float(skip) for i in range(len(base.ffns))}
         spread = run_counts(net, base, data, arm, more, length)
         if skip[0] == "s":
-            del more["share"]
+            del more["held"]
             more["skips"] = {k: round(16 * v) / 16 for k, v in spread.items()}
             run_counts(net, base, data, "  its means, per layer", more, length)
 
