@@ -9,6 +9,7 @@ SELECTORS = ("auto", "trained", "probe", "first-block", "oracle")
 COMPENSATORS = ("auto", "none", "mlp", "low-rank")
 SCHEDULES = ("auto", "uniform", "first-dense", "layerwise", "measured")
 BLOCK_SIZE = 128
+STEP = 2048  # tokens that mlx-lm prefills per call
 STRATEGIES = ("chunk", "columns", "stored")
 
 
@@ -24,6 +25,7 @@ class DeviceSettings:
         dense: No sparse prefill is faster than a dense one here.
         unpack: Calls of at least so many tokens dequantise packed FFN weights once and multiply in
             float; 0: never.
+        step: Prompt tokens per call of the model, where the user does not say.
         half: Those calls compute FFNs in float16; a layer that overflows goes back to its own dtype.
     """
 
@@ -34,10 +36,12 @@ class DeviceSettings:
     dense: bool = False
     unpack: int = 0
     half: bool = False
+    step: int = STEP
 
     def __post_init__(self) -> None:
         _check_choice("strategy", self.strategy, STRATEGIES)
-        least_of = {"block_size": 8, "shortest": 0, "attention_block": 0, "unpack": 0}
+        least_of = {"block_size": 8, "step": 512}
+        least_of |= {"shortest": 0, "attention_block": 0, "unpack": 0}
         for name, least in least_of.items():
             value = getattr(self, name)
             _check_number(name, value, int)

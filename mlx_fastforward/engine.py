@@ -16,7 +16,7 @@ from .model.ffn import Estimate, GatedFFN
 from .neurons.compensators import Compensator
 from .neurons.selectors import Selector, SelectorInputs, at_least_one, top_neurons
 from .tokens.flops import FlopCount, Shapes, Skipping, count_call
-from .tokens.plan import CHUNK, Plan, plan_call, shortest_sparse
+from .tokens.plan import Plan, plan_call, shortest_sparse
 from .tokens.pruning import (
     FIRST,
     CentredNorm,
@@ -236,7 +236,7 @@ class Engine:
         """(new tokens, plan) of every call that generation makes of a prompt; the last comes alone."""
         done = 0
         while done < tokens:
-            new = min(CHUNK, tokens - 1 - done) or 1
+            new = min(self.device.step, tokens - 1 - done) or 1
             sparse = new > 1 and tokens >= self.shortest
             after = tokens - done - new
             yield new, self.plan(new, done == 0, after) if sparse else None

@@ -11,7 +11,7 @@ from mlx_lm.generate import GenerationResponse
 from mlx_lm.generate import stream_generate as mlx_lm_stream_generate
 from mlx_lm.tokenizer_utils import TokenizerWrapper
 
-from .attachment import reading
+from .attachment import engine_of, is_enabled, reading
 from .model.caches import cached_tokens
 
 
@@ -66,7 +66,7 @@ def stream_generate(
         prompt: Text or token ids; with ``prompt_cache`` only what the cache does not hold.
         max_tokens: Tokens to generate at most, -1 for no limit.
         draft_model: For speculative decoding.
-        kwargs: As for ``mlx_lm.stream_generate``.
+        kwargs: As for ``mlx_lm.stream_generate``; ``prefill_step_size`` is by default as tuned.
 
     Yields:
         Response: One per generated segment.
@@ -78,6 +78,9 @@ def stream_generate(
     embeddings = kwargs.get("input_embeddings")
     total = len(ids) if embeddings is None else len(embeddings)
     cached = cached_tokens(kwargs.get("prompt_cache"))
+    engine = engine_of(model)
+    if engine is not None and engine.sparse and is_enabled(model):
+        kwargs.setdefault("prefill_step_size", engine.device.step)
     responses = mlx_lm_stream_generate(
         model, tokenizer, ids, max_tokens, draft_model=draft_model, **kwargs
     )

@@ -4,7 +4,8 @@ One FFN of the model runs over a chunk of random inputs, dense and by every cand
 Dense is a candidate: where nothing is faster the prompt stays dense. Each candidate is first checked
 against the plain masked FFN; one that is wrong is reported and never used. Packed weights may be
 dequantised first, once per call and layer, for a float GEMM: sparse, or densely with the same answer to
-rounding. The FFNs of a bfloat16 model may run in float16, for chips that emulate bfloat16. Attention is measured the same way: all queries of a chunk at once, as mlx-lm does, or in blocks.
+rounding. The FFNs of a bfloat16 model may run in float16, for chips that emulate bfloat16. Attention is
+measured the same way: all queries of a chunk at once, as mlx-lm does, or in blocks; so are longer calls.
 """
 
 import math
@@ -16,14 +17,14 @@ import mlx.core as mx
 import mlx.nn as nn
 
 from .attachment import detach, engine_of, seat
+from .calls import attention_block, attention_seconds, longest_gaining, step_seconds
 from .config import DeviceSettings
 from .engine import Engine
 from .errors import ConfigError
 from .model import linear
-from .model.attention import Attention, by_queries
 from .model.families import Heads
 from .model.ffn import GatedFFN
-from .timing import interleaved
+from .timing import MARGIN, ROUNDS, difference, interleaved, is_rounding
 from .tokens.plan import CHUNK, Plan
 from .tuned import heads_of, key, remember, sparse_layer
 
@@ -32,11 +33,6 @@ LENGTHS = (512, 1024)  # short prompts: from which on is sparse faster?
 STRATEGIES = ("chunk", "columns")  # "stored" costs memory: only who asks for it gets it
 UNPACK = (256, 512, 1024)  # tokens: from which on is dequantising first faster?
 LARGEST = 1024  # of them by default
-ROUNDS = 3
-ATTENTION_BLOCKS = (256, 512)  # queries
-MARGIN = 0.98  # a sparse candidate must beat dense by more than noise
-# Largest error, relative to the largest output, by dtype.
-TOLERANCE = {mx.float32: 1e-3, mx.float16: 1e-2, mx.bfloat16: 6e-2}
 
 Tick = Callable[[float], None]  # the share that is done
 
@@ -81,11 +77,13 @@ class Choice:
     """What tuning found: settings of the device, and the candidates that were measured.
 
     attention: Seconds of a first chunk's attention, by queries per call; 0: all of them, as in mlx-lm.
+    steps: (seconds, seconds with half as many tokens per call) of a layer, by tokens per call.
     """
 
     device: DeviceSettings
     candidates: list[Candidate]
     attention: dict[int, float] = field(default_factory=dict)
+    steps: dict[int, tuple[float, float]] = field(default_factory=dict)
 
     @property
     def share(self) -> float:
@@ -158,8 +156,11 @@ def search(
     trials += [(b, "", None) for b in sizes[:-1]]
     total = len(trials) + len(LENGTHS) + 1
 
+    def left() -> float:
+        return limit - (time.perf_counter() - start)
+
     def over() -> bool:
-        return time.perf_counter() - start > limit
+        return left() < 0
 
     for done, (block, strategy, way) in enumerate(trials):
         if found and over():
@@ -181,7 +182,9 @@ def search(
         attention = attention_seconds(heads, x.dtype)
     queries = attention_block(attention)
     device = replace(trial.device, shortest=shortest, attention_block=queries)
-    return Choice(device, tried, attention)
+    steps = step_seconds(trial.on(device), heads, x.dtype, left)
+    device = replace(device, step=longest_gaining(steps))
+    return Choice(device, tried, attention, steps)
 
 
 def fastest_dense(engine: Engine) -> Choice:
@@ -212,12 +215,8 @@ def _dense(ffn: GatedFFN, x: mx.array, half: bool) -> Candidate:
     }
     error = _off(ways["fast"](), x, lambda x: own.activations_and_output(x)[1])
     seconds = interleaved(ways, ROUNDS)
-    times, correct = (seconds["fast"], seconds["own"]), _correct(error, x.dtype)
+    times, correct = (seconds["fast"], seconds["own"]), is_rounding(error, x.dtype)
     return Candidate(tokens, "dense", *times, error, correct, tokens, half)
-
-
-def _correct(error: float, dtype: mx.Dtype) -> bool:
-    return error <= TOLERANCE.get(dtype, 1e-2)
 
 
 def chunk_seconds(engine: Engine) -> float:
@@ -262,7 +261,7 @@ def _measured(trial: Engine, x: mx.array) -> Candidate:
         sparse,
         dense,
         error,
-        _correct(error, x.dtype),
+        is_rounding(error, x.dtype),
         device.unpack,
         device.half,
     )
@@ -303,13 +302,6 @@ def _off(ours: mx.array, x: mx.array, plain: Callable[[mx.array], mx.array]) -> 
     return min(difference(ours, plain(x.astype(dtype))) for dtype in dtypes)
 
 
-def difference(ours: mx.array, plain: mx.array) -> float:
-    """Largest difference, relative to the largest value."""
-    ours, plain = ours.astype(mx.float32), plain.astype(mx.float32)
-    largest = mx.maximum(mx.max(mx.abs(plain)), 1e-9)
-    return float(mx.max(mx.abs(ours - plain)) / largest)
-
-
 def _shortest(trial: Engine, x: mx.array, tick: Callable[[int], None]) -> int:
     """The least of LENGTHS, or a chunk, from which on a whole prompt's FFN is faster sparse."""
     dense = trial.ffns[sparse_layer(trial)]
@@ -321,65 +313,3 @@ def _shortest(trial: Engine, x: mx.array, tick: Callable[[int], None]) -> int:
                 return length
         tick(i + 1)
     return CHUNK
-
-
-def attention_block(seconds: dict[int, float]) -> int:
-    """Queries per attention call that are fastest; 0: all of them."""
-    best = min(seconds, key=lambda rows: seconds[rows], default=0)
-    return best if best and seconds[best] < MARGIN * seconds[0] else 0
-
-
-def attention_seconds(heads: Heads, dtype: mx.Dtype) -> dict[int, float]:
-    """Of a first chunk's attention, by queries per call; wrong ones are left out."""
-    q, k, v = (
-        mx.random.normal((1, n, CHUNK, heads.size), key=mx.random.key(i)).astype(dtype)
-        for i, n in enumerate([heads.queries, heads.keys, heads.keys])
-    )
-
-    def whole(q: mx.array, k: mx.array, v: mx.array, *, mask: str) -> mx.array:
-        scale = heads.size**-0.5
-        return mx.fast.scaled_dot_product_attention(q, k, v, scale=scale, mask=mask)
-
-    arms: dict[int, Attention] = {0: whole}
-    plain = whole(q, k, v, mask="causal")
-    for rows in ATTENTION_BLOCKS:
-        arm = by_queries(whole, rows)
-        error = difference(arm(q, k, v, mask="causal"), plain)
-        if _correct(error, dtype):
-            arms[rows] = arm
-    return interleaved(
-        {rows: lambda arm=arm: arm(q, k, v, mask="causal") for rows, arm in arms.items()},  # type: ignore
-        ROUNDS,
-    )
-
-
-def multiplied(device: DeviceSettings) -> str:
-    """How calls of ``unpack`` tokens multiply."""
-    how = (
-        "FFNs run in float16" if device.half else "Packed weights are dequantised first"
-    )
-    return f"{how} from {device.unpack:,} tokens on"
-
-
-def summary(choice: Choice) -> str:
-    """One line for the user, and one per candidate that is wrong."""
-    wrong = [c for c in choice.candidates if not c.correct]
-    lines = [
-        f"block {c.block_size}, {c.strategy}: wrong by {c.error:.1e}, not used"
-        for c in wrong
-    ]
-    device = choice.device
-    first = f" {multiplied(device)}." if device.unpack else ""
-    if device.dense:
-        line = "Tuned: dense prefill is fastest on this device."
-        if first:
-            line += f"{first} An FFN takes {choice.share:.2f} of its time in mlx-lm."
-        return "\n".join([line, *lines])
-    line = (
-        f"Tuned: blocks of {device.block_size} tokens, {device.strategy}; an FFN takes "
-        f"{choice.share:.2f} of its dense time. Prompts from "
-        f"{device.shortest} tokens on.{first}"
-    )
-    if device.attention_block:
-        line += f" Attention in blocks of {device.attention_block} queries."
-    return "\n".join([line, *lines])

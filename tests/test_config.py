@@ -24,6 +24,7 @@ BAD: dict[tuple[str, str], list[Any]] = {
     ("attention_block", WHOLE): [2.5, True],
     ("attention_block", "at least 0"): [-1],
     ("unpack", "at least 0"): [-1],
+    ("step", "at least 512"): [511],
     **{(n, "True or False"): [1, None] for n in ("dense_head", "dense_tail", "half")},
     ("sparse_decode", "True or False"): ["yes"],
     **{(name, text): ["Auto", "two\nlines", 3] for name, text in CHOICES.items()},
@@ -31,7 +32,14 @@ BAD: dict[tuple[str, str], list[Any]] = {
 
 
 def of(name: str, value: Any) -> Any:
-    device = name in ("shortest", "attention_block", "strategy", "unpack", "half")
+    device = name in (
+        "shortest",
+        "attention_block",
+        "strategy",
+        "unpack",
+        "half",
+        "step",
+    )
     return (DeviceSettings if device else PrefillConfig)(**{name: value})
 
 

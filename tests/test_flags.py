@@ -22,6 +22,8 @@ OTHERWISE = {
     ("generate", "--model"): "yes; default: the demo model",
     ("generate", "--prompt"): "yes; also as an argument, and no default",
     ("generate", "--extra-eos-token"): "yes; once for each token",
+    ("generate", "--prefill-step-size"): "yes; default: as tuned",
+    ("chat", "--prefill-step-size"): "yes; default: as tuned",
     ("generate", "--verbose"): "yes; default: True in a terminal",
     ("chat", "--model"): "yes; default: the demo model",
 }

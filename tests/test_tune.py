@@ -13,7 +13,7 @@ import pytest
 from rich.console import Console
 
 import mlx_fastforward as ff
-from mlx_fastforward import timing, tuning
+from mlx_fastforward import calls, timing, tuning
 from mlx_fastforward.attachment import engine_of
 from mlx_fastforward.build import engine_for
 from mlx_fastforward.cli import first_use
@@ -34,7 +34,8 @@ def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 @pytest.fixture
 def small(monkeypatch: pytest.MonkeyPatch) -> None:
     """Sizes at which nothing takes long."""
-    monkeypatch.setattr(tuning, "ATTENTION_BLOCKS", ())
+    monkeypatch.setattr(calls, "ATTENTION_BLOCKS", ())
+    monkeypatch.setattr(calls, "STEPS", ())
     monkeypatch.setattr(tuning, "CHUNK", CHUNK)
     monkeypatch.setattr(tuning, "BLOCKS", (16, 32, 64, 128))
     monkeypatch.setattr(tuning, "LENGTHS", (64, 128))
@@ -115,10 +116,10 @@ def test_a_wrong_candidate_is_not_used(
     monkeypatch.setattr(GatedFFN, "sparse", sparse)
     choice = tuning.search(made(), HEADS, 64)
     assert astuple(choice.device)[:2] == (32, "chunk")
-    assert "columns: wrong by 1.0e-01, not used" in tuning.summary(choice)
+    assert "columns: wrong by 1.0e-01, not used" in first_use.summary(choice)
     off["chunk"] = 0.9
     choice = tuning.search(made(), HEADS, 64)
-    assert choice.device.dense and tuning.summary(choice).count("not used") == 4
+    assert choice.device.dense and first_use.summary(choice).count("not used") == 4
 
 
 def test_who_is_closer_to_float32_is_not_wrong() -> None:
@@ -198,7 +199,7 @@ def test_packed_weights_are_dequantised_first_where_that_is_faster(
     monkeypatch.setattr(Engine, "forward", forward)
     choice = tuning.search(made(4), HEADS, 64)
     assert (choice.device.dense, choice.device.unpack) == wanted
-    said = tuning.summary(choice)
+    said = first_use.summary(choice)
     told = f"dequantised first from {wanted[1]} tokens on" in said
     assert told == bool(wanted[1])
     assert ("dense: wrong by 1.0e-01, not used" in said) == (error > 0.01)
@@ -233,7 +234,9 @@ def test_float16_where_that_is_faster_than_bfloat16(
     choice = tuning.search(engine, HEADS, 64)
     device = choice.device
     assert (device.half, device.unpack) == wanted and not device.dense
-    assert ("FFNs run in float16 from 64 tokens" in tuning.summary(choice)) == wanted[0]
+    assert (
+        "FFNs run in float16 from 64 tokens" in first_use.summary(choice)
+    ) == wanted[0]
     assert all(f.half == wanted[0] for f in engine.on(device).ffns)
     costs |= {64: 0.9, 32: 0.9, 16: 0.9}
     choice = tuning.search(engine, HEADS, 64)
@@ -285,13 +288,46 @@ def test_attention_in_blocks_where_that_is_faster(
     def off(whole: Any, rows: int) -> Callable[..., mx.array]:
         return lambda *args, **kwargs: (1 + error) * right(whole, rows)(*args, **kwargs)
 
-    right = tuning.by_queries
-    monkeypatch.setattr(tuning, "CHUNK", 64)
-    monkeypatch.setattr(tuning, "ATTENTION_BLOCKS", tuple(seconds))
-    monkeypatch.setattr(tuning, "by_queries", off)
-    monkeypatch.setattr(tuning, "interleaved", interleaved)
-    measured = tuning.attention_seconds(HEADS, mx.float32)
-    assert tuning.attention_block(measured) == wanted
+    right = calls.by_queries
+    monkeypatch.setattr(calls, "CHUNK", 64)
+    monkeypatch.setattr(calls, "ATTENTION_BLOCKS", tuple(seconds))
+    monkeypatch.setattr(calls, "by_queries", off)
+    monkeypatch.setattr(calls, "interleaved", interleaved)
+    measured = calls.attention_seconds(HEADS, mx.float32)
+    assert calls.attention_block(measured) == wanted
+
+
+@pytest.mark.parametrize(
+    "seconds, time, wanted",
+    [
+        ({512: 0.9, 1024: 0.9}, 1e9, (1024, [512, 1024])),
+        ({512: 0.9, 1024: 0.99}, 1e9, (512, [512, 1024])),  # within the noise
+        ({512: 1.1, 1024: 0.1}, 1e9, (CHUNK, [512])),
+        ({512: 0.9, 1024: 0.9}, 0, (CHUNK, [])),  # no time left
+        ({512: 0.9, 2**40: 0.9}, 1e9, (512, [512])),  # too little memory
+    ],
+)
+def test_longer_calls_where_they_are_faster(
+    seconds: dict[int, float],
+    time: float,
+    wanted: tuple[int, list[int]],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Both ways compute the same tokens; a layer of a real model is run."""
+    ran: list[int] = []
+
+    def interleaved(ways: dict, rounds: int) -> dict:
+        one, two = ways[1](), ways[2]()
+        assert sum(y.shape[1] for y in two[::2]) == one[0].shape[1]
+        ran.append(one[0].shape[1])
+        return {1: seconds[ran[-1]], 2: 1.0}
+
+    monkeypatch.setattr(calls, "CHUNK", CHUNK)
+    monkeypatch.setattr(calls, "STEPS", tuple(seconds))
+    monkeypatch.setattr(calls, "interleaved", interleaved)
+    engine = made().on(DeviceSettings(64, attention_block=128))
+    found = calls.step_seconds(engine, HEADS, mx.float32, lambda: time)
+    assert (calls.longest_gaining(found), list(found)) == wanted == (wanted[0], ran)
 
 
 def test_alternatives_take_turns(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -12,7 +12,7 @@ from test_tune import HEADS, home, made, tiny
 from typer.testing import CliRunner, Result
 
 import mlx_fastforward as ff
-from mlx_fastforward import tuned, tuning
+from mlx_fastforward import calls, tuned, tuning
 from mlx_fastforward.attachment import engine_of
 from mlx_fastforward.cli import app, first_use
 from mlx_fastforward.config import DeviceSettings
@@ -142,7 +142,9 @@ def test_generate_tunes_once_and_says_what_it_runs_with(
 
 def test_the_command(home: Path, tiny: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Every candidate is shown; by the real clock."""
-    monkeypatch.setattr(tuning, "CHUNK", 1024)
+    for module in (calls, tuning):
+        monkeypatch.setattr(module, "CHUNK", 1024)
+    monkeypatch.setattr(calls, "STEPS", (2048,))
     file = tiny.parent / "found.json"
     done = run("tune", "--model", tiny, "--largest", 256, "--json", file)
     assert done.exit_code == 0, done.output

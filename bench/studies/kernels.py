@@ -22,8 +22,7 @@ from ...config import STRATEGIES
 from ...model.ffn import GatedFFN
 from ...model.linear import dequantized
 from ...model.proof import ffn_of
-from ...timing import interleaved
-from ...tuning import difference
+from ...timing import difference, interleaved
 from ..environment import describe
 
 GROUP = 64

@@ -43,7 +43,7 @@ def chat(
     system_prompt: o.SystemPrompt = None,
     chat_template_config: o.ChatTemplateConfig = None,
     max_kv_size: o.MaxKvSize = None,
-    prefill_step_size: o.PrefillStepSize = 2048,
+    prefill_step_size: o.PrefillStepSize = None,
     prefill_draft: o.PrefillDraft = None,
     keep: o.Keep = 0.5,
     prefill_threshold: o.PrefillThreshold = 8192,
@@ -101,7 +101,11 @@ def chat(
                 "xtc_threshold": xtc_threshold,
             },
             max_tokens=max_tokens,
-            prefill_step_size=prefill_step_size,
+            **(
+                {}
+                if prefill_step_size is None
+                else {"prefill_step_size": prefill_step_size}
+            ),
         )
         if file is not None and document is not None:
             check_bytes(net, document, force)

@@ -192,8 +192,7 @@ def _predictor(engine: Any) -> str:
 def _tuned(net: Any, engine: Any) -> tuple[Any, str]:
     """This device's settings for the engine, and where they come from."""
     from .. import tuned
-    from ..tuning import multiplied
-    from .first_use import worth_tuning
+    from .first_use import multiplied, worth_tuning
 
     if not worth_tuning(engine):
         return engine.device, "not needed: nothing runs sparsely, or FFNs are too small"

@@ -86,14 +86,12 @@ def tuned(model: Any, engine: Any, console: Console) -> Any:
     else:
         choice = measured(engine, heads, console)
         device = choice.device
-        _tell(console, tuning.summary(choice))
+        _tell(console, summary(choice))
     memory.remember(key, device)
     return device
 
 
 def _fast_summary(choice: Any) -> str:
-    from ..tuning import multiplied
-
     if choice.device.unpack:
         return (
             f"--fast: {multiplied(choice.device)}; an FFN takes {choice.share:.2f} of its time in "
@@ -102,6 +100,40 @@ def _fast_summary(choice: Any) -> str:
     if not choice.candidates:
         return "--fast: no FFN is quantised or bfloat16 here, there is nothing to try."
     return "--fast: mlx-lm's own products are the fastest on this device."
+
+
+def multiplied(device: Any) -> str:
+    """How calls of ``unpack`` tokens multiply."""
+    how = (
+        "FFNs run in float16" if device.half else "Packed weights are dequantised first"
+    )
+    return f"{how} from {device.unpack:,} tokens on"
+
+
+def summary(choice: Any) -> str:
+    """One line for the user, and one per candidate that is wrong."""
+    wrong = [c for c in choice.candidates if not c.correct]
+    lines = [
+        f"block {c.block_size}, {c.strategy}: wrong by {c.error:.1e}, not used"
+        for c in wrong
+    ]
+    device = choice.device
+    first = f" {multiplied(device)}." if device.unpack else ""
+    if device.dense:
+        line = "Tuned: dense prefill is fastest on this device."
+        if first:
+            line += f"{first} An FFN takes {choice.share:.2f} of its time in mlx-lm."
+        return "\n".join([line, *lines])
+    line = (
+        f"Tuned: blocks of {device.block_size} tokens, {device.strategy}; an FFN takes "
+        f"{choice.share:.2f} of its dense time. Prompts from "
+        f"{device.shortest} tokens on.{first}"
+    )
+    if device.attention_block:
+        line += f" Attention in blocks of {device.attention_block} queries."
+    if choice.steps.keys() & {device.step}:
+        line += f" {device.step:,} tokens per call."
+    return "\n".join([line, *lines])
 
 
 def measured(engine: Any, heads: Any, console: Console) -> Any:

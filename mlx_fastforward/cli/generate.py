@@ -91,7 +91,7 @@ def generate(
         bool, o.opt("Use the raw prompt.", "--ignore-chat-template", panel=o.SAMPLING)
     ] = False,
     max_kv_size: o.MaxKvSize = None,
-    prefill_step_size: o.PrefillStepSize = 2048,
+    prefill_step_size: o.PrefillStepSize = None,
     prompt_cache_file: Annotated[
         Optional[Path],
         o.opt(
@@ -187,6 +187,8 @@ def generate(
         if draft_model is not None:
             draft = _draft(draft_model, tokenizer)
             more = {"draft_model": draft, "num_draft_tokens": num_draft_tokens}
+        if prefill_step_size is not None:
+            more["prefill_step_size"] = prefill_step_size
         read = 0
         if cache is not None:
             from mlx_lm.models.cache import make_prompt_cache
@@ -233,7 +235,6 @@ def generate(
                 xtc_threshold,
                 min_tokens_to_keep,
             ),
-            prefill_step_size=prefill_step_size,
             kv_bits=kv_bits,
             kv_group_size=kv_group_size,
             quantized_kv_start=quantized_kv_start,

@@ -52,7 +52,7 @@ def check_block(block_size: Optional[int], most: int = 1920) -> None:
 
 
 def check_lengths(
-    max_tokens: int, prefill_step_size: int, block_size: Optional[int]
+    max_tokens: int, prefill_step_size: Optional[int], block_size: Optional[int]
 ) -> None:
     if max_tokens == 0 or max_tokens < -1:
         raise ConfigError(
@@ -60,7 +60,8 @@ def check_lengths(
         )
     check_block(block_size)
     size = BLOCK_SIZE if block_size is None else block_size
-    if prefill_step_size < size + min(size, 128):
+    least = size + min(size, 128)
+    if prefill_step_size is not None and prefill_step_size < least:
         raise ConfigError(
             f"--prefill-step-size ({prefill_step_size}) must hold the dense head and a block: "
             f"--block-size ({size}) plus up to 128."

@@ -9,7 +9,7 @@ from rich.table import Table
 from ..errors import ConfigError
 from . import options as o
 from .errors import fail, interruptible, one_line_errors
-from .first_use import tuning_bar
+from .first_use import summary, tuning_bar
 from .models import load_model
 from .outputs import check_files, write_json
 from .tables import say, show
@@ -57,7 +57,7 @@ def tune(
         with tuning_bar(Console(stderr=True)) as tick:
             choice = tuning.tune(net, largest, tick)
         show(table(choice))
-        say(tuning.summary(choice))
+        say(summary(choice))
         key = tuned.key(engine, tuned.heads_of(net, engine))
         write_json(json_file, {"for": key, **asdict(choice)})
         say(
@@ -66,8 +66,8 @@ def tune(
 
 
 def table(choice: Any) -> Table:
-    """Every candidate with its time, beside mlx-lm's own."""
-    heads = ("tokens", "way", "weights", "ms", "mlx-lm's own", "of that", "error")
+    """Every candidate with its time, and its baseline's: mlx-lm's own, or calls of half as many tokens."""
+    heads = ("tokens", "way", "weights", "ms", "baseline ms", "of that", "error")
     found = Table(*heads)
     for c in choice.candidates:
         error = f"{c.error:.1e}" + ("" if c.correct else ", wrong")
@@ -80,6 +80,8 @@ def table(choice: Any) -> Table:
         if rows:
             times = _times(seconds, choice.attention[0])
             found.add_row(str(rows), "attention", "", *times, "")
+    for step, seconds in choice.steps.items():
+        found.add_row(str(step), "tokens per call", "", *_times(*seconds), "")
     return found
 
 

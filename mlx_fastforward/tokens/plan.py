@@ -6,7 +6,9 @@ Pure Python, no mlx: everything here is known before the forward pass is built.
 from dataclasses import dataclass
 from typing import Optional
 
-CHUNK = 2048  # tokens that mlx-lm prefills per call
+from ..config import STEP
+
+CHUNK = STEP
 
 
 @dataclass(frozen=True)
