@@ -149,10 +149,10 @@ def _has_stages(model: nn.Module) -> bool:
 def check_stages(model: nn.Module) -> None:
     """Refuse a model that cannot be dealt out by layers; raises ConfigError."""
     if not _has_stages(model):
-        how = "leave --pipeline out" if hasattr(model, "shard") else ""
+        shards = hasattr(model, "shard")
+        how = "leave --pipeline out" if shards else "start it without mlx.launch"
         raise ConfigError(
-            f"mlx-lm cannot share a {model_type(model)} model among processes by its layers; "
-            f"{how or 'start it without mlx.launch'}."
+            f"mlx-lm cannot share a {model_type(model)} model among processes by its layers; {how}."
         )
     layers, n = len(model.layers), ranks.group().size()
     if layers < n:

@@ -147,13 +147,19 @@ def start(
         launched.end()
 
 
-def completions(url: str, *sparsities: float) -> list[dict[str, Any]]:
+ASKED: list[dict[str, Any]] = [
+    {"sparsity": 0.0},
+    {"sparsity": 0.5},
+    {"sparsity": 0.5, "seed": 7},  # served alone
+]
+
+
+def completions(url: str) -> list[dict[str, Any]]:
     """Answers of a server: text and usage."""
     asked = {"prompt": LONG, "max_tokens": 8, "cache_prompt": False}
     with httpx.Client(base_url=url, timeout=60) as client:
         found = [
-            client.post("/v1/completions", json={**asked, "sparsity": s}).json()
-            for s in sparsities
+            client.post("/v1/completions", json=asked | more).json() for more in ASKED
         ]
     return [{"text": f["choices"][0]["text"], **f["usage"]} for f in found]
 
@@ -178,7 +184,7 @@ def two(model: Path, start: Callable[..., Launched]) -> Seen:
     ]
     long = ["generate", "Hello", "--model", model, "-m", 2000, "--temp", 1]
     both = start(2, commands=commands, last=[serve(model), long])
-    served = completions(both.url(), 0, 0.5)
+    served = completions(both.url())
     both.processes[0].send_signal(signal.SIGTERM)
     assert both.processes[0].stdout is not None
     both.processes[0].stdout.read(1)  # both write the long answer
@@ -189,7 +195,7 @@ def two(model: Path, start: Callable[..., Launched]) -> Seen:
 def four(model: Path, start: Callable[..., Launched]) -> Seen:
     """Four: a server by layers, idle when one of them dies."""
     every = start(4, commands=[], last=[serve(model, "--pipeline")])
-    return every.killed(completions(every.url(), 0, 0.5))
+    return every.killed(completions(every.url()))
 
 
 @pytest.fixture(params=[2, 4])
@@ -321,7 +327,8 @@ def test_a_server_answers_like_one_process(seen: Seen, model: Path) -> None:
     """Densely and sparsely; by layers with the very neurons of one process."""
     net, tokenizer = ff.load(str(model), device=ff.DeviceSettings())
     parts = 2 if len(seen.codes) == 2 else 1
-    for sparsity, served in zip((0.0, 0.5), seen.served, strict=True):
+    for asked, served in zip(ASKED, seen.served, strict=True):
+        sparsity = asked["sparsity"]
         ff.attach(net, ff.PrefillConfig(sparsity), device=ff.DeviceSettings())
         if sparsity and parts > 1:
             per_part(net, parts)
