@@ -1,11 +1,11 @@
 """Speculative prefill on the command line: its flags made into a Speculative."""
 
-import sys
 from typing import Any, Iterator, Optional
 
 from .. import ranks
 from ..errors import ConfigError, LoadProblem
 from .errors import fail
+from .tables import warn
 
 
 def keep_config(draft: Optional[str], keep: float, threshold: int) -> Any:
@@ -48,7 +48,7 @@ def speculative(
     scorer = LayersScorer(model) if draft == "self" else _draft(draft, tokenizer)
     reader = Speculative(model, scorer, config)
     if reader.warning is not None:
-        tell(reader.warning)
+        warn(reader.warning)
     return reader
 
 
@@ -94,8 +94,4 @@ def answers(
         tokenizer, ids, 0, cache, protect=protect, **kwargs
     )
     for note in reader.take_notes():
-        tell(note)
-
-
-def tell(text: str) -> None:
-    print(f"mlx_fastforward: {text}", file=sys.stderr)
+        warn(note)
