@@ -173,7 +173,9 @@ def test_comparing_what_is_too_short_to_gain(
     typed: Typed, capsys: pytest.CaptureFixture
 ) -> None:
     typed.type("Hello", "/compare")
-    last = capsys.readouterr().out.splitlines()[-1]
+    shown = capsys.readouterr().out
+    assert shown.count("(cut at --max-tokens 8)\n") == 2  # not of the conversation
+    last = shown.splitlines()[-1]
     why = "Both were read densely: shorter than 512 tokens. What differs is chance."
     assert last == why
 

@@ -51,10 +51,13 @@ def test_what_is_off_and_why(
     same = ["--model", folder]
     assert lines(*same, "--sparsity", 0)["prefill"] == "stock mlx-lm: sparsity 0"
     assert "too small" in lines(*same)["tuned"]
-    monkeypatch.setattr(first_use, "SMALLEST", 0)
-    assert lines(*same)["tuned"].startswith("not yet")
+    with monkeypatch.context() as patch:
+        patch.setattr(first_use, "SMALLEST", 0)
+        assert lines(*same)["tuned"].startswith("not yet")
     kept = DeviceSettings(256, "columns", 1024, 512)
-    monkeypatch.setattr(tuned, "remembered", lambda key: kept)
+    monkeypatch.setattr(
+        tuned, "remembered", lambda key: kept
+    )  # of `tune`, however small
     said = lines(*same)
     assert said["tuned"] == "blocks of 256 tokens, columns, attention by 512 queries"
     assert "prompts below 1,024 tokens" in said["prefill"]

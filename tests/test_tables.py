@@ -151,3 +151,18 @@ def test_long_lines_break_between_words(width: int) -> None:
         lines = file.getvalue().splitlines()
         assert " ".join(lines).split() == words
         assert (max(map(len, lines)) <= width) == is_terminal == (len(lines) > 1)
+
+
+def test_lines_stay_as_far_in_as_they_begin() -> None:
+    """And a path is not cut for the terminal's width."""
+    file, path = io.StringIO(), "/a/long-path" * 9
+    console = Console(file=file, width=40, force_terminal=True, color_system=None)
+    tables.say(f"    see {path} and these words of a long line", console)
+    tables.labelled("label", "some words that do not fit beside it", console)
+    assert file.getvalue().splitlines() == [
+        "    see",
+        f"    {path}",
+        "    and these words of a long line",
+        "label       some words that do not fit",
+        "            beside it",
+    ]

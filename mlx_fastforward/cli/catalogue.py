@@ -7,6 +7,7 @@ from typing import Iterator
 from .. import demo
 from ..errors import FastForwardError, LoadProblem, brief, printable
 from .errors import interruptible, one_line_errors
+from .tables import say
 
 CONTEXT = 8192  # tokens of KV cache that the memory is told for
 
@@ -23,15 +24,15 @@ def models() -> None:
     with one_line_errors(), interruptible():
         from ..hub import cached_models
 
-        print(f"demo (bundled, without --model): {demo.MODEL}")
+        say(f"demo (bundled, without --model): {demo.MODEL}")
         _show(str(demo.MODEL), demo.MODEL)
         found = [(n, f) for n, fs in cached_models() for f in fs[:1]]
         models = [(n, f) for n, f in found if (f / "config.json").is_file()]
         for name, folder in models:
-            print(printable(name))
+            say(printable(name))
             _show(name, folder)
         if not models:
-            print(
+            say(
                 "No others in the Hugging Face cache: --model REPOSITORY downloads one."
             )
 
@@ -39,9 +40,9 @@ def models() -> None:
 def _show(name: str, folder: Path) -> None:
     try:
         for line in described(name, folder):
-            print(f"    {printable(line)}")
+            say(f"    {printable(line)}")
     except FastForwardError as e:
-        print(f"    not usable: {printable(brief(e))}")
+        say(f"    not usable: {printable(brief(e))}")
 
 
 def described(name: str, folder: Path) -> Iterator[str]:

@@ -14,6 +14,7 @@ from .inputs import sampling
 from .interrupt import answered
 from .lengths import check_bytes, check_tokens, patiently
 from .outputs import broken, prefill_line, status_line
+from .tables import warn
 from .terminal import prefill_progress, show_compared
 
 
@@ -67,7 +68,7 @@ class Chat:
         if self.interactive:
             self.console.print(Text(text, style="yellow"))
         else:
-            print(f"mlx_fastforward: {text}", file=sys.stderr)
+            warn(text)
 
     def why_dense(self) -> str:
         if self.engine.device.dense:
@@ -151,8 +152,11 @@ class Chat:
             tune_first(self.session.model, tokens)
             self.tune = False
 
-    def stream(self, answer: Callable[..., Any], *args: Any) -> Any:
-        """Print an answer as it comes; returns its last response, None if nothing was said."""
+    def stream(self, answer: Callable[..., Any], *args: Any, kept: bool = True) -> Any:
+        """Print an answer as it comes; returns its last response, None if nothing was said.
+
+        kept: It is part of the conversation.
+        """
         last, stopped = None, False
         sampler = sampling(self.session.tokenizer, **self.sampling)
         with prefill_progress(self.session.model, self.bar, self.console) as (
@@ -179,22 +183,23 @@ class Chat:
         if self.session.speculative is not None:
             for note in self.session.speculative.take_notes():
                 self.say(note)
-        self.tell_end(last, stopped)
+        self.tell_end(last, stopped, "; /continue goes on" if kept else "")
         return last
 
-    def tell_end(self, last: Any, stopped: bool) -> None:
-        """How an answer ended, and its figures."""
+    def tell_end(self, last: Any, stopped: bool, more: str) -> None:
+        """How an answer ended, what can be done about it, and its figures."""
         if last is None:
+            unsent = (
+                " while reading: your message was not sent; arrow up brings it back"
+            )
             if stopped:
-                self.note(
-                    "(stopped while reading: your message was not sent; arrow up brings it back)"
-                )
+                self.note(f"(stopped{unsent if more else ''})")
             return
         if stopped:
-            self.note("(stopped; /continue goes on)")
+            self.note(f"(stopped{more})")
         elif last.finish_reason == "length":
             most = self.generation["max_tokens"]
-            self.note(f"(cut at --max-tokens {most}; /continue goes on)")
+            self.note(f"(cut at --max-tokens {most}{more})")
         figures = status_line(last, self.why_nothing_skipped(last))
         self.note(broken(figures, self.console.width))
 
@@ -217,7 +222,7 @@ class Chat:
         for sparse in (True, False):
             name = "sparse" if sparse else "dense"
             self.console.print(Text(name, style="bold"))
-            last = self.stream(self.session.answer_again, sparse)
+            last = self.stream(self.session.answer_again, sparse, kept=False)
             if last is None or last.finish_reason is None:
                 return
             results.append(last)

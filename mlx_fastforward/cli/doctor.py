@@ -4,13 +4,13 @@ import warnings
 from typing import Annotated, Any, Iterator, Optional
 
 from rich.console import Console
-from rich.text import Text
 
 from ..errors import UnsupportedModel
 from . import options as o
 from .errors import interruptible, one_line_errors
 from .inputs import sparsity_of
 from .models import checked_name, load_model, public_name
+from .tables import labelled
 
 Line = tuple[str, str]  # what, and what is so
 
@@ -33,11 +33,13 @@ def doctor(
     """
     with one_line_errors(), interruptible():
         share, name = sparsity_of(sparsity), checked_name(model)
-        console = Console(highlight=False, soft_wrap=True)
+        console = Console(highlight=False)
         for label, said in [*_system(), *_own()]:
-            _print(console, label, said)
+            labelled(label, said, console)
         if (place := _place(name)) is None:
-            _print(console, "model", f"{name}: not on this machine; chat downloads it")
+            labelled(
+                "model", f"{name}: not on this machine; chat downloads it", console
+            )
             return
         with warnings.catch_warnings(record=True) as caught:
             warnings.simplefilter("always")
@@ -51,16 +53,12 @@ def doctor(
                     trust_remote_code=trust_remote_code,
                 )
             except UnsupportedModel as e:
-                _print(console, "model", f"{public_name(model)}: off, {e}")
+                labelled("model", f"{public_name(model)}: off, {e}", console)
                 return
         for label, said in _model(net, public_name(model), tokens):
-            _print(console, label, said)
+            labelled(label, said, console)
         for w in caught:
-            _print(console, "note", str(w.message))
-
-
-def _print(console: Console, label: str, said: str) -> None:
-    console.print(Text.assemble((f"{label:<12}", "bold"), said))
+            labelled("note", str(w.message), console)
 
 
 def _place(name: str) -> Optional[str]:
@@ -191,9 +189,9 @@ def _tuned(net: Any, engine: Any) -> tuple[Any, str]:
     from .. import tuned
     from .first_use import multiplied, worth_tuning
 
-    if not worth_tuning(engine):
-        return engine.device, "not needed: nothing runs sparsely, or FFNs are too small"
     device = tuned.remembered(tuned.key(engine, tuned.heads_of(net, engine)))
+    if not any(engine.keep) or (device is None and not worth_tuning(engine)):
+        return engine.device, "not needed: nothing runs sparsely, or FFNs are too small"
     if device is None:
         return engine.device, "not yet: the first chat, generate or tune measures it"
     unpacked = f"; {multiplied(device)}" if device.unpack else ""

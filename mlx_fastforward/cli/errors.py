@@ -10,15 +10,17 @@ import typer
 from .. import ranks
 from ..errors import ConfigError, FastForwardError, printable
 from .interrupt import answered
+from .tables import warn
 
 
 def fail(message: str, code: int = 1) -> NoReturn:
     """Print one line to stderr and leave; 2 is for wrong usage, 1 for failure."""
-    said = f"mlx_fastforward: {printable(message)}"
+    said = printable(message)
     if not (rank := ranks.rank()):
-        print(said, file=sys.stderr)
+        warn(said)
     elif code == 1:  # wrong usage is the same everywhere
-        print(f"{said} (rank {rank})", file=sys.__stderr__, flush=True)
+        said = f"mlx_fastforward: {said} (rank {rank})"
+        print(said, file=sys.__stderr__, flush=True)
     raise typer.Exit(code)
 
 
@@ -52,8 +54,9 @@ def _leave_the_dead() -> NoReturn:
 def interruptible() -> Iterator[None]:
     """Ctrl-C leaves quietly, with the shell's code for it."""
     try:
+        # not by warn(): a bar in the last line is in the way
         with answered(lambda text: print(f"mlx_fastforward: {text}", file=sys.stderr)):
             yield
     except KeyboardInterrupt:
-        print("mlx_fastforward: stopped.", file=sys.stderr)
+        warn("stopped.")
         raise typer.Exit(130) from None

@@ -22,15 +22,15 @@ def announce(
     if own := [d.length for d in documents if d.task == "qa"]:
         parts.append(f"{len(own)} of yours of {min(own):,} to {max(own):,} tokens")
     questions = sum(len(d.questions) for d in documents)
-    console.print(
+    say(
         f"{len(documents)} documents ({', '.join(parts)}) with {questions} questions; each is "
         f"read {len(labels) + 1} times: dense, {', '.join(labels)}.",
-        soft_wrap=True,
+        console,
     )
     if short := sum(d.length < shortest for d in documents):
-        console.print(
+        say(
             f"{short} of them have fewer than {shortest} tokens and are always read densely.",
-            soft_wrap=True,
+            console,
         )
 
 

@@ -8,6 +8,7 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn
 
 from .. import ranks
+from .tables import say
 
 # Weights of an FFN: below this the timings are noise, and there is nothing to win.
 SMALLEST = 4_000_000
@@ -165,4 +166,4 @@ def tuning_bar(console: Console, note: str = "") -> Iterator[Callable[[float], N
 
 
 def _tell(console: Console, text: str) -> None:
-    console.print(text, style="dim", highlight=False, soft_wrap=True)
+    say(text, console, style="dim")

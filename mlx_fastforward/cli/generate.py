@@ -31,6 +31,7 @@ from .outputs import broken, status_line
 from .part_read import answers, keep_config, refuse_beside, speculative
 from .prompt import add_stops, asked_text, prompt_tokens
 from .speedup import Settings, explain, settled
+from .tables import warn
 from .terminal import prefill_progress
 
 
@@ -218,7 +219,7 @@ def generate(
             check_cache(cache, len(make_prompt_cache(net)), kv_bits, kv_group_size)
             more["prompt_cache"], read = cache, cached_tokens(cache)
         if warning := check_tokens(net, read + len(ids), force):
-            print(f"mlx_fastforward: {warning}", file=sys.stderr)
+            warn(warning)
         if not no_tune:
             tune_first(net, len(ids))
         import mlx.core as mx

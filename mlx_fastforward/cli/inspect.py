@@ -17,7 +17,7 @@ from .errors import interruptible, one_line_errors
 from .inputs import DTYPES, check_choice, numbers, read_text
 from .models import dtype_name, public_name, stock_model
 from .outputs import check_files, write, write_json
-from .tables import say, show
+from .tables import say, show, warn
 
 HEADS = "layer,importance,kept,by importance,recall,FFN error,compensated,stream error"
 HEADS += ",overlap,oracle's"
@@ -100,10 +100,9 @@ def _ids(net: Any, tokenizer: Any, text: str) -> Any:
 
     ids, limit = encode_prompt(tokenizer, text), context_length(net)
     if limit and ids.size > limit:
-        print(
-            f"mlx_fastforward: the text has {ids.size:,} tokens, the model was made for "
-            f"{limit:,}: only those are read.",
-            file=sys.stderr,
+        warn(
+            f"the text has {ids.size:,} tokens, the model was made for "
+            f"{limit:,}: only those are read."
         )
         ids = ids[:limit]
     return ids

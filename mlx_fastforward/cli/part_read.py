@@ -8,6 +8,7 @@ from ..errors import ConfigError, LoadProblem
 from .errors import fail
 from .inputs import numbers
 from .models import public_name
+from .tables import warn
 
 
 def keep_config(draft: Optional[str], keep: float, threshold: int) -> Any:
@@ -47,7 +48,7 @@ def speculative(
     scorer = LayersScorer(model) if own else _draft(draft, tokenizer, draft)
     reader = Speculative(model, scorer, config)
     if reader.warning is not None:
-        tell(reader.warning)
+        warn(reader.warning)
     return reader
 
 
@@ -163,8 +164,4 @@ def answers(
         tokenizer, ids, 0, cache, protect=protect, **kwargs
     )
     for note in reader.take_notes():
-        tell(note)
-
-
-def tell(text: str) -> None:
-    print(f"mlx_fastforward: {text}", file=sys.stderr)
+        warn(note)

@@ -7,6 +7,7 @@ from ..errors import printable
 from . import options as o
 from .errors import one_line_errors
 from .models import describe_base
+from .tables import say
 
 
 def predictors(
@@ -33,29 +34,29 @@ def predictors(
             found = [f for f in found if f.problem or _same(f.predictor, base)]
         if not found:
             whom = f" for {model}" if model else ""
-            print(
+            say(
                 f"No predictors{whom}: none beside the model, in {home()} or in the hub's cache."
             )
-            print("mlx_fastforward train fits one; convert takes trained weights.")
+            say("mlx_fastforward train fits one; convert takes trained weights.")
         chosen = None
         if model and base:
             with contextlib.suppress(PredictorError):  # damaged: listed as such
                 chosen = predictor_for(model, base)
         for f in found:
             mine = chosen is not None and str(f.folder) == chosen.source
-            print(f.place + (" (chat takes it)" if mine else ""))
+            say(f.place + (" (chat takes it)" if mine else ""))
             if f.predictor is None:
-                print(f"    {printable(f'damaged: {f.problem}')}")
+                say(f"    {printable(f'damaged: {f.problem}')}")
             else:
                 _show(f.predictor)
         if model is None:
-            print(f"bundled with the demo model: {demo.MODEL}")
+            say(f"bundled with the demo model: {demo.MODEL}")
             _show(load_predictor(demo.MODEL))
 
 
 def _show(predictor: Any) -> None:
     for line in summary(predictor):
-        print(f"    {printable(line)}")
+        say(f"    {printable(line)}")
 
 
 def _same(predictor: Any, base: Any) -> bool:

@@ -1,5 +1,6 @@
 """Tables and long lines that suit where they go: a wide terminal, a narrow one, or a pipe."""
 
+import textwrap
 from typing import Any, Optional
 
 from rich.console import Console
@@ -8,6 +9,7 @@ from rich.table import Table
 from rich.text import Text
 
 Rows = list[tuple[str, ...]]
+WORDS: Any = {"break_long_words": False, "break_on_hyphens": False}
 
 
 def show(table: Table, console: Optional[Console] = None) -> None:
@@ -21,10 +23,32 @@ def show(table: Table, console: Optional[Console] = None) -> None:
         _print_stacked(table, console)
 
 
-def say(text: str, console: Optional[Console] = None) -> None:
-    """A line that a terminal breaks between words, and a pipe not at all."""
+def say(text: str, console: Optional[Console] = None, style: str = "") -> None:
+    """Lines that a terminal breaks between words, as far in as they begin, and a pipe not at all."""
     console = console or Console(highlight=False)
-    console.print(Text(text), soft_wrap=not console.is_terminal)
+    if console.is_terminal:
+        text = "\n".join(_filled(line, console.width) for line in text.splitlines())
+    console.print(Text(text, style=style), soft_wrap=True)
+
+
+def warn(text: str) -> None:
+    """A line on standard error, under the program's name."""
+    say(f"mlx_fastforward: {text}", Console(stderr=True, highlight=False))
+
+
+def labelled(label: str, text: str, console: Console) -> None:
+    """A line in a column of its own beside its label."""
+    margin = 12
+    if console.is_terminal:
+        text = textwrap.fill(text, console.width - margin, **WORDS)
+        text = text.replace("\n", "\n" + " " * margin)
+    line = Text.assemble((label.ljust(margin), "bold"), text)
+    console.print(line, soft_wrap=True)
+
+
+def _filled(line: str, width: int) -> str:
+    indent = " " * (len(line) - len(line.lstrip()))
+    return textwrap.fill(line, width, subsequent_indent=indent, **WORDS)
 
 
 def print_plain(table: Table, console: Console) -> None:

@@ -20,6 +20,7 @@ from .errors import fail, interruptible, one_line_errors
 from .inputs import check_choice
 from .lengths import check_lengths_of
 from .models import load_model, public_name
+from .tables import say
 from .train_end import DOCUMENTS, conclude, verified
 
 PREDICTORS = ("token-wise", "pooled")
@@ -190,10 +191,10 @@ def _tokens(asked: Optional[int], corpus: Any, base: Any, console: Console) -> i
             "least, better a hundred times as many: name more with --data."
         )
     if most < wanted:
-        console.print(
+        say(
             f"The data holds about {most // PASSES:,} tokens: each is read about {PASSES} times, "
             f"{most:,} in all instead of {wanted:,}.",
-            soft_wrap=True,
+            console,
         )
     return int(min(wanted, most))
 
@@ -226,10 +227,10 @@ def _announce(run: Any, console: Console, new: bool) -> None:
             f"for {run.out}; "
             + (f"try --tokens {fitting}." if fitting >= 4096 else "free some.")
         )
-    console.print(
+    say(
         f"Up to {tokens:,} tokens; {disk / 1e9:.2f} GB of disk in {run.out} while it runs, at "
         f"most {memory / 1e9:.2f} GB of memory besides what the model takes to read.",
-        soft_wrap=True,
+        console,
     )
 
 
@@ -240,7 +241,7 @@ def _dry_run(run: Any, console: Console, reads: int) -> None:
     found = estimate.seconds(run, reads)
     parts = ", ".join(f"{phase} {s / 60:.1f}" for phase, s in found.items())
     total = sum(found.values()) / 60
-    console.print(f"About {total:.1f} minutes: {parts}.", soft_wrap=True)
+    say(f"About {total:.1f} minutes: {parts}.", console)
     if run.settings.minutes:
         console.print(f"--minutes {run.settings.minutes:g} cuts that short.")
 

@@ -4,6 +4,7 @@ import time
 from pathlib import Path
 from typing import Any, Callable, Optional
 
+from .tables import say
 from .verified_table import show_verified
 
 DOCUMENTS = 8
@@ -49,17 +50,17 @@ def conclude(
     """What was fitted, what it costs, what to type next."""
     made = report["calibration"]
     recall = sum(made["recall"]) / len(made["recall"])
-    print(f"{made['tokens']:,} tokens, {seconds / 60:.1f} minutes. On held-out text:")
-    print(f"recall of the best half of the neurons: {recall:.1%}")
+    say(f"{made['tokens']:,} tokens, {seconds / 60:.1f} minutes. On held-out text:")
+    say(f"recall of the best half of the neurons: {recall:.1%}")
     if removed := made["error_removed"]:
         share = sum(removed) / len(removed)
-        print(f"error removed by the compensator, mean of the layers: {share:.0%}")
+        say(f"error removed by the compensator, mean of the layers: {share:.0%}")
     for arm, row in (made["from_dense"] or {}).items():
-        print(f"at 50 %, {arm}: KL {row['kl']:.4f}, top-1 agreement {row['top1']:.1%}")
-    print(f"predictor: {out} (with report.json and report.png)")
+        say(f"at 50 %, {arm}: KL {row['kl']:.4f}, top-1 agreement {row['top1']:.1%}")
+    say(f"predictor: {out} (with report.json and report.png)")
     if found is not None:
         show_verified(found)
-    print(_reached(found, out, model))
+    say(_reached(found, out, model))
 
 
 def _reached(found: Optional[dict[str, Any]], out: Path, model: Optional[str]) -> str:
