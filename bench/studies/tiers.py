@@ -6,7 +6,7 @@ python -m mlx_fastforward.bench.studies.tiers tiers --draft DRAFT
 import time
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
-from typing import Annotated, Any, Callable, Iterator, Optional
+from typing import Annotated, Any, Optional
 
 import mlx.core as mx
 import mlx.nn as nn

@@ -20,8 +20,9 @@ from .inputs import (
 )
 from .lengths import check_bytes
 from .models import load_model
-from .part_read import keep_config, refuse_beside, speculative, tell
+from .part_read import keep_config, refuse_beside, speculative
 from .speedup import Settings, explain, settled
+from .tables import warn
 
 
 def chat(
@@ -91,7 +92,7 @@ def chat(
         )
         if keeping is not None:
             refuse_beside(**{"--max-kv-size": max_kv_size, "--cache-dir": cache_dir})
-        disk = disk_cache(cache_dir, cache_gb, tell)
+        disk = disk_cache(cache_dir, cache_gb, warn)
         document = read_text(file) if file is not None else None
         load = partial(
             load_model,

@@ -219,14 +219,15 @@ class Chat:
         """The last message, sparse and dense, each from an empty cache."""
         self.session.warm_up()
         results = []
-        for sparse in (True, False):
-            name = "sparse" if sparse else "dense"
+        for name in ("sparse", "dense"):
             self.console.print(Text(name, style="bold"))
-            last = self.stream(self.session.answer_again, sparse, kept=False)
+            again = self.session.answer_again
+            last = self.stream(again, name == "sparse", kept=False)
             if last is None or last.finish_reason is None:
                 return
             results.append(last)
-        show_compared(self.console, *results, self.why_nothing_skipped(results[0]))
+        sparse, dense = results
+        show_compared(self.console, sparse, dense, self.why_nothing_skipped(sparse))
 
 
 def banner(chat: Chat) -> None:

@@ -1,6 +1,5 @@
 """mlx_fastforward inspect: what sparse prefill does inside a model, on a text."""
 
-import sys
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Annotated, Any, Optional

@@ -1,6 +1,5 @@
 """Speculative prefill on the command line: its flags made into a Speculative."""
 
-import sys
 from typing import Any, Callable, Iterator, Optional
 
 from .. import ranks
