@@ -24,7 +24,7 @@ from models import (
     token_ids,
 )
 
-from mlx_fastforward import Response, attach, detach, stream_generate
+from mlx_fastforward import DeviceSettings, Response, attach, detach, stream_generate
 from mlx_fastforward.generation import encode_prompt
 
 TOKENS = 12 * BLOCK + 5
@@ -181,6 +181,22 @@ def test_stopping_leaves_no_prompt_behind(after: int) -> None:
     got = responses(model, PROMPT)
     np.testing.assert_array_equal(logprobs(got), logprobs(wanted))
     assert got[0].ffn_sparsity == wanted[0].ffn_sparsity
+
+
+def test_tokens_per_call_are_as_tuned() -> None:
+    """Unless the caller says, or nothing runs sparsely."""
+    model, seen = tiny("llama"), []  # type: nn.Module, list[int]
+    device, prompt = DeviceSettings(step=512), token_ids(1200)
+    tick = lambda done, total: seen.append(done)
+    for sparsity, more, wanted in (
+        (0.5, {}, [0, 512, 1024, 1199, 1200]),
+        (0.5, {"prefill_step_size": 1024}, [0, 1024, 1199, 1200]),
+        (0.0, {}, [0, 1199, 1200]),
+    ):
+        attach(model, settings(sparsity=sparsity), device=device)
+        responses(model, prompt, 1, prompt_progress_callback=tick, **more)
+        assert seen == wanted
+        seen.clear()
 
 
 def test_input_embeddings() -> None:
