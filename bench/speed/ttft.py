@@ -48,7 +48,8 @@ class Arm:
             yield from stream_generate(model, tokenizer, ids, max_tokens)
             return
         self.reader.scorer.cached = []
-        cache, tokens = make_prompt_cache(model), ids.tolist()
+        tokens: Any = ids.tolist()
+        cache = make_prompt_cache(model)
         yield from self.reader.stream_generate(tokenizer, tokens, 0, cache, max_tokens)
         for note in self.reader.take_notes():
             raise FastForwardError(note)
