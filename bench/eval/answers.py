@@ -125,7 +125,7 @@ def _ask_in_part(
     for ids in document.prompts:
         cache = make_prompt_cache(model)
         make_compact(cache)  # one that can be cut back
-        responses: Any = reader.stream_generate(tokenizer, ids, 0, cache, max_tokens=1)
+        responses: Any = reader.stream_generate(tokenizer, ids, 0, cache, 1)
         with contextlib.closing(responses):
             share = _share(reader, next(responses))
         _cut(cache, len(ids) - 1)

@@ -11,7 +11,6 @@ from typing import Any, Callable, Iterator, Optional
 
 import mlx.core as mx
 import mlx.nn as nn
-import numpy as np
 from mlx_lm.generate import stream_generate as stock_stream_generate
 from mlx_lm.models.cache import make_prompt_cache
 
@@ -49,7 +48,8 @@ class Arm:
             yield from stream_generate(model, tokenizer, ids, max_tokens)
             return
         self.reader.scorer.cached = []
-        cache, tokens = make_prompt_cache(model), np.array(ids).tolist()
+        tokens: Any = ids.tolist()
+        cache = make_prompt_cache(model)
         yield from self.reader.stream_generate(tokenizer, tokens, 0, cache, max_tokens)
         for note in self.reader.take_notes():
             raise FastForwardError(note)
