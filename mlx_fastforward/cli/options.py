@@ -113,8 +113,8 @@ PrefillDraft = Annotated[
     Optional[str],
     opt(
         "A small model that says which tokens of a long prompt matter: folder or repository, "
-        "'self' for the model's own first layers, 'demo' for the demo model's. Only those are read; what others say is lost "
-        "until it is read, too. Default: off.",
+        "'self' for the model's own first layers, 'demo' for the demo model's draft. Only those are "
+        "read; what others say is lost until it is read, too. Default: off.",
         panel=SPECULATIVE,
     ),
 ]
