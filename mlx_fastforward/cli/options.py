@@ -112,9 +112,9 @@ Predictor = Annotated[
 PrefillDraft = Annotated[
     Optional[str],
     opt(
-        "A small model that says which tokens of a long prompt matter: folder or repository, or "
-        "'self' for the model's own first layers. Only those are read; what others say is lost "
-        "until it is read, too. Default: off.",
+        "A small model that says which tokens of a long prompt matter: folder or repository, "
+        "'self' for the model's own first layers, 'demo' for the demo model's draft. Only those are "
+        "read; what others say is lost until it is read, too. Default: off.",
         panel=SPECULATIVE,
     ),
 ]

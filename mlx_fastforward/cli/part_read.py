@@ -124,11 +124,13 @@ def _check(model: Any) -> None:
 def _draft(name: str, tokenizer: Any, shown: str) -> Any:
     from mlx_lm.utils import load
 
+    from .. import demo
     from ..hub import problems
     from ..scorers import DraftScorer
     from ..tokens.mapping import Translation
     from .models import checked_name
 
+    name = str(demo.DRAFT) if name == "demo" else name
     with problems(name, LoadProblem):
         model, theirs, *_ = load(checked_name(name))
     if theirs.get_vocab() == tokenizer.get_vocab():
