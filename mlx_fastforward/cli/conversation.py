@@ -227,7 +227,9 @@ class Chat:
             if last is None or last.finish_reason is None:
                 return
             results.append(last)
-        show_compared(self.console, *results, self.why_nothing_skipped(results[0]))
+        sparse_one, dense_one = results
+        why = self.why_nothing_skipped(sparse_one)
+        show_compared(self.console, sparse_one, dense_one, why)
 
 
 def banner(chat: Chat) -> None:
