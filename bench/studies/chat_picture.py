@@ -42,7 +42,11 @@ def recorded() -> Console:
     sampling = {"temp": 0.0, "top_p": 1.0}
     chat = Chat(Session(model, tokenizer), "demo", False, sampling, max_tokens=40)
     chat.console = Shown(
-        record=True, width=WIDTH, force_terminal=True, file=io.StringIO()
+        record=True,
+        width=WIDTH,
+        force_terminal=True,
+        highlight=False,
+        file=io.StringIO(),
     )
     chat.interactive, chat.bar = True, False  # a bar is drawn over and over
     banner(chat)

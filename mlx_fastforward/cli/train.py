@@ -105,6 +105,7 @@ def train(
         check_choice("--kind", kind, PREDICTORS)
         check_choice("--score", score, SCORES)
         check_choice("--compensator", compensator, COMPENSATORS)
+<<<<<<< HEAD
         from ..attachment import detach
         from ..bench.eval.verify import tokens_read
         from ..predictors.base import BaseModel
@@ -113,11 +114,27 @@ def train(
         from ..train.data import Sequences, open_corpus, usual_length
         from ..train.run import WORK, Run
         from ..train.state import Settings
+=======
+        console = Console(stderr=True, highlight=False)
+        with console.status("opening the data and the model"):
+            from ..attachment import detach
+            from ..bench.eval.verify import tokens_read
+            from ..model.families import context_length
+            from ..predictors.base import BaseModel
+            from ..predictors.file import JSON_NAME
+            from ..predictors.search import default_folder
+            from ..train.data import Sequences, open_corpus
+            from ..train.run import WORK, Run
+            from ..train.state import Settings, forget
+>>>>>>> day
 
-        corpus = open_corpus(data)
-        net, tokenizer = load_model(
-            model, sparsity=0.0, predictor="none", trust_remote_code=trust_remote_code
-        )
+            corpus = open_corpus(data)
+            net, tokenizer = load_model(
+                model,
+                sparsity=0.0,
+                predictor="none",
+                trust_remote_code=trust_remote_code,
+            )
         detach(net)
         check_lengths_of("--length", [length or 0], net)
         length = length or usual_length(net)
@@ -130,7 +147,6 @@ def train(
             fail(
                 f"{out} holds a predictor file: --overwrite replaces it, --out puts the new one elsewhere."
             )
-        console = Console(stderr=True, highlight=False)
         settings = Settings(
             _tokens(tokens, corpus, base, console),
             length,
@@ -150,7 +166,12 @@ def train(
             for held_out in (False, True)
         ]
         with _progress(console) as tick:
+<<<<<<< HEAD
             run = Run(net, name, (parts[0], parts[1]), out, settings, tick, restart)
+=======
+            tick("measuring", 0.0, 1.0, "what it takes")
+            run = Run(net, name, (parts[0], parts[1]), out, settings, tick)
+>>>>>>> day
             new = dry_run or not run.state.tokens
             _announce(run, console, new)
             reads = tokens_read(net, None, DOCUMENTS)
