@@ -105,28 +105,16 @@ def train(
         check_choice("--kind", kind, PREDICTORS)
         check_choice("--score", score, SCORES)
         check_choice("--compensator", compensator, COMPENSATORS)
-<<<<<<< HEAD
-        from ..attachment import detach
-        from ..bench.eval.verify import tokens_read
-        from ..predictors.base import BaseModel
-        from ..predictors.file import JSON_NAME
-        from ..predictors.search import default_folder
-        from ..train.data import Sequences, open_corpus, usual_length
-        from ..train.run import WORK, Run
-        from ..train.state import Settings
-=======
         console = Console(stderr=True, highlight=False)
         with console.status("opening the data and the model"):
             from ..attachment import detach
             from ..bench.eval.verify import tokens_read
-            from ..model.families import context_length
             from ..predictors.base import BaseModel
             from ..predictors.file import JSON_NAME
             from ..predictors.search import default_folder
-            from ..train.data import Sequences, open_corpus
+            from ..train.data import Sequences, open_corpus, usual_length
             from ..train.run import WORK, Run
-            from ..train.state import Settings, forget
->>>>>>> day
+            from ..train.state import Settings
 
             corpus = open_corpus(data)
             net, tokenizer = load_model(
@@ -166,12 +154,8 @@ def train(
             for held_out in (False, True)
         ]
         with _progress(console) as tick:
-<<<<<<< HEAD
-            run = Run(net, name, (parts[0], parts[1]), out, settings, tick, restart)
-=======
             tick("measuring", 0.0, 1.0, "what it takes")
-            run = Run(net, name, (parts[0], parts[1]), out, settings, tick)
->>>>>>> day
+            run = Run(net, name, (parts[0], parts[1]), out, settings, tick, restart)
             new = dry_run or not run.state.tokens
             _announce(run, console, new)
             reads = tokens_read(net, None, DOCUMENTS)
