@@ -11,8 +11,8 @@ from mlx_lm.models.cache import KVCache, RotatingKVCache, make_prompt_cache
 from models import tiny, token_ids
 
 from mlx_fastforward import attach, demo, speculative
-from mlx_fastforward.cli.part_read import scorer_of
 from mlx_fastforward.checkpoints import can_trim
+from mlx_fastforward.cli.part_read import scorer_of
 from mlx_fastforward.errors import ConfigError, UnsupportedModel
 from mlx_fastforward.model import positions
 from mlx_fastforward.model.positions import (
