@@ -1,6 +1,7 @@
 """Paths as people type them, and writing whole or not at all."""
 
 import contextlib
+import hashlib
 from pathlib import Path
 from typing import Any, Callable, Iterator
 
@@ -36,3 +37,12 @@ def replace(path: Path, write: Callable[[Path], Any]) -> None:
 def write_text(path: Path, text: str) -> None:
     """UTF-8, whole or not at all."""
     replace(path, lambda half: half.write_text(text, encoding="utf-8"))
+
+
+def sha256(path: Path) -> str:
+    """Checksum of a file; raises OSError."""
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while part := file.read(1 << 22):
+            digest.update(part)
+    return digest.hexdigest()

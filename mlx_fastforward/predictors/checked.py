@@ -8,7 +8,8 @@ from typing import Any, Iterable, Optional, Sequence
 import mlx.core as mx
 
 from ..errors import PredictorError
-from .tensors import TensorFileError, open_tensors, sha256
+from ..files import sha256
+from .tensors import TensorFileError, open_tensors
 
 FORMAT = 1
 JSON_NAME = "fastforward.json"
@@ -118,7 +119,7 @@ def read(path: Path) -> tuple[dict[str, Any], dict[str, mx.array]]:
     try:
         tensors = open_tensors(path / TENSORS_NAME)
         found = sha256(path / TENSORS_NAME) if "sha256" in info else None
-    except TensorFileError as e:
+    except (TensorFileError, OSError) as e:
         raise PredictorError(f"{path / TENSORS_NAME} cannot be read: {e}") from e
     if found != info.get("sha256"):
         raise PredictorError(

@@ -16,7 +16,7 @@ import mlx.core as mx
 import numpy as np
 
 from ..errors import PredictorError
-from ..files import expanded, write_text
+from ..files import expanded, sha256, write_text
 from ..model.families import prefilled
 from ..neurons.compensators import (
     ACTIVATIONS,
@@ -42,7 +42,7 @@ from .checked import (
     whole,
     words,
 )
-from .tensors import sha256, write_tensors
+from .tensors import write_tensors
 
 POOLED, TOKENWISE = "pooled", "token-wise"
 MLP, LOW_RANK = "mlp", "low-rank"

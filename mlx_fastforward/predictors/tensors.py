@@ -1,7 +1,6 @@
 """Safetensors files that nobody vouches for: checked first, then mapped by mlx."""
 
 import contextlib
-import hashlib
 from pathlib import Path
 from typing import Any, Iterator, Optional
 
@@ -43,18 +42,6 @@ def open_tensors(path: Path) -> dict[str, mx.array]:
         raise TensorFileError(" ".join(str(e).split())) from e
     assert isinstance(tensors, dict)
     return tensors
-
-
-def sha256(path: Path) -> str:
-    """Checksum of a file; raises TensorFileError."""
-    digest = hashlib.sha256()
-    try:
-        with path.open("rb") as file:
-            while part := file.read(1 << 22):
-                digest.update(part)
-        return digest.hexdigest()
-    except OSError as e:
-        raise TensorFileError(" ".join(str(e).split())) from e
 
 
 def write_tensors(

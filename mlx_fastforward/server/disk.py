@@ -25,7 +25,7 @@ from mlx_lm.models.cache import (
 )
 
 from ..errors import brief
-from ..files import expanded, replacing, write_text
+from ..files import expanded, replacing, sha256, write_text
 from ..version import __version__
 
 FORMAT = 1
@@ -114,7 +114,7 @@ class DiskCache:
     def load(self, entry: Entry) -> Optional[list[Any]]:
         """The entry's prompt cache; None where it is damaged, which is said, and it is deleted."""
         try:
-            if _sha256(entry.tensors) != entry.sha256:
+            if sha256(entry.tensors) != entry.sha256:
                 raise ValueError("the checksum is wrong")
             cache = load_prompt_cache(str(entry.tensors))
             mx.eval([c.state for c in cache])
@@ -158,7 +158,7 @@ class DiskCache:
                 **VERSIONS,
                 "identity": mark,
                 "trimmable": can_trim_prompt_cache(cache),
-                "sha256": _sha256(half),
+                "sha256": sha256(half),
                 "bytes": half.stat().st_size,
                 "tokens": tokens,
             }
@@ -215,11 +215,3 @@ class DiskCache:
 
 def _contiguous(value: Any) -> Any:
     return mx.contiguous(value) if isinstance(value, mx.array) else value
-
-
-def _sha256(path: Path) -> str:
-    digest = hashlib.sha256()
-    with path.open("rb") as file:
-        while part := file.read(1 << 20):
-            digest.update(part)
-    return digest.hexdigest()

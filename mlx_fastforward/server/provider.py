@@ -54,7 +54,8 @@ class Provider(ModelProvider):
         self.make_reader = make_reader
         self.reader: Optional[Speculative] = None
         self.predictor: Optional[PredictorFile] = None
-        self.marks = "", ""  # of the model, and of it with its predictors
+        # of the model, and of it with its predictors, once asked for
+        self.marks: Optional[tuple[str, str]] = None
         self.engines: dict[float, Engine] = {}
         self._checked: set[str] = set()
         self._copied: Optional[tuple[Any, Any]] = None
@@ -96,7 +97,7 @@ class Provider(ModelProvider):
 
     def reset(self) -> None:
         super().reset()
-        self.engines, self.predictor, self.marks = {}, None, ("", "")
+        self.engines, self.predictor, self.marks = {}, None, None
         self.reader = None
 
     def _attach(self, model_path: str) -> None:
@@ -114,8 +115,6 @@ class Provider(ModelProvider):
             take_stage(model)
         self.prepare(model)
         self.reader = self._reader()
-        extra = self.predictor.arrays() if self.predictor else []
-        self.marks = fingerprint(model), fingerprint(model, extra)
 
     def _reader(self) -> Optional[Speculative]:
         """None, and a line in the log, where a model that came later cannot be read in part."""
@@ -132,6 +131,9 @@ class Provider(ModelProvider):
         engine, args = self.engine(sparsity), self.cli_args
         how = {n: getattr(args, n, None) for n in ("kv_bits", "kv_group_size")}
         how["draft"] = self.model_key and self.model_key[2]
+        if self.marks is None:
+            extra = self.predictor.arrays() if self.predictor else []
+            self.marks = fingerprint(self.model), fingerprint(self.model, extra)
         if engine is None:
             return identity(self.marks[0], how)
         return identity(self.marks[1], how | engine.settings())
