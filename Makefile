@@ -114,7 +114,7 @@ picture-chat: $(INSTALLED)
 
 picture-bench: $(INSTALLED)
 	mkdir -p build
-	$(FF) bench --random llama-3.2-1b --layers 8 $(BENCH) --json build/bench.json --png build/bench.png
+	$(FF) bench --random llama-3.2-1b --layers 4 -n 3 $(BENCH) --json build/bench.json --png build/bench.png
 	$(SMALL) build/bench.png docs/bench.png
 
 picture-eval: $(INSTALLED)
