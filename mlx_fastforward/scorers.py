@@ -11,7 +11,7 @@ from mlx_lm.models.cache import make_prompt_cache
 from .attachment import engine_of, switched, watched, watched_attention
 from .errors import ConfigError, UnsupportedModel
 from .model.families import model_type
-from .model.positions import make_compact
+from .model.positions import cut_back, make_compact
 from .prefill import prefill
 from .session import common_prefix
 from .tokens.mapping import Translation, carried
@@ -169,8 +169,7 @@ class LayersScorer:
     def score(self, ids: Sequence[int], start: int, config: KeepConfig) -> np.ndarray:
         """Of the tokens from ``start`` on; ``hidden`` are theirs."""
         keep = min(common_prefix(self.cached, list(ids)), start)
-        for c in self.cache[: self.layers]:
-            c.trim(c.offset - keep)
+        cut_back(self.cache[: self.layers], keep)
         self.cached = []
         attention, hidden = Attention(len(ids)), []
         chunks = list(range(keep, len(ids), CHUNK))

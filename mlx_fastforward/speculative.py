@@ -19,6 +19,7 @@ from .errors import brief
 from .generation import Response, stream_generate
 from .model.positions import (
     CompactKVCache,
+    cut_back,
     is_whole,
     make_compact,
     pieces,
@@ -201,9 +202,7 @@ class Speculative:
             self.notes.append(
                 f"the prompt could not be read in part ({brief(e)}); it is read whole."
             )
-            for c in cache:
-                if isinstance(c, CompactKVCache):
-                    c.trim(c.offset - cached)
+            cut_back([c for c in cache if isinstance(c, CompactKVCache)], cached)
             cache[:] = before
             return None
         self.healed = False

@@ -13,7 +13,7 @@ from ...attachment import engine_of, switched
 from ...continuation import follow
 from ...errors import FastForwardError
 from ...generation import Response
-from ...model.positions import make_compact
+from ...model.positions import cut_back, make_compact
 from ...prefill import read
 from ...session import Session
 from ...speculative import Speculative
@@ -128,7 +128,7 @@ def _ask_in_part(
         responses: Any = reader.stream_generate(tokenizer, ids, 0, cache, 1)
         with contextlib.closing(responses):
             share = _share(reader, next(responses))
-        _cut(cache, len(ids) - 1)
+        cut_back(cache, len(ids) - 1)
         first = first or share
         rest = ids[-1:]
         answer = _greedy(
@@ -142,11 +142,6 @@ def _share(reader: Speculative, r: Response) -> tuple[float, float]:
     for note in reader.take_notes():
         raise FastForwardError(note)
     return r.ffn_sparsity, (r.read_tokens or r.prompt_tokens) / r.prompt_tokens
-
-
-def _cut(cache: Any, place: int) -> None:
-    for c in cache:
-        c.trim(c.offset - place)
 
 
 def _converse(
@@ -183,7 +178,7 @@ def _converse(
             for r in responses:
                 if not before:  # with a reader: nobody tells how far it is
                     before.append(copy.deepcopy(session.cache))
-                    _cut(before[0], len(ids) - 1)
+                    cut_back(before[0], len(ids) - 1)
                 if r.generation_tokens > len(tokens):
                     tokens.append(r.token)
                 text += r.text

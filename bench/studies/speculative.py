@@ -15,6 +15,7 @@ from ...attachment import attach
 from ...config import PrefillConfig
 from ...heal import Heal
 from ...loading import load_stock
+from ...model.positions import cut_back
 from ...scorers import DraftScorer, LayersScorer
 from ...session import Session
 from ...speculative import Scorer, Speculative
@@ -118,8 +119,7 @@ def main(
                 again += int(found(answer, second.answers))
                 continue
             session.cache, session.cached, session.messages = cache
-            for c in session.cache:
-                c.trim(c.offset - count)
+            cut_back(session.cache, count)
             steps += healed(session)
             answer, _ = say(session, second.text)
             again += int(found(answer, second.answers))

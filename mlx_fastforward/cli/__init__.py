@@ -69,7 +69,7 @@ def _launched(command: str) -> None:
         sys.stdout = sys.stderr = open(os.devnull, "w")
         sys.excepthook = lambda *e: traceback.print_exception(*e, file=sys.__stderr__)
     if command not in LAUNCHED:
-        fail(f"{command} runs in one process; start it without mlx.launch.", 2)
+        one_process(command)
 
 
 app.command()(chat)

@@ -3,9 +3,8 @@
 from pathlib import Path
 from typing import Any, Callable, Optional
 
-from .. import ranks
 from ..errors import ConfigError
-from .errors import fail
+from .errors import fail, one_process
 
 
 def disk_cache(folder: Optional[Path], gb: float, *tell: Callable[[str], None]) -> Any:
@@ -16,8 +15,7 @@ def disk_cache(folder: Optional[Path], gb: float, *tell: Callable[[str], None]) 
         raise ConfigError(f"--cache-gb must be above 0, got {gb:g}.")
     if folder is None:
         return None
-    if ranks.rank() is not None:
-        fail("--cache-dir runs in one process; start it without mlx.launch.", 2)
+    one_process("--cache-dir")
     try:
         return DiskCache(folder, int(gb * 1e9), *tell)
     except OSError as e:

@@ -24,6 +24,12 @@ def fail(message: str, code: int = 1) -> NoReturn:
     raise typer.Exit(code)
 
 
+def one_process(what: str) -> None:
+    """End the command under mlx.launch: several processes cannot do this alike."""
+    if ranks.rank() is not None:
+        fail(f"{what} runs in one process; start it without mlx.launch.", 2)
+
+
 @contextlib.contextmanager
 def one_line_errors() -> Iterator[None]:
     """Turn the errors a user can act on into one line, without a traceback."""

@@ -13,7 +13,7 @@ from rich.console import Console
 from .. import ranks
 from ..errors import FileProblem, LoadProblem
 from . import options as o
-from .errors import fail, interruptible, one_line_errors
+from .errors import fail, interruptible, one_line_errors, one_process
 from .first_use import tune_first
 from .inputs import (
     check_choice,
@@ -137,8 +137,8 @@ def generate(
         check_lengths(max_tokens, prefill_step_size, block_size)
         check_choice("--selector", selector, o.SELECTORS)
         template = template_config(chat_template_config)
-        if draft_model is not None and ranks.rank() is not None:
-            fail("--draft-model runs in one process; start it without mlx.launch.", 2)
+        if draft_model is not None:
+            one_process("--draft-model")
         figures = None if verbose is None else yes_or_no("--verbose", verbose)
         if draft_model is not None and max_tokens < 0:
             fail("--max-tokens -1 does not go with --draft-model; give a number.", 2)

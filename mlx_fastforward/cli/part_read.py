@@ -2,9 +2,8 @@
 
 from typing import Any, Callable, Iterator, Optional
 
-from .. import ranks
 from ..errors import ConfigError, LoadProblem
-from .errors import fail
+from .errors import fail, one_process
 from .inputs import numbers
 from .models import public_name
 from .tables import warn
@@ -21,8 +20,7 @@ def keep_config(draft: Optional[str], keep: float, threshold: int) -> Any:
         raise ConfigError(
             "--prefill-draft must be a folder, a repository or self, got nothing."
         )
-    if ranks.rank() is not None:
-        fail("--prefill-draft runs in one process; start it without mlx.launch.", 2)
+    one_process("--prefill-draft")
     return config
 
 

@@ -17,7 +17,7 @@ import typer
 from .. import demo, ranks
 from ..errors import ConfigError
 from .disk_cache import disk_cache
-from .errors import fail, one_line_errors
+from .errors import fail, one_line_errors, one_process
 from .first_use import tune_first
 from .inputs import sparsity_of
 from .models import checked_name
@@ -239,11 +239,9 @@ def run(args: argparse.Namespace) -> None:
 
 def check_shared(args: argparse.Namespace) -> None:
     """Refuse what several processes cannot do alike."""
-    alone = ("adapter_path", "cache_dir", "draft_model", "prefill_draft")
-    for name in alone if ranks.rank() is not None else ():
+    for name in ("adapter_path", "cache_dir", "draft_model", "prefill_draft"):
         if getattr(args, name, None):
-            flag = name.replace("_", "-")
-            fail(f"--{flag} runs in one process; start it without mlx.launch.", 2)
+            one_process(f"--{name.replace('_', '-')}")
 
 
 def tune_for_long_prompts(model: Any) -> None:

@@ -142,6 +142,12 @@ def is_whole(cache: Sequence[Any]) -> bool:
     return not any(isinstance(c, CompactKVCache) for c in cache)
 
 
+def cut_back(cache: Sequence[Any], place: int) -> None:
+    """Forget all from a place on, whatever stands where before it."""
+    for c in cache:
+        c.trim(c.offset - place)
+
+
 def check_compact(cache: Sequence[Any]) -> None:
     """Raises UnsupportedModel where a prompt cache cannot leave tokens out."""
     for c in cache:

@@ -120,8 +120,7 @@ def resolved(
 
 def combinations(details: dict[str, Any]) -> list[dict[str, Any]]:
     """All that was measured, also where more than neurons was left out."""
-    section = details.get("verified")
-    more = section.get("combined") if isinstance(section, dict) else None
+    more = _section(details).get("combined")
     more = [r for r in more or [] if isinstance(r, dict) and _complete(r)]
     return [
         {"prune_tokens": 0.0, "keep": 1.0, "prefill_draft": ""} | r
