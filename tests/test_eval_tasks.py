@@ -51,6 +51,12 @@ def test_prompts_have_exactly_the_length_and_are_as_the_template_makes_them(
                 )
 
 
+def test_prose_whose_words_change_is_cut_to_the_length_too() -> None:
+    """There, steps by the mean length of a token walk in circles."""
+    (d,) = build(TOKENIZER, ["needle"], [1900], 1, 118)
+    assert len(d.prompts[0]) == 1900
+
+
 def test_prompts_without_a_template_are_exact_too(tmp_path: Path) -> None:
     models.save_folder(models.tiny("llama"), tmp_path / "base", chat_template=False)
     plain = load_tokenizer(tmp_path / "base")

@@ -1,5 +1,6 @@
 """The bundled held-out prose: passages of it, and filler of any length around planted facts."""
 
+import bisect
 import random
 import re
 from pathlib import Path
@@ -89,13 +90,40 @@ def fit(
     Raises:
         ConfigError: not even a little prose fits.
     """
-    n, best, most = min(len(prose), 4 * length), "", 0
+    tokens = lambda n: count(make(n, 0))
+    for search in (_by_slope, _by_halves):  # the first may walk in circles
+        n = search(tokens, length, len(prose))
+        if text := _nearest(make, count, length, prose, n):
+            return text
+    raise ConfigError(f"{length} tokens do not hold the questions; use longer prompts.")
+
+
+def _by_slope(tokens: Callable[[int], int], length: int, most: int) -> int:
+    """Characters that give about ``length`` tokens, if all have about as many tokens."""
+    n = min(most, 4 * length)
     for _ in range(20):
-        got = count(make(n, 0))
+        got = tokens(n)
         if got == length:
             break
         step = round((length - got) * n / max(1, got))
-        n = min(max(1, n + (step or (1 if got < length else -1))), len(prose))
+        n = min(max(1, n + (step or (1 if got < length else -1))), most)
+    return n
+
+
+def _by_halves(tokens: Callable[[int], int], length: int, most: int) -> int:
+    """The same whatever the characters are."""
+    return bisect.bisect_left(range(1, most), length, key=tokens) + 1
+
+
+def _nearest(
+    make: Callable[[int, int], str],
+    count: Callable[[str], int],
+    length: int,
+    prose: str,
+    n: int,
+) -> str:
+    """A text of about ``n`` characters and ``length`` tokens, or the nearest below; "" for none."""
+    best, most = "", 0
     near = range(max(1, n - 30), min(len(prose), n + 30) + 1)
     near_first = sorted(near, key=lambda c: (not _between_words(prose, c), abs(c - n)))
     # a cut may skip over ``length``: one begun elsewhere will not
@@ -106,10 +134,6 @@ def fit(
                 return text
             if most < got < length:
                 best, most = text, got
-    if not best:
-        raise ConfigError(
-            f"{length} tokens do not hold the questions; use longer prompts."
-        )
     return best
 
 
