@@ -14,11 +14,9 @@ from ..model.families import (
     mixers,
 )
 from ..model.proof import ffn_weights
-from ..scorers import DraftScorer, LayersScorer
+from ..scorers import DraftScorer, LayersScorer, Scorer
 from ..tokens.flops import FlopCount, ideal_speedup, other_than_ffn
 from ..tokens.speculative import KeepConfig
-
-Scorer = DraftScorer | LayersScorer
 
 
 @dataclass(frozen=True)

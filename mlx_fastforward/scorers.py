@@ -1,4 +1,4 @@
-"""Who says which tokens of a prompt matter: a small draft model, or the model's own first layers."""
+"""Who says which tokens of a prompt matter: a small draft model, the model's own first layers, or words."""
 
 import contextlib
 from typing import Any, Iterator, Optional, Sequence
@@ -59,7 +59,29 @@ class Attention:
         )
 
 
-class DraftScorer:
+class Scorer:
+    """Who says which tokens of a prompt matter. A new one is a name and ``score``."""
+
+    name: str
+
+    def score(self, ids: Sequence[int], start: int, config: KeepConfig) -> np.ndarray:
+        """A score, not negative, for each token of the prompt ``ids`` from ``start`` on."""
+        raise NotImplementedError
+
+    def forget(self) -> None:
+        """Drop what is kept of the last prompt."""
+
+
+class WordsScorer(Scorer):
+    """Nobody but the words of the question, which count beside every score (tokens/words.py)."""
+
+    name = "words"
+
+    def score(self, ids: Sequence[int], start: int, config: KeepConfig) -> np.ndarray:
+        return np.zeros(len(ids) - start)
+
+
+class DraftScorer(Scorer):
     """A small model: it reads the prompt, and looks a few tokens ahead.
 
     Args:
@@ -72,8 +94,8 @@ class DraftScorer:
         self.model = model
         self.name = name
         self.translation = translation
-        self.cached: list[int] = []
         self.cache: list[Any] = []
+        self.forget()
         with watched_attention(model, _unchanged) as there:
             if not there:
                 raise ConfigError(
@@ -81,8 +103,10 @@ class DraftScorer:
                     "watched; take a draft of another architecture."
                 )
 
+    def forget(self) -> None:
+        self.cached: list[int] = []
+
     def score(self, ids: Sequence[int], start: int, config: KeepConfig) -> np.ndarray:
-        """Of the tokens from ``start`` on."""
         if self.translation is None:
             return self._scores(ids, config)[start:]
         theirs, spans, wanted = self.translation.to_draft(ids)
@@ -123,7 +147,7 @@ class _Enough(Exception):
     """The layers that score have run."""
 
 
-class LayersScorer:
+class LayersScorer(Scorer):
     """The model's own first layers, which read every token; their work is used for what is kept.
 
     The last queries of the prompt look, and the layers above go on from the hidden states of the
@@ -167,7 +191,7 @@ class LayersScorer:
         )  # windows keep all keys: which of them count is not yet known
 
     def score(self, ids: Sequence[int], start: int, config: KeepConfig) -> np.ndarray:
-        """Of the tokens from ``start`` on; ``hidden`` are theirs."""
+        """``hidden`` are those of the tokens from ``start`` on."""
         keep = min(common_prefix(self.cached, list(ids)), start)
         cut_back(self.cache[: self.layers], keep)
         self.cached = []

@@ -27,11 +27,10 @@ from .model.positions import (
     rotated_at,
     runs_of,
 )
-from .scorers import DraftScorer, LayersScorer
+from .scorers import LayersScorer, Scorer
 from .tokens.plan import CHUNK
 from .tokens.speculative import LOW_KEEP, KeepConfig, kept_places
-
-Scorer = DraftScorer | LayersScorer
+from .tokens.words import with_words
 
 
 def read_places(
@@ -133,6 +132,7 @@ class Speculative:
                 f"the draft {self.scorer.name} failed ({brief(e)}); the whole prompt is read."
             )
             return None
+        scores = with_words(scores, ids, cached, self.config)
         places = kept_places(scores, cached, self.config, protect)
         return places if places.size < new else None
 

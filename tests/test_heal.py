@@ -224,11 +224,8 @@ def test_generate_and_chat_read_in_part_where_asked(
     document.write_text(LONG * 3)
     base = ["--model", model, "--sparsity", "0", "--max-tokens", "5"]
     flags = [*base, "--file", document, "--prefill-threshold", "64"]
-    for name in (
-        draft,
-        other,
-        "self",
-    ):  # another vocabulary, and the model's own layers
+    # another vocabulary, the model's own layers, the question's words
+    for name in (draft, other, "self", "words"):
         done = run("generate", "Who?", *flags, "--prefill-draft", name, "--json")
         assert (done.exit_code, done.stderr) == (0, ""), done.output
         out = json.loads(done.stdout)

@@ -10,8 +10,10 @@ KINDS = {  # by what an arm leaves out: its colour and mark
     "tokens skip FFNs (--prune-tokens)": ("C2", "s"),
     "part is read, a draft chooses (--keep)": ("C1", "D"),
     "part is read, the model's first layers choose (--keep)": ("C3", "v"),
+    "part is read, the question's words choose (--keep)": ("C5", "^"),
     "several of these": ("C4", "*"),
 }
+CHOOSERS = {"self": 3, "words": 4}  # of a part, among KINDS; a draft otherwise
 
 
 def draw(axes: Sequence[Any], points: Sequence[Point]) -> None:
@@ -64,9 +66,9 @@ def kind(p: Point) -> str:
     """Which of KINDS a point is."""
     names, left = list(KINDS), (p.sparsity > 0, p.prune_tokens > 0, p.keep < 1)
     if sum(left) > 1:
-        return names[4]
+        return names[-1]
     if left[2]:
-        return names[3 if p.prefill_draft == "self" else 2]
+        return names[CHOOSERS.get(p.prefill_draft, 2)]
     return names[1 if left[1] else 0]
 
 
@@ -78,6 +80,6 @@ def short(p: Point) -> str:
     if p.prune_tokens:
         parts.append(f"skip {p.prune_tokens:.0%}")
     if p.keep < 1:
-        by = " self" if p.prefill_draft == "self" and len(parts) else ""
+        by = f" {p.prefill_draft}" if p.prefill_draft in CHOOSERS and parts else ""
         parts.append(f"keep {p.keep:.0%}{by}")
     return ", ".join(parts) or "nothing"

@@ -47,7 +47,7 @@ class Arm:
         if self.reader is None:
             yield from stream_generate(model, tokenizer, ids, max_tokens)
             return
-        self.reader.scorer.cached = []
+        self.reader.scorer.forget()
         tokens: Any = ids.tolist()
         cache = make_prompt_cache(model)
         yield from self.reader.stream_generate(tokenizer, tokens, 0, cache, max_tokens)

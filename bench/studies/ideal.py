@@ -12,8 +12,8 @@ import typer
 from ...build import engine_for
 from ...cli.inputs import numbers
 from ...config import PrefillConfig
-from ...scorers import DraftScorer, LayersScorer
-from ...speculative import Scorer, Speculative
+from ...scorers import DraftScorer, LayersScorer, Scorer
+from ...speculative import Speculative
 from ...tokens.speculative import KeepConfig
 from ..eval.arms import label
 from ..flops import cost

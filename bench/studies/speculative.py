@@ -16,9 +16,9 @@ from ...config import PrefillConfig
 from ...heal import Heal
 from ...loading import load_stock
 from ...model.positions import cut_back
-from ...scorers import DraftScorer, LayersScorer
+from ...scorers import DraftScorer, LayersScorer, Scorer
 from ...session import Session
-from ...speculative import Scorer, Speculative
+from ...speculative import Speculative
 from ...tokens.speculative import KeepConfig
 from ..eval.scores import found
 from ..eval.tasks import Document, Question, build

@@ -16,7 +16,7 @@ from .chat import chat
 from .convert import convert
 from .demo import demo
 from .doctor import doctor
-from .errors import fail
+from .errors import one_process
 from .eval import evaluate
 from .generate import generate
 from .inspect import inspect

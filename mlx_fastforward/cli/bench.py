@@ -115,6 +115,7 @@ def bench(
         from ..bench.machine import machine, thermal
         from ..bench.speed import result, ttft
         from ..build import engine_for
+        from ..scorers import DraftScorer
 
         check_files(json_file, png)
         check_files(save, None)
@@ -188,9 +189,9 @@ def bench(
         }
         if processes > 1:
             settings["processes"] = processes
-        for reader in dict.fromkeys(a.reader.scorer for a in runs if a.reader):
-            if reader.name != "self":
-                settings[f"draft {reader.name}"] = f"{len(reader.model.layers)} layers"
+        for scorer in dict.fromkeys(a.reader.scorer for a in runs if a.reader):
+            if isinstance(scorer, DraftScorer):
+                settings[f"draft {scorer.name}"] = f"{len(scorer.model.layers)} layers"
         environment = describe() | settings
         measured = [result.quality_of(r, result.quality(side)) for r in rows]
         _show(rows, environment, measured)

@@ -112,9 +112,10 @@ Predictor = Annotated[
 PrefillDraft = Annotated[
     Optional[str],
     opt(
-        "A small model that says which tokens of a long prompt matter: folder or repository, "
-        "'self' for the model's own first layers, 'demo' for the demo model's draft. Only those are "
-        "read; what others say is lost until it is read, too. Default: off.",
+        "Who says which tokens of a long prompt matter: 'words', those of the question, without any "
+        "model; a small model's folder or repository ('demo': the demo model's draft); 'self', the "
+        "model's own first layers. Only those are read; what others say is lost until it is read, "
+        "too. Default: off.",
         panel=SPECULATIVE,
     ),
 ]
@@ -126,7 +127,7 @@ Drafts = Annotated[
     Optional[str],
     opt(
         "Drafts that say which part of each prompt is read, with commas between them: folders, "
-        "repositories, self (the model's own first layers).",
+        "repositories, words (of the question), self (the model's own first layers).",
         "--prefill-draft",
     ),
 ]

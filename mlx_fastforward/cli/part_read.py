@@ -18,7 +18,7 @@ def keep_config(draft: Optional[str], keep: float, threshold: int) -> Any:
         return None
     if draft == "":
         raise ConfigError(
-            "--prefill-draft must be a folder, a repository or self, got nothing."
+            "--prefill-draft must be a folder, a repository, words or self, got nothing."
         )
     one_process("--prefill-draft")
     return config
@@ -37,13 +37,10 @@ def speculative(
     """A Speculative, or None without a config; a low --keep is warned of."""
     if config is None or draft is None:
         return None
-    from ..scorers import LayersScorer
     from ..speculative import Speculative
 
     _check(model)
-    own = draft == "self"
-    scorer = LayersScorer(model) if own else _draft(draft, tokenizer, draft)
-    reader = Speculative(model, scorer, config)
+    reader = Speculative(model, scorer_of(draft, model, tokenizer), config)
     if reader.warning is not None:
         warn(reader.warning)
     return reader
@@ -79,6 +76,7 @@ def readers(
     for name in _names(drafts) if parts else []:
         _check(model)
         scorer = load(name)
+        scorer.name = public_name(name)  # figures are shared, paths are not
         found += [Speculative(model, scorer, c) for c in parts]
     return found
 
@@ -94,14 +92,16 @@ def scorer_of(
     side: Optional[Any] = None,
     dtype: Optional[str] = None,
 ) -> Any:
-    """Who says which tokens matter: a draft, or the model's first layers, with a fitted readout if the
-    predictor file ``side`` has one.
+    """Who says which tokens matter: a draft, the question's words, or the model's first layers, with a
+    fitted readout if the predictor file ``side`` has one.
     """
-    from ..scorers import LayersScorer
+    from ..scorers import LayersScorer, WordsScorer
 
+    if name == "words":
+        return WordsScorer()
     if name == "self":
         return LayersScorer(model, readout=None if side is None else side.readout)
-    scorer = _draft(name, tokenizer, public_name(name))
+    scorer = _draft(name, tokenizer)
     if dtype is not None:
         import mlx.core as mx
 
@@ -119,7 +119,7 @@ def _check(model: Any) -> None:
     ropes_of(model)
 
 
-def _draft(name: str, tokenizer: Any, shown: str) -> Any:
+def _draft(shown: str, tokenizer: Any) -> Any:
     from mlx_lm.utils import load
 
     from .. import demo
@@ -128,7 +128,7 @@ def _draft(name: str, tokenizer: Any, shown: str) -> Any:
     from ..tokens.mapping import Translation
     from .models import checked_name
 
-    name = str(demo.DRAFT) if name == "demo" else name
+    name = str(demo.DRAFT) if shown == "demo" else shown
     with problems(name, LoadProblem):
         model, theirs, *_ = load(checked_name(name))
     if theirs.get_vocab() == tokenizer.get_vocab():

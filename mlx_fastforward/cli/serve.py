@@ -120,8 +120,9 @@ def parser() -> argparse.ArgumentParser:
     ).add_argument
     add(
         "--prefill-draft",
-        help="A small model that says which tokens of a long prompt matter: folder or repository, or "
-        "'self'. Only those are read; not of requests with tools. Default: off",
+        help="Who says which tokens of a long prompt matter: a small model's folder or repository, "
+        "'words' of the question, or 'self'. Only those are read; not of requests with tools. "
+        "Default: off",
     )
     add(
         "--keep",
