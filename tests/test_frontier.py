@@ -8,6 +8,7 @@ from typing import Any
 import models
 import pytest
 from commands import bad, report, run
+from serving import Server
 from test_eval import ANSWER, LENGTH, ask, build, logprobs, mean_kl
 from test_eval_scores import record
 
@@ -243,5 +244,10 @@ def test_save_and_speedup(
     for flag in ("--sparsity", "--keep", "--prune-tokens"):
         line = bad(2, *ask, 1.1, flag, 0.5)
         assert line == f"{flag} does not go with --speedup, which chooses it."
+    served = Server(folder, "--speedup", str(fast), "--prefill-draft", str(draft))
+    assert served.stop()[0] == 0
+    assert f"({told})" in served.banner and "of prompts from 5" in served.banner
+    alone = bad(2, "serve", *model, "--speedup", 1.1, "--keep", 0.4)
+    assert alone == "--keep does not go with --speedup, which chooses it."
     chat = run("chat", *model, "--speedup", 1.1, "--keep", 0.5, stdin="Hi")
     assert chat.exit_code == 2 and "does not go with --speedup" in chat.stderr

@@ -21,7 +21,7 @@ from .inputs import (
 from .lengths import check_bytes
 from .models import load_model
 from .part_read import keep_config, refuse_beside, speculative
-from .speedup import Settings, explain, settled
+from .speedup import explain, settled, typed_in
 from .tables import warn
 
 
@@ -71,20 +71,7 @@ def chat(
     with one_line_errors(), interruptible():
         check_lengths(max_tokens, prefill_step_size, block_size)
         check_choice("--selector", selector, o.SELECTORS)
-        chosen = settled(
-            Settings(
-                sparsity_of(sparsity),
-                prune_tokens,
-                keep,
-                prefill_draft,
-                prefill_threshold,
-            ),
-            context,
-            speedup,
-            model,
-            predictor,
-            trust_remote_code,
-        )
+        chosen = settled(context.params, typed_in(context))
         check_fast(fast, chosen.sparsity)
         template = template_config(chat_template_config)
         keeping = keep_config(

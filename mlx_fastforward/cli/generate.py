@@ -30,7 +30,7 @@ from .models import load_model
 from .outputs import broken, status_line
 from .part_read import answers, keep_config, refuse_beside, speculative
 from .prompt import add_stops, asked_text, prompt_tokens
-from .speedup import Settings, explain, settled
+from .speedup import explain, settled, typed_in
 from .tables import warn
 from .terminal import prefill_progress
 
@@ -144,20 +144,7 @@ def generate(
             fail("--max-tokens -1 does not go with --draft-model; give a number.", 2)
         if draft_model is not None and prompt_cache_file is not None:
             fail("--prompt-cache-file does not go with --draft-model.", 2)
-        chosen = settled(
-            Settings(
-                sparsity_of(sparsity),
-                prune_tokens,
-                keep,
-                prefill_draft,
-                prefill_threshold,
-            ),
-            context,
-            speedup,
-            model,
-            predictor,
-            trust_remote_code,
-        )
+        chosen = settled(context.params, typed_in(context))
         check_fast(fast, chosen.sparsity)
         keeping = keep_config(
             chosen.prefill_draft, chosen.keep, chosen.prefill_threshold

@@ -19,9 +19,9 @@ from ..errors import ConfigError
 from .disk_cache import disk_cache
 from .errors import fail, one_line_errors, one_process
 from .first_use import tune_first
-from .inputs import sparsity_of
 from .models import checked_name
 from .outputs import prefill_line
+from .speedup import explain, settled
 
 EXAMPLES = """\
 Examples:
@@ -142,6 +142,12 @@ def parser() -> argparse.ArgumentParser:
         default=True,
         help="Read the rest of the last such prompt while nobody waits (default: on)",
     )
+    add(
+        "--speedup",
+        type=float,
+        help="The best combination of --sparsity, --prune-tokens and --keep that eval --save measured "
+        "for this model and that makes the FLOPs of a long prompt so many times fewer",
+    )
     add = all_flags.add_argument_group("server").add_argument
     add(
         "--api-key",
@@ -182,8 +188,10 @@ def _without_help(theirs: argparse.ArgumentParser) -> argparse.ArgumentParser:
 
 def run(args: argparse.Namespace) -> None:
     """Load and tune, then serve until Ctrl-C."""
-    args.sparsity = sparsity_of(args.sparsity)
     args.model = checked_name(args.model)
+    usual = parser().get_default
+    chosen = settled(vars(args), lambda name: getattr(args, name) != usual(name))
+    vars(args).update(vars(chosen))
     args.drop_line = patterns(args.drop_line)
     check_shared(args)
     from mlx_lm import server
@@ -223,6 +231,7 @@ def run(args: argparse.Namespace) -> None:
         provider.loaded.wait()
         if provider.failure is not None:
             raise provider.failure
+        explain(provider.model, chosen)
         started = lambda port: print(banner(args, provider, port), flush=True)
         if first:
             server._run_http_server(
