@@ -132,7 +132,7 @@ class Speculative:
                 f"the draft {self.scorer.name} failed ({brief(e)}); the whole prompt is read."
             )
             return None
-        scores = with_words(scores, ids, cached, self.config)
+        scores = with_words(scores, ids, cached, self.config, max(cached, protect))
         places = kept_places(scores, cached, self.config, protect)
         return places if places.size < new else None
 

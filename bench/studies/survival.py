@@ -76,7 +76,7 @@ def both(scorer: Scorer, ids: list[int]) -> Iterator[tuple[str, np.ndarray]]:
         yield scorer.name, own
     if not isinstance(scorer, Chance):
         name = f"{scorer.name} and words" if own.any() else scorer.name
-        yield name, with_words(own, ids, 0, config)
+        yield name, with_words(own, ids, 0, config, 0)
 
 
 def kept(scores: np.ndarray, wanted: list[np.ndarray], share: float) -> float:
