@@ -12,7 +12,7 @@ import typer
 from ...build import engine_for
 from ...cli.inputs import numbers
 from ...config import PrefillConfig
-from ...scorers import DraftScorer, LayersScorer, Scorer
+from ...scorers import DraftScorer, LayersScorer, Scorer, WordsScorer
 from ...speculative import Speculative
 from ...tokens.speculative import KeepConfig
 from ..eval.arms import label
@@ -31,7 +31,7 @@ def main(
     """A line per combination, a column per prompt length: stock's FLOPs over those that would run."""
     net = random_model(shape, None, mx.float32, lazy=True)
     side = random_predictor(net)
-    scorers: list[Scorer] = [LayersScorer(net)]
+    scorers: list[Scorer] = [WordsScorer(), LayersScorer(net)]
     if draft is not None:
         small = random_model(draft, None, mx.float32, lazy=True)
         scorers.append(DraftScorer(small, draft))

@@ -1,6 +1,6 @@
 """Planted facts after speculative prefill: what is found first, and what a follow-up question finds.
 
-python -m mlx_fastforward.bench.studies.speculative --draft DRAFT --keep 0.7,0.5,0.3
+python -m mlx_fastforward.bench.studies.speculative --draft words,demo --keep 0.5,0.3 --follow-up
 """
 
 import time
@@ -8,15 +8,15 @@ from typing import Annotated, Any, Optional
 
 import mlx.core as mx
 import typer
-from mlx.utils import tree_map
 from rich.progress import track
 
+from ... import demo
 from ...attachment import attach
+from ...cli.part_read import scorer_of
 from ...config import PrefillConfig
 from ...heal import Heal
 from ...loading import load_stock
 from ...model.positions import cut_back
-from ...scorers import DraftScorer, LayersScorer, Scorer
 from ...session import Session
 from ...speculative import Speculative
 from ...tokens.speculative import KeepConfig
@@ -44,52 +44,28 @@ def healed(session: Session) -> list[float]:
         steps.append(time.perf_counter() - start)
 
 
-def rounded(w: mx.array, bits: int) -> mx.array:
-    """A weight as it is in so many bits: kernels for packed ones are slow on CPUs."""
-    if not bits or w.ndim < 2:
-        return w
-    return mx.dequantize(*mx.quantize(w, 64, bits), 64, bits)
-
-
 def main(
     whole: Annotated[bool, typer.Option(help="Also all tokens, to compare.")] = True,
     draft: Annotated[
-        Optional[str], typer.Option(help="A model; none: dense only.")
-    ] = None,
-    layers: Annotated[
-        Optional[str],
-        typer.Option(
-            help="Layers of the model's own that score: 2,4; or fitted, by the readout."
-        ),
-    ] = None,
-    bits: Annotated[
-        int, typer.Option(help="Of the draft's weights, then float again; 0: as it is.")
-    ] = 0,
+        str, typer.Option(help="As --prefill-draft of eval: names with commas.")
+    ] = "words,demo,self",
     keep: str = "0.7,0.5,0.3",
     follow_up: Annotated[
         bool, typer.Option("--follow-up", help="Ask a second question, too.")
     ] = False,
     sparsity: float = 0.0,
-    model: Optional[str] = None,
+    model: str = str(demo.MODEL),
     length: int = 1900,
     questions: int = 24,
 ) -> None:
-    net, tokenizer, predictor = load_stock(model or _demo(), "float32")
+    """A line per scorer and share."""
+    net, tokenizer, predictor = load_stock(model, "float32")
     attach(net, PrefillConfig(sparsity=sparsity), predictor=predictor)
-    scorers: list[tuple[str, Scorer]] = []
-    if draft:
-        small, _, _ = load_stock(draft, "float32", "none")
-        name = f"draft in {bits} bits" if bits else "draft"
-        small.update(tree_map(lambda w: rounded(w, bits), small.parameters()))
-        scorers.append((name, DraftScorer(small, "draft")))
-    for n in filter(None, (layers or "").split(",")):
-        own = LayersScorer(net, None if n == "fitted" else int(n))
-        kind = "a readout" if own.readout else "attention"
-        scorers.append((f"self, {own.layers} layers by {kind}", own))
     arms: list[tuple[str, Optional[Speculative]]] = []
     if whole:
         arms.append(("all read", None))
-    for name, scorer in scorers:
+    for name in draft.split(","):
+        scorer = scorer_of(name, net, tokenizer, predictor, "float32")
         for share in keep.split(","):
             config = KeepConfig(keep=float(share), threshold=256)
             arms.append((f"{name}, keep {share}", Speculative(net, scorer, config)))
@@ -131,12 +107,6 @@ def main(
             line += f"longest step {max(steps):.2f} s"
         print(line, flush=True)
         mx.clear_cache()
-
-
-def _demo() -> str:
-    from ... import demo
-
-    return str(demo.MODEL)
 
 
 if __name__ == "__main__":
