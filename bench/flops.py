@@ -37,14 +37,16 @@ def cost(
     tokens: int,
     scorer: Optional[Scorer] = None,
     read: Optional[int] = None,
+    layers: Optional[list[Mixer]] = None,
 ) -> Cost:
     """The cost of a prompt of so many tokens.
 
     Args:
         scorer: Says which tokens are read, and reads them all itself.
         read: How many the model reads; None: all, and nobody scores them.
+        layers: mixers() of the whole model, where only some of its layers are here.
     """
-    layers, heads = mixers(model), _heads(model, engine)
+    layers, heads = layers or mixers(model), _heads(model, engine)
     if scorer is None or read is None:
         ffn = engine.counted(tokens)
         return Cost(ffn, ideal_speedup(layers, heads, tokens, ffn))

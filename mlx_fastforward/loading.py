@@ -133,6 +133,11 @@ def check_part(name: str, trust_remote_code: bool) -> None:
     """Refuse a model whose layers cannot be shared equally; raises ConfigError."""
     folder = _download(name)
     net, _ = load_model(folder, lazy=True, trust_remote_code=trust_remote_code)
+    check_cut(net)
+
+
+def check_cut(net: nn.Module) -> None:
+    """Refuse a model that ``shard`` cannot cut into equal parts; raises ConfigError."""
     if not hasattr(net, "shard"):
         how = "use --pipeline" if _has_stages(net) else "start it without mlx.launch"
         raise ConfigError(
@@ -175,17 +180,23 @@ def load_stock(
     dtype: Optional[str] = None,
     predictor: Optional[str] = None,
     trust_remote_code: bool = False,
+    stages: bool = False,
 ) -> tuple[nn.Module, Any, Optional[PredictorFile]]:
-    """A detached model, its tokenizer, and the predictor file that load() would use with it."""
+    """A detached model, its tokenizer, and the predictor file that load() would use with it.
+
+    Args:
+        stages: Under mlx.launch the whole model on disk, for a take_stage() after its engines are made.
+    """
     trust = {"trust_remote_code": trust_remote_code}
-    net, tokenizer = load(
-        model,
-        sparsity=0.0,
-        predictor="none",
-        tokenizer_config=trust,
-        trust_remote_code=trust_remote_code,
-    )
-    detach(net)
+    settings: dict[str, Any] = dict(tokenizer_config=trust)
+    settings["trust_remote_code"] = trust_remote_code
+    net: Any
+    if stages:
+        net, tokenizer, *_ = mlx_lm_load(model, lazy=True, **settings)
+        check_stages(net)
+    else:
+        net, tokenizer = load(model, sparsity=0.0, predictor="none", **settings)
+        detach(net)
     if dtype:
         net.set_dtype(getattr(mx, dtype))
     if predictor:

@@ -35,6 +35,7 @@ DEALT = {2: list(STAGES), 4: ["qwen2", "qwen3_5"]}
 LONG = "Keawe was poor, brave, and active; he could read and write. " * 50
 GONE = "mlx_fastforward: another process of mlx.launch has ended, and this one with it."
 PROMPT = ["Hello " * 60, "--block-size", 8, "-m", 8]
+BENCH = ["--contexts", 64, "--block-sizes", 8, "-n", 1]
 
 
 @dataclass
@@ -173,11 +174,12 @@ def two(model: Path, start: Callable[..., Launched]) -> Seen:
     """Two: commands, a server that is told to stop, and a long answer that is cut off."""
     saved = model.parent / "saved.json"
     llama = models.save_folder(models.tiny("llama"), model.parent / "llama")
-    bench = ["--contexts", 64, "--block-sizes", 8, "-n", 1, "--save", saved]
+    bench = ["bench", "--model", model, *BENCH, "--save", saved]
     commands = [
         ["generate", "--model", model, *PROMPT, "--sparsity", 0],
         ["generate", "--model", model, *PROMPT, "--json", "--pipeline"],
-        ["bench", "--model", model, *bench],
+        bench,
+        [*bench[:-1], model.parent / "layers.json", "--pipeline"],
         ["train", "--dry-run"],
         ["generate", "--model", llama, "hello", "--pipeline"],
         [*serve(model), "--cache-dir", model.parent],
@@ -277,7 +279,7 @@ def test_layers_dealt_out_answer_like_the_whole(
 
 def test_commands_speak_once(two: Seen, model: Path) -> None:
     """What one process says, by rank 0; a file is written once, with how many there were."""
-    dense, pipeline, bench, *_ = two.commands[0]
+    dense, pipeline, bench, layers, *_ = two.commands[0]
     args = ["generate", "--model", model, *PROMPT]
     assert dense == [0, good(*args, "--sparsity", 0), ""]
     found, alone = json.loads(pipeline[1]), json.loads(good(*args, "--json"))
@@ -288,7 +290,22 @@ def test_commands_speak_once(two: Seen, model: Path) -> None:
     saved = json.loads((model.parent / "saved.json").read_text())
     assert saved["run"]["processes"] == 2 and saved["model"]["ffn_size"] == 256
     assert saved["rows"][0]["ffn_flops_skipped"] > 0.1
+    assert layers[0] == 0 and "processes 2 by layers" in layers[1]
     assert all(said[1:] == ["", ""] for said in two.commands[1])
+
+
+def test_bench_by_layers_counts_the_whole_model(
+    two: Seen, model: Path, tmp_path: Path
+) -> None:
+    """Two processes, each with some of the layers: FLOPs and sizes are those of one process."""
+    good("bench", "--model", model, *BENCH, "--save", tmp_path / "alone.json")
+    files = (model.parent / "layers.json", tmp_path / "alone.json")
+    found, alone = (json.loads(f.read_text()) for f in files)
+    assert found["run"]["pipeline"] and not alone["run"]["pipeline"]
+    assert found["model"] == alone["model"]
+    for name in ("ideal_speedup", "ffn_flops_skipped", "block_size", "selector"):
+        assert found["rows"][0][name] == alone["rows"][0][name]
+    assert alone["rows"][0]["ideal_speedup"] > 1.01
 
 
 def test_what_several_processes_cannot_do(two: Seen) -> None:
@@ -298,10 +315,10 @@ def test_what_several_processes_cannot_do(two: Seen) -> None:
         "mlx-lm cannot share a llama model among processes by its layers; leave --pipeline out.",
         "--cache-dir runs in one process; start it without mlx.launch.",
     ]
-    assert two.commands[0][3:] == [
+    assert two.commands[0][4:] == [
         [2, "", f"mlx_fastforward: {line}\n"] for line in wanted
     ]
-    assert [code for code, *_ in two.commands[1][3:]] == [2, 2, 2]
+    assert [code for code, *_ in two.commands[1][4:]] == [2, 2, 2]
 
 
 def test_what_needs_more_than_mlx_launch_gave(

@@ -70,7 +70,8 @@ def _about(result: Result) -> str:
     heat = f"{m['thermal_before']} before, {m['thermal_after']} after"
     tuned = "tuned" if result.run["tuned"] else "not tuned"
     if (processes := result.run.get("processes", 1)) > 1:
-        tuned += f", {processes} processes"
+        how = " by layers" if result.run.get("pipeline") else ""
+        tuned += f", {processes} processes{how}"
     return (
         f"{m['memory_gb']:g} GB, {m['cores']} cores, {m['os']}, {m['backend']}, BLAS "
         f"{m['blas']}, power {m['power']}, thermal state {heat}; mlx {v['mlx']}, mlx-lm "

@@ -18,8 +18,8 @@ from ...attachment import seated
 from ...engine import Engine
 from ...errors import FastForwardError
 from ...generation import stream_generate
-from ...model.families import float_dtype, layer_norm_weights, prefilled
-from ...model.proof import reach
+from ...model.families import Mixer, float_dtype, layer_norm_weights, prefilled
+from ...model.ffn import GatedFFN
 from ...speculative import Speculative
 from ...tokens.plan import CHUNK
 from ..flops import cost
@@ -140,12 +140,17 @@ def measure(
     rounds: int,
     delay: float,
     tick: Callable[[], None],
+    layers: Optional[list[Mixer]] = None,
 ) -> list[Row]:
-    """All arms on one prompt, interleaved round by round, ``delay`` seconds before each run."""
+    """All arms on one prompt, interleaved round by round, ``delay`` seconds before each run.
+
+    Args:
+        layers: mixers() of the whole model, where only some of its layers are here.
+    """
     stock, sparse = Timings(), [Timings() for _ in arms]
     ffns = []
     for _ in range(rounds):
-        ffns.append(ffn_seconds(model, ids.size))
+        ffns.append(ffn_seconds(model, arms[0].engine.ffns, ids.size))
         time.sleep(delay)
         run(stock_stream_generate, model, tokenizer, ids, stock)
         tick()
@@ -156,20 +161,22 @@ def measure(
             tick()
     share = statistics.median(ffns) / statistics.median(stock.ttft)
     return [
-        row(model, ids.size, arm, stock, timings, share)
+        row(model, ids.size, arm, stock, timings, share, layers)
         for arm, timings in zip(arms, sparse)
     ]
 
 
-def ffn_seconds(model: nn.Module, tokens: int) -> float:
-    """What the FFNs of a stock prefill take, from the first of them over one chunk."""
+def ffn_seconds(model: nn.Module, ffns: list[GatedFFN], tokens: int) -> float:
+    """What the FFNs of a stock prefill take, from the first of them that is here, over one chunk."""
     chunk = min(tokens, CHUNK)
     width, dtype = layer_norm_weights(model)[0].size, float_dtype(model)
     x = mx.random.normal((1, chunk, width)).astype(dtype)
     mx.eval(x)
-    ffns = reach(model).ffns
+    here = set(map(id, model.modules()))
+    mlps = [ffn.mlp for ffn in ffns]
+    mlp = next((m for m in mlps if id(m) in here), mlps[0])
     start = time.perf_counter()
-    mx.eval(ffns[0].mlp(x))
+    mx.eval(mlp(x))
     return (time.perf_counter() - start) * tokens / chunk * len(prefilled(ffns))
 
 
@@ -180,12 +187,13 @@ def row(
     stock: Timings,
     sparse: Timings,
     share: float,
+    layers: Optional[list[Mixer]] = None,
 ) -> Row:
     settings, ttft = arm.engine.settings(), statistics.median(sparse.ttft)
     stock_ttft, skipped = statistics.median(stock.ttft), sparse.skipped
     reader = arm.reader if sparse.read is not None else None
     scorer = None if reader is None else reader.scorer
-    found = cost(model, arm.engine, context, scorer, sparse.read)
+    found = cost(model, arm.engine, context, scorer, sparse.read, layers)
     if reader is not None:  # the engine counts what is read alone
         skipped = found.ffn.sparsity
     return Row(

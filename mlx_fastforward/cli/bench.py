@@ -73,6 +73,7 @@ def bench(
     predictor: o.Predictor = None,
     compensator: o.Compensator = "auto",
     trust_remote_code: o.TrustRemoteCode = False,
+    pipeline: o.Pipeline = False,
     no_tune: o.NoTune = False,
     fast: Annotated[
         bool,
@@ -115,6 +116,8 @@ def bench(
         from ..bench.machine import machine, thermal
         from ..bench.speed import result, ttft
         from ..build import engine_for
+        from ..loading import take_stage
+        from ..model.families import mixers
         from ..scorers import DraftScorer
 
         check_files(json_file, png)
@@ -122,8 +125,9 @@ def bench(
         check_fast(fast, 0)
         keeps = keep_configs(prefill_draft, keep, 1)
         sizes = numbers("--contexts", contexts, int) if contexts else None
+        stages = pipeline and ranks.several()
         net, tokenizer, side = _model(
-            model, random, layers, q_bits, dtype, predictor, trust_remote_code
+            model, random, layers, q_bits, dtype, predictor, trust_remote_code, stages
         )
         if sizes:
             check_lengths_of("--contexts", sizes, net, DECODED)
@@ -162,7 +166,10 @@ def bench(
             runs = [a for a in runs if not a.stock] or runs
         if fast:
             runs.append(ttft.Arm(_fast(net, None if no_tune else console)))
-        sizes = sizes or _contexts(net)
+        sizes, whole = sizes or _contexts(net), mixers(net)
+        named = f"{random or public_name(model)}, {len(net.layers)} layers"
+        if stages:
+            take_stage(net)
         processes = ranks.group().size() if ranks.several() else 1
         rows: list[ttft.Row] = []
         before = thermal()
@@ -180,15 +187,15 @@ def bench(
                     num_trials,
                     delay,
                     lambda: bar.advance(task),
+                    whole,
                 )
         settings = {
-            "model": f"{random or public_name(model)}, {len(net.layers)} layers"
-            + (f", {q_bits} bits" if q_bits else ""),
+            "model": named + (f", {q_bits} bits" if q_bits else ""),
             "dtype": dtype_name(net),
             "trials": num_trials,
         }
         if processes > 1:
-            settings["processes"] = processes
+            settings["processes"] = f"{processes} by layers" if stages else processes
         for scorer in dict.fromkeys(a.reader.scorer for a in runs if a.reader):
             if isinstance(scorer, DraftScorer):
                 settings[f"draft {scorer.name}"] = f"{len(scorer.model.layers)} layers"
@@ -201,7 +208,7 @@ def bench(
             name = random or public_name(model)
             by_hand = no_tune or blocks or ways
             run = {"trials": num_trials, "delay_s": delay, "tuned": not by_hand}
-            run["processes"] = processes
+            run |= {"processes": processes, "pipeline": stages}
             about = result.described(net, runs[0].engine, name, random is not None)
             heat = (before, thermal())
             told = (about, machine(), heat, run, runs, rows, side)
@@ -216,13 +223,15 @@ def _model(
     dtype: Optional[str],
     predictor: Optional[str],
     trust_remote_code: bool,
+    stages: bool,
 ) -> tuple[Any, Any, Any]:
-    """The model, stock, its tokenizer and its predictor."""
+    """The model, stock, its tokenizer and its predictor; whole, on disk, where layers are dealt out."""
     import mlx.core as mx
     from mlx_lm.utils import load_tokenizer
 
     from .. import demo
     from ..bench.speed import shapes
+    from ..loading import check_cut, check_stages
 
     if q_bits not in (0, 2, 3, 4, 5, 6, 8):
         raise ConfigError(f"--q-bits must be 2, 3, 4, 5, 6 or 8, or 0; got {q_bits}.")
@@ -232,15 +241,19 @@ def _model(
     if random is None:
         if layers or q_bits:
             raise ConfigError("--layers and --q-bits go with --random.")
-        return stock_model(model, dtype, predictor, trust_remote_code)
+        return stock_model(model, dtype, predictor, trust_remote_code, stages)
     if random not in shapes.SHAPES:
         known = ", ".join(shapes.SHAPES)
         raise ConfigError(f"--random must be one of {known}; got {random}.")
     if ranks.several():
         mx.random.seed(0)  # what the processes share must be the same
     usual = "bfloat16" if mx.default_device() == mx.gpu else "float32"
-    net = shapes.random_model(random, layers, getattr(mx, dtype or usual), q_bits)
-    if ranks.several():
+    kind = getattr(mx, dtype or usual)
+    net = shapes.random_model(random, layers, kind, q_bits, lazy=stages)
+    if stages:
+        check_stages(net)
+    elif ranks.several():
+        check_cut(net)
         net.shard(ranks.group())
     return net, load_tokenizer(demo.MODEL), shapes.random_predictor(net)
 

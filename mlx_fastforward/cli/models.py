@@ -57,6 +57,7 @@ def stock_model(
     dtype: Optional[str] = None,
     predictor: Optional[str] = None,
     trust_remote_code: bool = False,
+    stages: bool = False,
 ) -> tuple[Any, Any, Any]:
     """The model, stock, its tokenizer and its predictor file."""
     from ..hub import problems
@@ -64,7 +65,7 @@ def stock_model(
 
     name = checked_name(model)
     with problems(name, LoadProblem):
-        return load_stock(name, dtype, predictor, trust_remote_code)
+        return load_stock(name, dtype, predictor, trust_remote_code, stages)
 
 
 def describe_base(name: Optional[str], trust_remote_code: bool) -> tuple[Any, str]:
