@@ -7,10 +7,11 @@ from typing import Any, Generator, Optional, Sequence
 
 import mlx.core as mx
 import mlx.nn as nn
-from mlx_lm.generate import GenerationResponse
+from mlx_lm.generate import GenerationResponse, generation_stream
 from mlx_lm.generate import stream_generate as mlx_lm_stream_generate
 from mlx_lm.tokenizer_utils import TokenizerWrapper
 
+from . import ranks
 from .attachment import engine_of, is_enabled, reading
 from .model.caches import cached_tokens
 
@@ -103,3 +104,5 @@ def stream_generate(
         yield extended(first)
         for response in responses:
             yield extended(response)
+    if ranks.several():  # a step more is on its way: who ended first would be missed
+        mx.synchronize(generation_stream)
