@@ -249,12 +249,14 @@ def _model(
         mx.random.seed(0)  # what the processes share must be the same
     usual = "bfloat16" if mx.default_device() == mx.gpu else "float32"
     kind = getattr(mx, dtype or usual)
-    net = shapes.random_model(random, layers, kind, q_bits, lazy=stages)
+    several = ranks.several()
+    net = shapes.random_model(random, layers, kind, q_bits, lazy=several)
     if stages:
         check_stages(net)
-    elif ranks.several():
+    elif several:
         check_cut(net)
         net.shard(ranks.group())
+        mx.eval(net.parameters())
     return net, load_tokenizer(demo.MODEL), shapes.random_predictor(net)
 
 
