@@ -10,6 +10,7 @@ export MODEL ?=
 export REPO ?=
 OUT ?= build/evidence
 export MINUTES ?= 10
+TRAIN ?=
 EVAL ?=
 BENCH ?=
 LONGBENCH ?= --tasks qasper,hotpotqa,gov_report --limit 20
@@ -59,7 +60,7 @@ evidence: predictor
 predictor: $(INSTALLED)
 	mkdir -p $(OUT)
 	$(FF) doctor $(WITH)
-	$(FF) train $(WITH) --minutes "$$MINUTES" --out $(OUT)/predictor --overwrite
+	$(FF) train $(WITH) --minutes "$$MINUTES" $(TRAIN) --out $(OUT)/predictor --overwrite
 
 longbench: $(INSTALLED)
 	$(BIN)/python -m pip install -qq -e '.[eval]'

@@ -19,8 +19,9 @@ NOTES = (
 STYLE = """
 body { font: 15px/1.45 system-ui, sans-serif; margin: 2em auto; max-width: 76em; padding: 0 1em }
 table { border-collapse: collapse; margin: 1em 0 }
-th, td { padding: .25em .7em; border-bottom: 1px solid #ddd; text-align: right; white-space: nowrap }
-th:nth-child(2), td:nth-child(2) { text-align: left }
+th, td { padding: .25em .5em; border-bottom: 1px solid #ddd; text-align: right; white-space: nowrap }
+th:nth-child(2), td:nth-child(2) { text-align: left; white-space: normal }
+div { overflow-x: auto; font-size: 13px }
 svg { max-width: 100%; height: auto }
 p.about { color: #555 }
 """
@@ -45,7 +46,7 @@ def page(results: Sequence[Result]) -> str:
         parts += [
             f"<h2>{html.escape(_title(result))}</h2>",
             f'<p class="about">{html.escape(_about(result))}</p>',
-            f"<table>\n{_row('th', HEAD)}\n{rows}\n</table>",
+            f"<div><table>\n{_row('th', HEAD)}\n{rows}\n</table></div>",
         ]
     head = f'<meta charset="utf-8"><title>{title}</title><style>{STYLE}</style>'
     body = "\n".join(parts)

@@ -52,6 +52,7 @@ def draw(results: Sequence[Result]) -> Any:
             title="what it costs, at the longest prompt",
             xlabel="speed-up",
             ylabel="KL, nats",
+            ylim=(0, None),
         )
     for axis in axes[:2]:
         axis.set_xscale("log", base=2)
