@@ -74,7 +74,8 @@ wheel-test:
 
 # a tag that is not the package's version publishes nothing
 release-version:
-	grep -qx '__version__ = "'"$${GITHUB_REF_NAME#v}"'"' mlx_fastforward/version.py
+	@grep -qx '__version__ = "'"$${GITHUB_REF_NAME#v}"'"' mlx_fastforward/version.py || \
+		{ echo "make: the tag is $$GITHUB_REF_NAME, expected v and what mlx_fastforward/version.py says" >&2; exit 1; }
 
 workflows: $(CHECKS)/.installed
 	$(CHECKS)/bin/check-jsonschema --builtin-schema vendor.github-workflows .github/workflows/*.yml
