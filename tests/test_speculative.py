@@ -10,9 +10,8 @@ import pytest
 from mlx_lm.models.cache import KVCache, RotatingKVCache, make_prompt_cache
 from models import tiny, token_ids
 
-from mlx_fastforward import attach, demo, speculative
+from mlx_fastforward import attach, speculative
 from mlx_fastforward.checkpoints import can_trim
-from mlx_fastforward.cli.part_read import scorer_of
 from mlx_fastforward.errors import ConfigError, UnsupportedModel
 from mlx_fastforward.model import positions
 from mlx_fastforward.model.positions import (
@@ -404,12 +403,3 @@ def test_kept_tokens_are_read_sparsely() -> None:
     assert got[0].ffn_sparsity > 0.1 and spec.exact == 0 and models.idle(model)
     assert isinstance(cache[0], CompactKVCache)
     assert copy.deepcopy(cache)[0].runs == cache[0].runs
-
-
-def test_the_draft_of_the_demo_model_sees_its_tokens() -> None:
-    tokenizer = models.demo_tokenizer()
-    scorer = scorer_of("demo", None, tokenizer)
-    assert scorer.name == "demo" and scorer.translation is None
-    ids = tokenizer.encode("The secret code of Greta is 4711.")
-    assert scorer.score(ids, 0, KeepConfig(look_ahead=1)).shape == (len(ids),)
-    assert sum(f.stat().st_size for f in demo.DRAFT.iterdir()) < 5e6

@@ -1,6 +1,6 @@
 """Planted facts after speculative prefill: what is found first, and what a follow-up question finds.
 
-python -m mlx_fastforward.bench.studies.speculative --draft words,demo --keep 0.5,0.3 --follow-up
+python -m mlx_fastforward.bench.studies.speculative --draft words --keep 0.5,0.3 --follow-up
 """
 
 import time
@@ -48,7 +48,7 @@ def main(
     whole: Annotated[bool, typer.Option(help="Also all tokens, to compare.")] = True,
     draft: Annotated[
         str, typer.Option(help="As --prefill-draft of eval: names with commas.")
-    ] = "words,demo,self",
+    ] = "words,self",
     keep: str = "0.7,0.5,0.3",
     follow_up: Annotated[
         bool, typer.Option("--follow-up", help="Ask a second question, too.")

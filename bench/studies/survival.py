@@ -1,7 +1,7 @@
 """What a speculative prefill can find at best: whose scores keep what is asked for, without asking the model.
 
-python -m mlx_fastforward.bench.studies.survival --draft demo
-python -m mlx_fastforward.bench.studies.survival --draft demo --data questions.jsonl
+python -m mlx_fastforward.bench.studies.survival --draft words,self,DRAFT
+python -m mlx_fastforward.bench.studies.survival --data questions.jsonl
 """
 
 from pathlib import Path
@@ -33,7 +33,9 @@ class Chance(Scorer):
 
 
 def main(
-    draft: Annotated[str, typer.Option(help="Drafts, with commas between.")] = "demo",
+    draft: Annotated[
+        str, typer.Option(help="Who chooses, with commas between.")
+    ] = "words,self",
     model: str = str(demo.MODEL),
     keep: str = "0.7,0.5,0.3",
     tasks: str = TASKS,
@@ -51,7 +53,7 @@ def main(
     """
     net, tokenizer, predictor = load_stock(model, "float32")
     scorers: list[Scorer] = [Chance()]
-    for name in ("words", "self", *draft.split(",")):
+    for name in draft.split(","):
         scorers.append(scorer_of(name, net, tokenizer, predictor, "float32"))
     shares = numbers("--keep", keep, float)
     for task in ["qa"] if data else tasks.split(","):

@@ -113,9 +113,8 @@ PrefillDraft = Annotated[
     Optional[str],
     opt(
         "Who says which tokens of a long prompt matter: 'words', those of the question, without any "
-        "model; a small model's folder or repository ('demo': the demo model's draft); 'self', the "
-        "model's own first layers. Only those are read; what others say is lost until it is read, "
-        "too. Default: off.",
+        "model; a small model's folder or repository; 'self', the model's own first layers. Only "
+        "those are read; what others say is lost until it is read, too. Default: off.",
         panel=SPECULATIVE,
     ),
 ]

@@ -119,21 +119,19 @@ def _check(model: Any) -> None:
     ropes_of(model)
 
 
-def _draft(shown: str, tokenizer: Any) -> Any:
+def _draft(name: str, tokenizer: Any) -> Any:
     from mlx_lm.utils import load
 
-    from .. import demo
     from ..hub import problems
     from ..scorers import DraftScorer
     from ..tokens.mapping import Translation
     from .models import checked_name
 
-    name = str(demo.DRAFT) if shown == "demo" else shown
     with problems(name, LoadProblem):
         model, theirs, *_ = load(checked_name(name))
     if theirs.get_vocab() == tokenizer.get_vocab():
-        return DraftScorer(model, shown)
-    return DraftScorer(model, shown, Translation(tokenizer, theirs))
+        return DraftScorer(model, name)
+    return DraftScorer(model, name, Translation(tokenizer, theirs))
 
 
 def answers(

@@ -1,10 +1,9 @@
-"""The bundled model, a draft for it, a document that fits its context, and questions about it."""
+"""The bundled model, a document that fits its context, and questions about it."""
 
 from pathlib import Path
 
 HERE = Path(__file__).parent
 MODEL = HERE / "model"
-DRAFT = HERE / "draft"
 DOCUMENT = HERE / "document.txt"
 QUESTIONS = HERE / "questions.txt"
 

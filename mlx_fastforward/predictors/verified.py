@@ -136,7 +136,7 @@ def reaching(
     Best: of those that lose no more than MOST_FACTS of the facts beside each other the least KL.
 
     Args:
-        drafts: That are at hand; a repository, words, the model's own layers and what is bundled are.
+        drafts: That are at hand; a repository, words and the model's own layers always are.
     """
     timed = (r for r in combinations(details) if isinstance(r.get("speedup"), float))
     found = [r for r in timed if _at_hand(r["prefill_draft"], drafts)]
@@ -160,9 +160,7 @@ def reaching(
 
 def _at_hand(draft: str, drafts: Sequence[str]) -> bool:
     """Folders are known by their last name only, and must be named again."""
-    return draft in ("", "self", "words", "demo", *drafts) or (
-        not drafts and "/" in draft
-    )
+    return draft in ("", "self", "words", *drafts) or (not drafts and "/" in draft)
 
 
 def named(row: dict[str, Any]) -> str:
