@@ -23,13 +23,11 @@ from mlx_fastforward import tuned, tuning
 from mlx_fastforward.attachment import attach, engine_of
 from mlx_fastforward.bench.flops import cost
 from mlx_fastforward.bench.speed import shapes, ttft
-from mlx_fastforward.bench.studies import recall
 from mlx_fastforward.build import engine_for
 from mlx_fastforward.cli import first_use
 from mlx_fastforward.config import DeviceSettings
 from mlx_fastforward.continuation import continuation, divergence
 from mlx_fastforward.errors import FastForwardError
-from mlx_fastforward.neurons.selectors import Oracle
 from mlx_fastforward.scorers import DraftScorer, LayersScorer
 from mlx_fastforward.speculative import Speculative
 from mlx_fastforward.tokens.speculative import KeepConfig, kept_places
@@ -82,14 +80,6 @@ def test_random_models_and_predictors_have_the_real_shapes(
     predictor = shapes.random_predictor(model)
     attach(model, settings(selector="trained"), predictor=predictor)
     assert mx.all(mx.isfinite(model(mx.arange(64)[None]))).item()
-
-
-def test_recall_is_the_share_of_the_oracles_neurons() -> None:
-    scores = mx.array([[3.0, 2.0, 1.0, 0.0], [0.0, 1.0, 2.0, 3.0]])
-    truth = mx.array([[3.0, 0.0, 2.0, 1.0], [0.0, 1.0, 2.0, 3.0]])
-    assert recall.hits(scores, truth, 2).tolist() == [0.5, 1.0]
-    model = tiny("llama", vocab=4096)
-    assert recall.per_layer(model, Oracle(), [TEXT], 8, 64) == [1.0] * 3
 
 
 def test_part_of_a_prompt_is_read_from_its_beginning_each_time() -> None:
