@@ -22,11 +22,7 @@ def picture(
     title: str,
 ) -> None:
     """Write a PNG; bars and points with their 95 % intervals."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-
-    figure = draw(records, found, points, title)
-    FigureCanvasAgg(figure)
-    figure.savefig(path, dpi=120, format="png")
+    draw(records, found, points, title).savefig(path, dpi=120, format="png")
 
 
 def draw(

@@ -16,12 +16,10 @@ def picture(
     path: Path, found: Inspection, shown: Sequence[int], selector: str, title: str
 ) -> None:
     """Write a PNG: one row of images per layer of ``shown``, then curves over all layers."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
     top, bottom = 1.6 * len(shown) + 0.5, 5.4
     figure = Figure(figsize=(12, top + bottom + 0.5), layout="constrained")
-    FigureCanvasAgg(figure)
     figure.suptitle(
         f"{title}\ndark: a block keeps these neurons, white: it drops them",
         fontsize=11,

@@ -3,7 +3,7 @@
 from pathlib import Path
 from typing import Any, Optional, Sequence
 
-from .ttft import Row, arm_name
+from .ttft import Row, arm_name, by_arm
 
 Quality = Optional[dict[str, Any]]  # what eval --save measured at a row's settings
 
@@ -12,11 +12,7 @@ def picture(
     path: Path, rows: list[Row], title: str, measured: Sequence[Quality] = ()
 ) -> None:
     """Write a PNG, one line per arm."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-
-    figure = draw(rows, title, measured)
-    FigureCanvasAgg(figure)
-    figure.savefig(path, dpi=100, format="png")
+    draw(rows, title, measured).savefig(path, dpi=100, format="png")
 
 
 def draw(rows: list[Row], title: str, measured: Sequence[Quality] = ()) -> Any:
@@ -35,7 +31,7 @@ def draw(rows: list[Row], title: str, measured: Sequence[Quality] = ()) -> Any:
     first = {r.context: r for r in reversed(rows)}
     stock = [first[c] for c in contexts]
     _seconds(left, stock, "stock_ttft_s", "stock_ttft_spread_s", "k", "stock mlx-lm")
-    for i, (name, line) in enumerate(_lines(rows).items()):
+    for i, (name, line) in enumerate(by_arm(rows).items()):
         xs, color = [r.context for r in line], f"C{i}"
         _seconds(left, line, "ttft_s", "ttft_spread_s", color, name)
         right.plot(xs, [r.speedup for r in line], "o-", color=color, label=name)
@@ -60,7 +56,7 @@ def draw(rows: list[Row], title: str, measured: Sequence[Quality] = ()) -> Any:
 def _costs(axis: Any, rows: list[Row], measured: Sequence[Quality]) -> None:
     """KL against the measured speed-up, at the longest prompt of each arm."""
     longest = max(r.context for r in rows)
-    names = list(_lines(rows))
+    names = list(by_arm(rows))
     for r, q in zip(rows, measured):
         if q is None or r.context != longest:
             continue
@@ -92,10 +88,3 @@ def _seconds(
     axis.errorbar(
         xs, middle, [below, above], fmt=style, capsize=3, color=color, label=name
     )
-
-
-def _lines(rows: list[Row]) -> dict[str, list[Row]]:
-    found: dict[str, list[Row]] = {}
-    for r in sorted(rows, key=lambda r: r.context):
-        found.setdefault(arm_name(r), []).append(r)
-    return found

@@ -1,14 +1,14 @@
 """Many results of `bench --save` as one page: tables, and pictures in the HTML."""
 
 import html
-from typing import Optional, Sequence
+from typing import Sequence
 
 from .report_picture import svg
-from .result import Result, of_the_ideal
-from .ttft import Row, arm_name
+from .result import Result, cells
 
-HEAD = ["context", "arm", "TTFT", "stock", "speed-up", "ideal", "of the ideal", "FFN"]
-HEAD += ["GB", "stock GB", "KL", "facts"]
+SAME = ("speed-up", "ideal", "of the ideal", "FFN", "GB", "stock GB", "KL", "facts")
+HEAD = {"context": "context", "arm": "arm", "TTFT": "TTFT", "stock": "stock TTFT"}
+HEAD |= {name: name for name in SAME}  # headings, and the names of cells()
 NOTES = (
     "Medians of interleaved runs in one process; the range is in brackets. Stock is unmodified "
     "mlx-lm. Ideal: what the skipped FLOPs allow. Of the ideal: the share of the time that the "
@@ -31,7 +31,7 @@ def markdown(results: Sequence[Result]) -> str:
     """The tables, for a README or an issue."""
     parts = ["# Time to first token, sparse prefill against stock mlx-lm", NOTES]
     for result in results:
-        lines = [HEAD, ["---"] * len(HEAD), *_cells(result)]
+        lines = [[*HEAD], ["---"] * len(HEAD), *_cells(result)]
         table = "\n".join("| " + " | ".join(map(_plain, line)) + " |" for line in lines)
         parts += [f"## {_plain(_title(result))}", _plain(_about(result)), table]
     return "\n\n".join(parts) + "\n"
@@ -46,7 +46,7 @@ def page(results: Sequence[Result]) -> str:
         parts += [
             f"<h2>{html.escape(_title(result))}</h2>",
             f'<p class="about">{html.escape(_about(result))}</p>',
-            f"<div><table>\n{_row('th', HEAD)}\n{rows}\n</table></div>",
+            f"<div><table>\n{_row('th', [*HEAD])}\n{rows}\n</table></div>",
         ]
     head = f'<meta charset="utf-8"><title>{title}</title><style>{STYLE}</style>'
     body = "\n".join(parts)
@@ -82,26 +82,5 @@ def _about(result: Result) -> str:
 
 
 def _cells(result: Result) -> list[list[str]]:
-    return [_line(row, result.quality_of(row)) for row in result.rows]
-
-
-def _line(r: Row, quality: Optional[dict[str, float]]) -> list[str]:
-    share, q = of_the_ideal(r), quality
-    return [
-        f"{r.context:,}",
-        arm_name(r),
-        _seconds(r.ttft_s, r.ttft_spread_s),
-        _seconds(r.stock_ttft_s, r.stock_ttft_spread_s),
-        f"{r.speedup:.2f}",
-        f"{r.ideal_speedup:.2f}",
-        "" if share is None else f"{share:.0%}",
-        f"{r.ffn_share:.0%}",
-        f"{r.peak_memory_gb:.2f}",
-        f"{r.stock_peak_memory_gb:.2f}",
-        "" if q is None else f"{q['kl']:.4f}",
-        "" if q is None else f"{q['facts']:.2f} of {q['facts_dense']:.2f}",
-    ]
-
-
-def _seconds(median: float, spread: Sequence[float]) -> str:
-    return f"{median:.2f} s ({spread[0]:.2f}-{spread[1]:.2f})"
+    found = [cells(row, result.quality_of(row)) for row in result.rows]
+    return [[row[name] for name in HEAD.values()] for row in found]

@@ -2,10 +2,10 @@
 
 import io
 from collections import Counter
-from typing import Any, Iterator, Sequence
+from typing import Any, Sequence
 
 from .result import Result, of_the_ideal
-from .ttft import Row, arm_name
+from .ttft import Row, by_arm
 
 Line = tuple[Result, str, list[Row]]  # one arm of one result, by context
 STYLES = ("-", "--", ":", "-.")
@@ -15,12 +15,10 @@ MARKS = "osD^vP"
 def svg(results: Sequence[Result]) -> str:
     """An <svg> element; text stays text."""
     from matplotlib import rc_context
-    from matplotlib.backends.backend_svg import FigureCanvasSVG
 
     buffer = io.StringIO()
     with rc_context({"svg.fonttype": "none", "svg.hashsalt": "fastforward"}):
-        figure = draw(results)
-        FigureCanvasSVG(figure).print_svg(buffer, metadata={"Date": None})
+        draw(results).savefig(buffer, format="svg", metadata={"Date": None})
     text = buffer.getvalue()
     return text[text.index("<svg") :]
 
@@ -29,7 +27,8 @@ def draw(results: Sequence[Result]) -> Any:
     """The figure: one colour per chip, one mark per model, one dash per arm."""
     from matplotlib.figure import Figure
 
-    lines = list(_lines(results))
+    lines: list[Line]
+    lines = [(r, *arm) for r in results for arm in by_arm(r.rows).items()]
     verified = any(r.quality_of(row) for r, _, rows in lines for row in rows)
     size = (14 if verified else 11, 4 + 0.17 * len(lines))  # the legend lies below
     figure = Figure(figsize=size, layout="constrained")
@@ -61,15 +60,6 @@ def draw(results: Sequence[Result]) -> Any:
     handles = axes[0].get_legend_handles_labels()
     figure.legend(*handles, loc="outside lower left", fontsize=8, handlelength=4)
     return figure
-
-
-def _lines(results: Sequence[Result]) -> Iterator[Line]:
-    for result in results:
-        arms: dict[str, list[Row]] = {}
-        for row in sorted(result.rows, key=lambda r: r.context):
-            arms.setdefault(arm_name(row), []).append(row)
-        for name, rows in arms.items():
-            yield result, name, rows
 
 
 def _styles(lines: Sequence[Line]) -> list[dict[str, Any]]:

@@ -18,7 +18,7 @@ from ...model.families import float_dtype
 from ...predictors.file import PredictorFile
 from ...predictors.verified import combinations
 from ...version import __version__
-from .ttft import Arm, Row
+from .ttft import Arm, Row, arm_name
 
 FORMAT, VERSION = "mlx-fastforward bench", 1
 
@@ -149,6 +149,31 @@ def of_the_ideal(row: Row) -> Optional[float]:
     if row.ideal_speedup <= 1:
         return None
     return (1 - 1 / row.speedup) / (1 - 1 / row.ideal_speedup)
+
+
+def cells(r: Row, quality: Optional[dict[str, Any]]) -> dict[str, str]:
+    """A row in words, by names that tables choose their columns from."""
+    share, q = of_the_ideal(r), quality
+    return {
+        "context": f"{r.context:,}",
+        "arm": arm_name(r),
+        "TTFT": _seconds(r.ttft_s, r.ttft_spread_s),
+        "stock TTFT": _seconds(r.stock_ttft_s, r.stock_ttft_spread_s),
+        "speed-up": f"{r.speedup:.2f}",
+        "ideal": f"{r.ideal_speedup:.2f}",
+        "of the ideal": "" if share is None else f"{share:.0%}",
+        "FFN": f"{r.ffn_share:.0%}",
+        "GB": f"{r.peak_memory_gb:.2f}",
+        "stock GB": f"{r.stock_peak_memory_gb:.2f}",
+        "tok/s": f"{r.decode_tps:.1f}",
+        "stock tok/s": f"{r.stock_decode_tps:.1f}",
+        "KL": "" if q is None else f"{q['kl']:.4f}",
+        "facts": "" if q is None else f"{q['facts']:.2f} of {q['facts_dense']:.2f}",
+    }
+
+
+def _seconds(median: float, spread: Sequence[float]) -> str:
+    return f"{median:.2f} s ({spread[0]:.2f}-{spread[1]:.2f})"
 
 
 def read(path: Path) -> Result:

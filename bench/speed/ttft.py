@@ -7,7 +7,7 @@ round runs every arm once, after a warm-up; medians over the rounds.
 import statistics
 import time
 from dataclasses import dataclass, field
-from typing import Any, Callable, Iterator, Optional
+from typing import Any, Callable, Iterator, Optional, Sequence
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -244,6 +244,14 @@ def arm_name(row: Row) -> str:
     if row.unpack:
         parts.append(_multiplied(row))
     return ", ".join(parts)
+
+
+def by_arm(rows: Sequence[Row]) -> dict[str, list[Row]]:
+    """Each arm's rows by context, under its name."""
+    found: dict[str, list[Row]] = {}
+    for row in sorted(rows, key=lambda r: r.context):
+        found.setdefault(arm_name(row), []).append(row)
+    return found
 
 
 def _multiplied(row: Row) -> str:

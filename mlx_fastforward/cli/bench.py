@@ -2,6 +2,7 @@
 
 from dataclasses import asdict, replace
 from functools import partial
+from itertools import zip_longest
 from pathlib import Path
 from typing import Annotated, Any, Optional
 
@@ -24,6 +25,10 @@ from .part_read import keep_configs, readers, scorer_of
 from .tables import say, show
 
 DECODED = 32  # tokens that are timed after the prompt
+COLUMNS = (  # of the table, by the names of cells()
+    "context,arm,TTFT,stock TTFT,speed-up,ideal,FFN,GB,stock GB,tok/s,stock tok/s,KL,facts"
+).split(",")
+HEADS = {"speed-up": "times as fast", "ideal": "by FLOPs", "FFN": "FFN of stock"}
 
 
 def bench(
@@ -341,45 +346,11 @@ def _show(rows: Any, environment: dict[str, Any], measured: Any) -> None:
 
 def _table(rows: Any, measured: Any = ()) -> Table:
     """Sparse against stock mlx-lm; what eval --save measured of some, beside it."""
-    from ..bench.speed.ttft import arm_name
+    from ..bench.speed.result import cells
 
-    table = Table(
-        "context",
-        "arm",
-        "TTFT",
-        "stock TTFT",
-        "times as fast",
-        "by FLOPs",
-        "FFN of stock",
-        "GB",
-        "stock GB",
-        "tok/s",
-        "stock tok/s",
-    )
-    known = any(measured)
-    if known:
-        table.add_column("KL")
-        table.add_column("facts")
-    for r, q in zip(rows, measured if known else [None] * len(rows)):
-        costs = ["", ""]
-        if q is not None:
-            costs = [f"{q['kl']:.4f}", f"{q['facts']:.2f} of {q['facts_dense']:.2f}"]
-        table.add_row(
-            f"{r.context:,}",
-            arm_name(r),
-            _time(r.ttft_s, r.ttft_spread_s),
-            _time(r.stock_ttft_s, r.stock_ttft_spread_s),
-            f"{r.speedup:.2f}",
-            f"{r.ideal_speedup:.2f}",
-            f"{r.ffn_share:.0%}",
-            f"{r.peak_memory_gb:.2f}",
-            f"{r.stock_peak_memory_gb:.2f}",
-            f"{r.decode_tps:.1f}",
-            f"{r.stock_decode_tps:.1f}",
-            *(costs if known else []),
-        )
+    columns = COLUMNS if any(measured) else COLUMNS[:-2]
+    table = Table(*(HEADS.get(name, name) for name in columns))
+    for row, quality in zip_longest(rows, measured):
+        found = cells(row, quality)
+        table.add_row(*(found[name] for name in columns))
     return table
-
-
-def _time(median: float, spread: tuple[float, float]) -> str:
-    return f"{median:.2f} s ({spread[0]:.2f}-{spread[1]:.2f})"

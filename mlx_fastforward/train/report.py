@@ -16,12 +16,10 @@ def write_report(folder: Path, report: dict[str, Any]) -> None:
 
 def picture(path: Path, report: dict[str, Any]) -> None:
     """Recall and loss over the steps; per layer recall, error removed, importance, cost, budgets."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
     found = report["calibration"]
     figure = Figure(figsize=(14, 7), layout="constrained")
-    FigureCanvasAgg(figure)
     axes = figure.subplots(2, 3)
     _descents(axes[0, 0], report["descents"])
     share = "share, 0 to 1"
