@@ -1,11 +1,11 @@
-"""Paths as people type them, and writing whole or not at all."""
+"""Files as people name them, and writing whole or not at all."""
 
 import contextlib
 import hashlib
 from pathlib import Path
 from typing import Any, Callable, Iterator
 
-from .errors import FastForwardError
+from .errors import FastForwardError, FileProblem
 
 
 def expanded(path: Path) -> Path:
@@ -14,6 +14,17 @@ def expanded(path: Path) -> Path:
         return path.expanduser()
     except RuntimeError:
         raise FastForwardError(f"{path}: no such user; write the folder out.") from None
+
+
+def read_text(path: Path) -> str:
+    """A UTF-8 file, or one line that says why not; raises FileProblem."""
+    try:
+        return expanded(path).read_text(encoding="utf-8")
+    except UnicodeDecodeError:
+        raise FileProblem(f"{path} is not UTF-8 text.") from None
+    except (OSError, ValueError) as e:  # ValueError: a name that no file can have
+        reason = getattr(e, "strerror", None) or e
+        raise FileProblem(f"{path} cannot be read: {reason}.") from None
 
 
 @contextlib.contextmanager

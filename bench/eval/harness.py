@@ -16,6 +16,7 @@ from rich.table import Table
 
 from ...attachment import seated
 from ...errors import ConfigError, FastForwardError
+from ...files import read_text
 from ...predictors.file import PredictorFile
 from .arms import Arm, labels_of
 
@@ -264,11 +265,5 @@ def parse_lines(lines: Iterable[str], name: str, fields: tuple[str, ...]) -> lis
 
 def read_lines(path: Path, fields: tuple[str, ...]) -> list[Row]:
     """parse_lines() of a file."""
-    try:
-        text = path.read_text(encoding="utf-8")
-    except UnicodeDecodeError:
-        raise FastForwardError(f"{path} is not UTF-8 text.") from None
-    except OSError as e:
-        raise FastForwardError(f"{path} cannot be read: {e.strerror or e}.") from None
     # splitlines() would also split at letters that JSON leaves as they are
-    return parse_lines(text.split("\n"), str(path), fields)
+    return parse_lines(read_text(path).split("\n"), str(path), fields)

@@ -4,7 +4,7 @@ import json
 from pathlib import Path
 
 from ...errors import FastForwardError
-from ...files import expanded
+from ...files import read_text
 
 Asked = tuple[str, list[tuple[str, list[str]]]]  # context, (question, answers)
 
@@ -17,15 +17,7 @@ def read_data(path: Path) -> list[Asked]:
     Raises:
         FastForwardError: the file cannot be read, or a line is something else.
     """
-    try:
-        lines = expanded(path).read_text(encoding="utf-8").split("\n")
-    except UnicodeDecodeError:
-        raise FastForwardError(
-            f"{path} is not UTF-8 text; expected JSONL with questions."
-        ) from None
-    except (OSError, ValueError) as e:  # ValueError: a name that no file can have
-        reason = getattr(e, "strerror", None) or e
-        raise FastForwardError(f"{path} cannot be read: {reason}.") from None
+    lines = read_text(path).split("\n")
     made: list[Asked] = []
     for number, line in enumerate(lines, 1):
         if not line.strip():

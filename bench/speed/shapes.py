@@ -14,24 +14,30 @@ from ...predictors.base import BaseModel
 from ...predictors.file import PredictorFile
 from ...train.state import Settings
 
-LLAMA_1B: dict[str, Any] = dict(
-    model_type="llama",
-    hidden_size=2048,
-    intermediate_size=8192,
-    num_hidden_layers=16,
-    num_attention_heads=32,
-    num_key_value_heads=8,
-    head_dim=64,
-)
-LLAMA_8B = LLAMA_1B | dict(
-    hidden_size=4096, intermediate_size=14336, num_hidden_layers=32, head_dim=128
-)
+Shape = dict[str, Any]
+
+
+def _shape(
+    model_type: str, layers: int, d: int, f: int, heads: int, keys: int, size: int
+) -> Shape:
+    """Settings by the names of mlx-lm's model files.
+
+    Args:
+        d, f: Width of the model and of its FFNs.
+        heads, keys, size: Attention heads, those of keys and values, and the width of one.
+    """
+    return dict(
+        model_type=model_type,
+        num_hidden_layers=layers,
+        hidden_size=d,
+        intermediate_size=f,
+        num_attention_heads=heads,
+        num_key_value_heads=keys,
+        head_dim=size,
+    )
+
+
 QWEN_3_5 = dict(  # three quarters of the layers are linear attention
-    model_type="qwen3_5",
-    num_hidden_layers=32,
-    num_attention_heads=16,
-    num_key_value_heads=4,
-    head_dim=256,
     full_attention_interval=4,
     linear_num_key_heads=16,
     linear_num_value_heads=32,
@@ -40,80 +46,35 @@ QWEN_3_5 = dict(  # three quarters of the layers are linear attention
     linear_conv_kernel_dim=4,
     num_experts=0,
 )
+GEMMA_4 = dict(
+    global_head_dim=512,
+    sliding_window=1024,
+    sliding_window_pattern=6,
+    num_kv_shared_layers=0,
+    hidden_size_per_layer_input=0,
+)
+YARN = dict(
+    rope_theta=1e6,
+    type="yarn",
+    factor=16.0,
+    llama_4_scaling_beta=0.1,
+    original_max_position_embeddings=16384,
+)
+GLM_4 = dict(partial_rotary_factor=0.5, attention_bias=True)
 # By the published configs; what they have in common is in random_model.
-SHAPES: dict[str, dict[str, Any]] = {
-    "llama-3.2-1b": LLAMA_1B,
-    "llama-3.2-3b": LLAMA_1B
-    | dict(
-        hidden_size=3072, num_hidden_layers=28, num_attention_heads=24, head_dim=128
-    ),
-    "llama-3.1-8b": LLAMA_8B,
-    "smollm2-135m": LLAMA_1B
-    | dict(
-        hidden_size=576,
-        intermediate_size=1536,
-        num_hidden_layers=30,
-        num_attention_heads=9,
-        num_key_value_heads=3,
-    ),
-    "qwen3-4b": LLAMA_8B
-    | dict(
-        model_type="qwen3",
-        hidden_size=2560,
-        intermediate_size=9728,
-        num_hidden_layers=36,
-    ),
-    "qwen3-0.6b": LLAMA_8B
-    | dict(
-        model_type="qwen3",
-        hidden_size=1024,
-        intermediate_size=3072,
-        num_hidden_layers=28,
-        num_attention_heads=16,
-    ),
-    "qwen3.5-4b": QWEN_3_5 | dict(hidden_size=2560, intermediate_size=9216),
-    "qwen3.5-9b": QWEN_3_5 | dict(hidden_size=4096, intermediate_size=12288),
-    "gemma-4-31b": dict(
-        model_type="gemma4_text",
-        hidden_size=5376,
-        intermediate_size=21504,
-        num_hidden_layers=60,
-        num_attention_heads=32,
-        num_key_value_heads=16,
-        head_dim=256,
-        global_head_dim=512,
-        sliding_window=1024,
-        sliding_window_pattern=6,
-        num_kv_shared_layers=0,
-        hidden_size_per_layer_input=0,
-    ),
-    "ministral-3-3b": dict(
-        model_type="ministral3",
-        hidden_size=3072,
-        intermediate_size=9216,
-        num_hidden_layers=26,
-        num_attention_heads=32,
-        num_key_value_heads=8,
-        head_dim=128,
-        rope_parameters=dict(
-            rope_theta=1e6,
-            type="yarn",
-            factor=16.0,
-            llama_4_scaling_beta=0.1,
-            original_max_position_embeddings=16384,
-        ),
-    ),
-    "glm-4-9b": dict(
-        model_type="glm4",
-        hidden_size=4096,
-        intermediate_size=13696,
-        num_hidden_layers=40,
-        num_attention_heads=32,
-        num_key_value_heads=2,
-        head_dim=128,
-        partial_rotary_factor=0.5,
-        attention_bias=True,
-    ),
+SHAPES: dict[str, Shape] = {
+    "llama-3.2-1b": _shape("llama", 16, 2048, 8192, 32, 8, 64),
+    "llama-3.2-3b": _shape("llama", 28, 3072, 8192, 24, 8, 128),
+    "llama-3.1-8b": _shape("llama", 32, 4096, 14336, 32, 8, 128),
+    "smollm2-135m": _shape("llama", 30, 576, 1536, 9, 3, 64),
+    "qwen3-4b": _shape("qwen3", 36, 2560, 9728, 32, 8, 128),
+    "qwen3-0.6b": _shape("qwen3", 28, 1024, 3072, 16, 8, 128),
+    "qwen3.5-4b": _shape("qwen3_5", 32, 2560, 9216, 16, 4, 256) | QWEN_3_5,
+    "qwen3.5-9b": _shape("qwen3_5", 32, 4096, 12288, 16, 4, 256) | QWEN_3_5,
+    "gemma-4-31b": _shape("gemma4_text", 60, 5376, 21504, 32, 16, 256) | GEMMA_4,
+    "ministral-3-3b": _shape("ministral3", 26, 3072, 9216, 32, 8, 128)
+    | dict(rope_parameters=YARN),
+    "glm-4-9b": _shape("glm4", 40, 4096, 13696, 32, 2, 128) | GLM_4,
 }
 
 

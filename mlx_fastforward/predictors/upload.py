@@ -4,7 +4,8 @@ from pathlib import Path
 from typing import Any
 
 from .. import hub
-from ..errors import ConfigError, HubError, PredictorError
+from ..errors import ConfigError, HubError
+from ..files import read_text
 from ..version import __version__
 from .file import JSON_NAME, TENSORS_NAME, PredictorFile, load_predictor
 
@@ -73,7 +74,7 @@ def upload(folder: Path, repo: str, private: bool = False) -> str:
     """Push a predictor to a repository, made if it is not there; returns its address.
 
     A README.md in the folder goes along; without one a card is generated, unless the repository
-    has one already. Raises ConfigError, PredictorError and HubError.
+    has one already. Raises ConfigError, FileProblem, PredictorError and HubError.
     """
     from huggingface_hub import CommitOperationAdd, HfApi
     from huggingface_hub.errors import HFValidationError
@@ -87,7 +88,7 @@ def upload(folder: Path, repo: str, private: bool = False) -> str:
         ) from None
     predictor = load_predictor(folder)
     own = folder / CARD
-    card = _text(own) if own.is_file() else None
+    card = read_text(own) if own.is_file() else None
     with hub.problems(repo, HubError, "uploaded"):
         api = HfApi()
         # None: an organisation may make its repositories private by default.
@@ -102,10 +103,3 @@ def upload(folder: Path, repo: str, private: bool = False) -> str:
             operations.append(CommitOperationAdd(CARD, card.encode()))
         api.create_commit(name, operations, commit_message="Upload predictor file")
         return str(address)
-
-
-def _text(path: Path) -> str:
-    try:
-        return path.read_text(encoding="utf-8")
-    except ValueError:
-        raise PredictorError(f"{path} is not UTF-8 text.") from None

@@ -23,20 +23,7 @@ from ..model.families import context_length
 from .facts import CODE, NAMES, QUOTE, WORD, WORDS, asked, planted
 
 BUNDLED = Path(__file__).parent / "data" / "calibration.txt"
-TEXT = {
-    ".txt",
-    ".md",
-    ".rst",
-    ".py",
-    ".swift",
-    ".c",
-    ".cpp",
-    ".h",
-    ".js",
-    ".ts",
-    ".go",
-    ".rs",
-}
+TEXT = set(".txt .md .rst .py .swift .c .cpp .h .js .ts .go .rs".split())
 PIECE = 4096  # bytes between the places where a passage may begin
 HELD_SHARE = 20  # one passage in so many is held out
 BYTES_PER_TOKEN = 6  # read rather too much than too little
