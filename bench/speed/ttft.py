@@ -18,13 +18,20 @@ from ...attachment import seated
 from ...engine import Engine
 from ...errors import FastForwardError
 from ...generation import stream_generate
-from ...model.families import Mixer, float_dtype, layer_norm_weights, prefilled
+from ...model.families import (
+    Mixer,
+    context_length,
+    float_dtype,
+    layer_norm_weights,
+    prefilled,
+)
 from ...model.ffn import GatedFFN
 from ...speculative import Speculative
 from ...tokens.plan import CHUNK
 from ..flops import cost
 
 DECODED = 16  # tokens after the first, for the decoding speed
+ROOM = 32  # tokens of the model's context that are left for them
 
 
 @dataclass(frozen=True)
@@ -130,6 +137,32 @@ def warm_up(model: nn.Module, tokenizer: Any, arms: list[Arm]) -> None:
         ids = mx.zeros(arm.engine.shortest + 1, dtype=mx.int32)
         with seated(model, arm.engine):
             run(arm.generate, model, tokenizer, ids, Timings())
+
+
+def default_contexts(model: nn.Module) -> list[int]:
+    """512 to 4,096 tokens, as the model's context allows; half of it where that is too short."""
+    limit = context_length(model) or 4096
+    found = [c for c in (512, 1024, 2048, 4096) if c + ROOM <= limit]
+    return found or [limit // 2]
+
+
+def benchmark(
+    model: nn.Module,
+    tokenizer: Any,
+    arms: list[Arm],
+    contexts: list[int],
+    rounds: int,
+    delay: float = 0,
+    tick: Callable[[], None] = lambda: None,
+    layers: Optional[list[Mixer]] = None,
+) -> list[Row]:
+    """All arms on random prompts of these lengths, warmed up first; see measure()."""
+    warm_up(model, tokenizer, arms)
+    rows: list[Row] = []
+    for tokens in contexts:
+        ids = mx.random.randint(8, 4096, (tokens,), key=mx.random.key(tokens))
+        rows += measure(model, tokenizer, ids, arms, rounds, delay, tick, layers)
+    return rows
 
 
 def measure(

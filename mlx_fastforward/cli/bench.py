@@ -2,9 +2,9 @@
 
 from dataclasses import asdict, replace
 from functools import partial
-from itertools import zip_longest
+from itertools import product, zip_longest
 from pathlib import Path
-from typing import Annotated, Any, Optional
+from typing import Annotated, Any, Callable, Optional
 
 import typer
 from rich.console import Console
@@ -20,11 +20,10 @@ from .first_use import tuned
 from .inputs import DTYPES, FAST, check_choice, check_fast, numbers
 from .lengths import check_lengths_of
 from .models import dtype_name, public_name, stock_model
-from .outputs import check_files, write, write_json
+from .outputs import check_files, picture_title, write, write_json
 from .part_read import keep_configs, readers, scorer_of
 from .tables import say, show
 
-DECODED = 32  # tokens that are timed after the prompt
 COLUMNS = (  # of the table, by the names of cells()
     "context,arm,TTFT,stock TTFT,speed-up,ideal,FFN,GB,stock GB,tok/s,stock tok/s,KL,facts"
 ).split(",")
@@ -115,12 +114,10 @@ def bench(
     if context.invoked_subcommand is not None:  # bench report
         return
     with one_line_errors(), interruptible():
-        import mlx.core as mx
-
         from ..bench.environment import describe
         from ..bench.machine import machine, thermal
         from ..bench.speed import result, ttft
-        from ..build import engine_for
+        from ..bench.speed.picture import picture
         from ..loading import take_stage
         from ..model.families import mixers
         from ..scorers import DraftScorer
@@ -135,15 +132,15 @@ def bench(
             model, random, layers, q_bits, dtype, predictor, trust_remote_code, stages
         )
         if sizes:
-            check_lengths_of("--contexts", sizes, net, DECODED)
+            check_lengths_of("--contexts", sizes, net, ttft.ROOM)
         configs = [
             PrefillConfig(s, selector=name, compensator=compensator, prune_tokens=share)
             for name in selectors.split(",")
             for s in numbers("--sparsities", sparsities, float)
             for share in numbers("--prune-tokens", prune_tokens, float)
         ]
-        blocks = numbers("--block-sizes", block_sizes, int, 8) if block_sizes else None
-        ways = strategies.split(",") if strategies else None
+        blocks = numbers("--block-sizes", block_sizes, int, 8) if block_sizes else []
+        ways = strategies.split(",") if strategies else []
         queries = []
         if attention_blocks:
             queries = numbers("--attention-blocks", attention_blocks, int, 0)
@@ -159,41 +156,26 @@ def bench(
             dtype=dtype,
         )
         parts = readers(net, prefill_draft, keeps, draft)
-        engines = []
-        for config in configs:
-            for arm, device in _arms(config, blocks, ways):
-                engine = engine_for(net, arm, side, device=device)
-                if not no_tune and not blocks and not ways:
-                    engine = engine.on(tuned(net, engine, console))
-                engines += _attention_arms(engine, queries)
+        by_hand = no_tune or blocks or ways
+        tune = (lambda e: e) if by_hand else (lambda e: e.on(tuned(net, e, console)))
+        engines = _engines(net, side, configs, blocks, ways, queries, tune)
         runs = [ttft.Arm(e, r) for e in engines for r in parts]
         if keeps:  # of lists put together, the arm that leaves nothing out is stock
             runs = [a for a in runs if not a.stock] or runs
         if fast:
             runs.append(ttft.Arm(_fast(net, None if no_tune else console)))
-        sizes, whole = sizes or _contexts(net), mixers(net)
-        named = f"{random or public_name(model)}, {len(net.layers)} layers"
+        sizes, whole = sizes or ttft.default_contexts(net), mixers(net)
+        name = random or public_name(model)
+        named = f"{name}, {len(net.layers)} layers"
         if stages:
             take_stage(net)
         processes = ranks.group().size() if ranks.several() else 1
-        rows: list[ttft.Row] = []
         before = thermal()
         with Progress(console=console, disable=not console.is_terminal) as bar:
             total = len(sizes) * num_trials * (len(runs) + 1)
             task = bar.add_task("timing", total=total)
-            ttft.warm_up(net, tokenizer, runs)
-            for tokens in sizes:
-                ids = mx.random.randint(8, 4096, (tokens,), key=mx.random.key(tokens))
-                rows += ttft.measure(
-                    net,
-                    tokenizer,
-                    ids,
-                    runs,
-                    num_trials,
-                    delay,
-                    lambda: bar.advance(task),
-                    whole,
-                )
+            tick, each = (lambda: bar.advance(task)), (num_trials, delay)
+            rows = ttft.benchmark(net, tokenizer, runs, sizes, *each, tick, whole)
         settings = {
             "model": named + (f", {q_bits} bits" if q_bits else ""),
             "dtype": dtype_name(net),
@@ -206,18 +188,19 @@ def bench(
                 settings[f"draft {scorer.name}"] = f"{len(scorer.model.layers)} layers"
         environment = describe() | settings
         measured = [result.quality_of(r, result.quality(side)) for r in rows]
-        _show(rows, environment, measured)
+        say(", ".join(f"{k} {v}" for k, v in environment.items()))
+        show(_table(rows, measured))
         report = {"environment": environment, "rows": [asdict(r) for r in rows]}
-        _write(report, rows, measured, json_file, png)
+        write_json(json_file, report)
+        title = picture_title(environment)
+        write(png, lambda half: picture(half, rows, title, measured))
         if save is not None:
-            name = random or public_name(model)
-            by_hand = no_tune or blocks or ways
             run = {"trials": num_trials, "delay_s": delay, "tuned": not by_hand}
             run |= {"processes": processes, "pipeline": stages}
             about = result.described(net, runs[0].engine, name, random is not None)
-            heat = (before, thermal())
-            told = (about, machine(), heat, run, runs, rows, side)
-            write_json(save, result.result(*told))
+            heat = before, thermal()
+            found = result.result(about, machine(), heat, run, runs, rows, side)
+            write_json(save, found)
 
 
 def _model(
@@ -298,50 +281,26 @@ def _fast(net: Any, console: Optional[Console]) -> Any:
     return engine if console is None else engine.on(tuned(net, engine, console))
 
 
-def _arms(
-    config: PrefillConfig, blocks: Optional[list[int]], ways: Optional[list[str]]
-) -> list[tuple[PrefillConfig, DeviceSettings]]:
-    """Every block size with every strategy."""
-    return [
-        (replace(config, block_size=block), DeviceSettings(strategy=way))
-        for block in blocks or (None,)
-        for way in ways or STRATEGIES[:1]
-    ]
+def _engines(
+    net: Any,
+    side: Any,
+    configs: list[PrefillConfig],
+    blocks: list[int],
+    ways: list[str],
+    queries: list[int],
+    tune: Callable[[Any], Any],
+) -> list[Any]:
+    """All settings under every block size, strategy and attention block that was asked for."""
+    from ..build import engine_for
 
-
-def _attention_arms(engine: Any, queries: list[int]) -> list[Any]:
-    """The engine with every attention block that was asked for; as it is if none was."""
-    if not queries:
-        return [engine]
-    devices = [replace(engine.device, attention_block=rows) for rows in queries]
-    return [engine.on(device) for device in devices]
-
-
-def _contexts(net: Any) -> list[int]:
-    from ..model.families import context_length
-
-    limit = context_length(net) or 4096
-    return [c for c in (512, 1024, 2048, 4096) if c + DECODED <= limit] or [limit // 2]
-
-
-def _write(
-    report: dict[str, Any],
-    rows: Any,
-    measured: Any,
-    json_file: Optional[Path],
-    png: Optional[Path],
-) -> None:
-    from ..bench.speed.picture import picture
-
-    env = report["environment"]
-    title = f"{env['model']}, {env['dtype']}, {env['device']}, mlx {env['mlx']}"
-    write_json(json_file, report)
-    write(png, lambda half: picture(half, rows, title, measured))
-
-
-def _show(rows: Any, environment: dict[str, Any], measured: Any) -> None:
-    say(", ".join(f"{k} {v}" for k, v in environment.items()))
-    show(_table(rows, measured))
+    found: list[Any] = []
+    sizes: list[Optional[int]] = [*blocks] or [None]
+    for config, block, way in product(configs, sizes, ways or STRATEGIES[:1]):
+        config, device = replace(config, block_size=block), DeviceSettings(strategy=way)
+        engine = tune(engine_for(net, config, side, device=device))
+        devices = [replace(engine.device, attention_block=n) for n in queries]
+        found += [engine.on(device) for device in devices] or [engine]
+    return found
 
 
 def _table(rows: Any, measured: Any = ()) -> Table:

@@ -19,7 +19,7 @@ from .eval_tables import announce, show
 from .first_use import tuned
 from .inputs import DTYPES, check_choice, numbers
 from .models import dtype_name, public_name, stock_model
-from .outputs import check_files, write, write_json
+from .outputs import check_files, picture_title, write, write_json
 from .part_read import keep_configs, readers, scorer_of
 
 SHORT = 128  # tokens; shorter prompts, follow-up questions, are read whole
@@ -147,6 +147,7 @@ def evaluate(
             return
         from ..bench.eval.evaluation import evaluate as run
         from ..bench.eval.frontier import frontier
+        from ..bench.eval.picture import picture
         from ..bench.eval.summaries import summaries, worst
         from ..bench.eval.tasks import build
 
@@ -204,7 +205,9 @@ def evaluate(
             "worst": [asdict(r) for r in bad],
             "records": [asdict(r) for r in records],
         }
-        _write(report, records, found, points, json_file, png)
+        write_json(json_file, report)
+        title = picture_title(environment)
+        write(png, lambda half: picture(half, records, found, points, title))
         console.print(
             f"{len(records):,} answers compared in {seconds / 60:.1f} minutes."
         )
@@ -284,19 +287,3 @@ def _environment(net: Any, model: Optional[str]) -> dict[str, Any]:
 
     name = f"{public_name(model)}, {len(net.layers)} layers"
     return describe() | {"model": name, "dtype": dtype_name(net)}
-
-
-def _write(
-    report: dict[str, Any],
-    records: Any,
-    found: Any,
-    points: Any,
-    json_file: Optional[Path],
-    png: Optional[Path],
-) -> None:
-    from ..bench.eval.picture import picture
-
-    env = report["environment"]
-    title = f"{env['model']}, {env['dtype']}, {env['device']}, mlx {env['mlx']}"
-    write_json(json_file, report)
-    write(png, lambda half: picture(half, records, found, points, title))

@@ -75,6 +75,11 @@ def check_files(json_file: Optional[Path], png: Optional[Path]) -> None:
             fail(f"{file} cannot be written: {e.strerror or e}.")
 
 
+def picture_title(env: dict[str, Any]) -> str:
+    """What was measured, and on what."""
+    return f"{env['model']}, {env['dtype']}, {env['device']}, mlx {env['mlx']}"
+
+
 def write_json(file: Optional[Path], report: dict[str, Any]) -> None:
     text = json.dumps(report, indent=2, ensure_ascii=False) + "\n"
     write(file, lambda half: half.write_text(text, encoding="utf-8"))
