@@ -21,6 +21,7 @@ from mlx_fastforward.config import DeviceSettings
 from mlx_fastforward.predictors.base import BaseModel
 from mlx_fastforward.predictors.file import JSON_NAME
 from mlx_fastforward.predictors.verified import chosen
+from mlx_fastforward.train import curves
 
 SHORT = ["--lengths", "256", "--prompts", "1", "-m", "4"]
 SMALL = [*SHORT, "--block-sizes", "8"]
@@ -226,7 +227,7 @@ def test_save_keeps_what_auto_goes_by(
         dense=True
     )  # what tuning finds here, it need not find elsewhere
     monkeypatch.setattr(eval_save, "tuned", lambda *args: dense)
-    monkeypatch.setattr(eval_save, "SEQUENCES", 1)
+    monkeypatch.setattr(curves, "SEQUENCES", 1)
     monkeypatch.setattr(verify, "SPARSITIES", (0.5, 0.7))
     said = good("eval", "--save", "--model", tiny, "--prompts", 1)
     (folder,) = (tmp_path / "home" / "predictors").iterdir()

@@ -19,7 +19,6 @@ from mlx_fastforward.bench.eval.frontier import frontier
 from mlx_fastforward.bench.flops import cost
 from mlx_fastforward.bench.studies import frontier as both
 from mlx_fastforward.build import engine_for
-from mlx_fastforward.cli import eval_save
 from mlx_fastforward.config import PrefillConfig
 from mlx_fastforward.errors import ConfigError, FastForwardError
 from mlx_fastforward.predictors.file import JSON_NAME
@@ -27,6 +26,7 @@ from mlx_fastforward.predictors.verified import reaching
 from mlx_fastforward.scorers import DraftScorer, LayersScorer
 from mlx_fastforward.speculative import Speculative, read_places
 from mlx_fastforward.tokens.speculative import KeepConfig
+from mlx_fastforward.train import curves
 
 KEEP = KeepConfig(keep=0.5, threshold=LENGTH // 2, chunk=16)
 
@@ -211,7 +211,7 @@ def test_save_and_speedup(
 ) -> None:
     """What eval --save measures of combinations is what --speedup takes, and says."""
     monkeypatch.setenv("MLX_FASTFORWARD_HOME", str(tmp_path / "home"))
-    monkeypatch.setattr(eval_save, "SEQUENCES", 1)
+    monkeypatch.setattr(curves, "SEQUENCES", 1)
     monkeypatch.setattr(verify, "SPARSITIES", (0.5,))
     draft, model = folder.parent / "small", ["--model", folder, "--no-tune"]
     ask = ["generate", "word " * 600, *model, "--json", "-m", 2, "--speedup"]

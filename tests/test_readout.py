@@ -132,7 +132,7 @@ def test_a_fit_finds_what_attention_does_not(tmp_path: Path) -> None:
 
 
 def test_the_command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """It makes a file where there is none, and keeps nothing that is no better."""
+    """It makes a file where there is none, replaces no trained one, keeps nothing that is no better."""
     monkeypatch.setenv("MLX_FASTFORWARD_HOME", str(tmp_path / "home"))
     model = tiny("llama", vocab=4096, max_position_embeddings=512)
     folder = models.save_folder(model, tmp_path / "model")
@@ -148,6 +148,11 @@ def test_the_command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(training, "worth", lambda *_: worth | {"readout": 0.1})
     before = made.read_text()
     assert run(*flags).exit_code == 1 and made.read_text() == before
+    monkeypatch.setattr(training, "worth", lambda *_: worth)
+    files.save(made.parent)  # trained weights that nobody named are not written over
+    before = made.read_text()
+    bad(1, *flags, "--predictor", "none")
+    assert made.read_text() == before
     text = tmp_path / "short.txt"
     text.write_text("Too little. " * 500)
     assert bad(2, *flags, "--layers", 4).startswith("between 1 and 3")

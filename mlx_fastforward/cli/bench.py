@@ -8,7 +8,6 @@ from typing import Annotated, Any, Callable, Optional
 
 import typer
 from rich.console import Console
-from rich.progress import Progress
 from rich.table import Table
 
 from .. import ranks
@@ -22,6 +21,7 @@ from .lengths import check_lengths_of
 from .models import dtype_name, public_name, stock_model
 from .outputs import check_files, picture_title, write, write_json
 from .part_read import keep_configs, readers, scorer_of
+from .progress import progress
 from .tables import say, show
 
 COLUMNS = (  # of the table, by the names of cells()
@@ -171,10 +171,8 @@ def bench(
             take_stage(net)
         processes = ranks.group().size() if ranks.several() else 1
         before = thermal()
-        with Progress(console=console, disable=not console.is_terminal) as bar:
-            total = len(sizes) * num_trials * (len(runs) + 1)
-            task = bar.add_task("timing", total=total)
-            tick, each = (lambda: bar.advance(task)), (num_trials, delay)
+        total, each = len(sizes) * num_trials * (len(runs) + 1), (num_trials, delay)
+        with progress(console, "timing", total) as tick:
             rows = ttft.benchmark(net, tokenizer, runs, sizes, *each, tick, whole)
         settings = {
             "model": named + (f", {q_bits} bits" if q_bits else ""),

@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Annotated, Any, Optional
 
 from rich.console import Console
-from rich.progress import Progress
 
 from ..config import BLOCK_SIZE, PrefillConfig
 from ..errors import ConfigError
@@ -21,6 +20,7 @@ from .inputs import DTYPES, check_choice, numbers
 from .models import dtype_name, public_name, stock_model
 from .outputs import check_files, picture_title, write, write_json
 from .part_read import keep_configs, readers, scorer_of
+from .progress import progress
 
 SHORT = 128  # tokens; shorter prompts, follow-up questions, are read whole
 
@@ -165,18 +165,9 @@ def evaluate(
         shortest = max(engine.shortest for engine in engines)
         announce(console, documents, [a.label for a in arms], shortest)
         start = time.perf_counter()
-        with Progress(console=console, disable=not console.is_terminal) as bar:
-            total = sum(d.length for d in documents) * (len(arms) + 1)
-            task = bar.add_task("asking", total=total)
-            records = run(
-                net,
-                tokenizer,
-                documents,
-                arms,
-                side,
-                lambda tokens: bar.advance(task, tokens),
-                max_tokens,
-            )
+        total = sum(d.length for d in documents) * (len(arms) + 1)
+        with progress(console, "asking", total) as tick:
+            records = run(net, tokenizer, documents, arms, side, tick, max_tokens)
         seconds = time.perf_counter() - start
         found, bad = summaries(records), worst(records)
         points = frontier(records, {arm.label: arm.left_out for arm in arms})

@@ -5,7 +5,6 @@ from pathlib import Path
 from typing import Annotated, Any, Optional
 
 from rich.console import Console
-from rich.progress import Progress
 from rich.table import Table
 
 from .. import demo
@@ -16,6 +15,7 @@ from .errors import interruptible, one_line_errors
 from .inputs import DTYPES, check_choice, numbers, read_text
 from .models import dtype_name, public_name, stock_model
 from .outputs import check_files, write, write_json
+from .progress import progress
 from .tables import say, show, warn
 
 HEADS = "layer,importance,kept,by importance,recall,FFN error,compensated,stream error"
@@ -148,11 +148,9 @@ def _first_middle_last(keep: list[Optional[int]]) -> list[int]:
 def _measure(net: Any, ids: Any, engine: Any, weights: Any) -> Any:
     from ..bench.inspect import inspection
 
-    console = Console(stderr=True)
-    bar = Progress(console=console, disable=not console.is_terminal, transient=True)
-    with bar:
-        task = bar.add_task("reading", total=inspection.steps(engine, ids.size))
-        return inspection.inspect(net, ids, engine, weights, lambda: bar.advance(task))
+    total = inspection.steps(engine, ids.size)
+    with progress(Console(stderr=True), "reading", total, transient=True) as tick:
+        return inspection.inspect(net, ids, engine, weights, tick)
 
 
 def _settings(

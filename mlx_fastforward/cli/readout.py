@@ -1,16 +1,15 @@
 """mlx_fastforward readout: teach a model's first layers which tokens of a prompt matter."""
 
 import tempfile
-from dataclasses import asdict
 from pathlib import Path
-from typing import Annotated, Any, Optional
+from typing import Annotated, Optional
 
 from rich.console import Console
-from rich.progress import Progress
 
 from . import options as o
 from .errors import fail, interruptible, one_line_errors
 from .models import public_name, stock_model
+from .progress import phases
 
 
 def readout(
@@ -48,7 +47,8 @@ def readout(
         import mlx.core as mx
 
         from ..predictors.base import BaseModel
-        from ..predictors.file import add_readout, save_predictor
+        from ..predictors.file import add_readout, ensure_predictor
+        from ..predictors.search import folder_for
         from ..scorers import LayersScorer
         from ..train.data import open_corpus, usual_length
         from ..train.readout import Questions, fit, observe
@@ -63,20 +63,10 @@ def readout(
             net.set_dtype(mx.float32)  # mlx's bfloat16 is slow on CPUs
         layer = LayersScorer(net, layers).layers
         base = BaseModel.of(net, public_name(model))
-        folder = _folder(base, side)
+        folder = folder_for(base, side)
         questions = Questions(corpus, tokenizer, usual_length(net), seed or 0)
         console = Console(stderr=True, highlight=False)
-        with (
-            tempfile.TemporaryDirectory() as work,
-            Progress(console=console, disable=not console.is_terminal) as bar,
-        ):
-            tasks: dict[str, Any] = {}
-
-            def tick(phase: str, done: int, total: int) -> None:
-                if phase not in tasks:
-                    tasks[phase] = bar.add_task(phase, total=total)
-                bar.update(tasks[phase], completed=done)
-
+        with tempfile.TemporaryDirectory() as work, phases(console) as tick:
             files = observe(net, questions, prompts, layer, Path(work), tick)
             found, worth = fit(files, layer, steps, seed or 0, tick)
         print(
@@ -88,23 +78,6 @@ def readout(
             fail(
                 "the readout is no better than attention, and not kept: more --prompts."
             )
-        if side is None:  # one without weights
-            save_predictor(folder, {"base_model": asdict(base)}, {})
+        ensure_predictor(folder, base)
         add_readout(folder, found, prompts=len(files), kept=worth)
         print(f"kept in {folder}: --prefill-draft self uses it")
-
-
-def _folder(base: Any, side: Any) -> Path:
-    """Of the predictor file."""
-    from ..errors import PredictorError
-    from ..predictors.file import JSON_NAME
-    from ..predictors.search import default_folder
-
-    if side is None:
-        return default_folder(base)
-    side.check(base)
-    if not (Path(side.source) / JSON_NAME).is_file():
-        raise PredictorError(
-            f"{side.source} is no folder of this machine; copy it to one and name that."
-        )
-    return Path(side.source)

@@ -8,7 +8,7 @@ import copy
 import json
 import os
 import tempfile
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, Optional
 
@@ -320,6 +320,12 @@ def save_predictor(
             for folder in made:
                 folder.rmdir()
         raise
+
+
+def ensure_predictor(path: Path, base: BaseModel) -> None:
+    """A predictor file without weights where there is none yet."""
+    if not (path / JSON_NAME).is_file():
+        save_predictor(path, {"base_model": asdict(base)}, {})
 
 
 def update_predictor(path: str | Path, **sections: Any) -> None:

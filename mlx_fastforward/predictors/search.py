@@ -28,6 +28,31 @@ def default_folder(base: BaseModel) -> Path:
     return home() / (name if name.strip(".") else "model")
 
 
+def folder_for(base: BaseModel, predictor: Optional[PredictorFile]) -> Path:
+    """Where what is found out about a model is kept: its predictor file, else one without weights.
+
+    Raises PredictorError: The file is another model's, or no folder of this machine; or nobody named
+    one, and trained weights lie where it would go.
+    """
+    if predictor is not None:
+        predictor.check(base)
+        if not (Path(predictor.source) / JSON_NAME).is_file():
+            raise PredictorError(
+                f"{predictor.source} is no folder of this machine; copy it to one and name that."
+            )
+        return Path(predictor.source)
+    folder = default_folder(base)
+    if (folder / JSON_NAME).is_file():
+        there = load_predictor(folder)
+        there.check(base)
+        if there.layers is not None or there.compensator is not None:
+            raise PredictorError(
+                f"{folder} holds trained weights, which nothing may replace; name them with "
+                f"--predictor {folder}, or move them away."
+            )
+    return folder
+
+
 def named_predictor(name: str | Path) -> Optional[PredictorFile]:
     """The predictor that a user named, a folder or a repository; "none" is none at all."""
     text = str(name)

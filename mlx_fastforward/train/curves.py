@@ -7,6 +7,7 @@ others.
 """
 
 import copy
+import itertools
 from dataclasses import dataclass, replace
 from typing import Any, Callable, Optional, Sequence
 
@@ -24,11 +25,13 @@ from ..neurons.schedule import Curves
 from ..predictors.file import PredictorFile
 from ..prefill import read
 from ..tokens.plan import CHUNK
+from .data import Sequences, open_corpus, usual_length
 
 LEVELS = (0.3, 0.5, 0.7, 0.9)
 MIDDLE = 1  # of them
 ALL_LEVELS = 8  # models of more layers are sampled
 TOKENS = 64  # compared after each prompt
+SEQUENCES = 10  # of measured_curves()
 
 Costs = list[float]  # of one sequence, a KL per trial
 
@@ -133,6 +136,24 @@ class Meter:
         size = self.engines[0].block_size
         source = {"sequences": len(costs), "tokens": TOKENS, "block_size": size}
         return Curves(list(LEVELS), kl, source)
+
+
+def measured_curves(
+    model: nn.Module,
+    tokenizer: Any,
+    predictor: Optional[PredictorFile],
+    tick: Callable[[int, int], None],
+) -> Optional[Curves]:
+    """Of bundled text and chats; None where the model's context is too short for any."""
+    meter, costs = Meter(model, predictor), []  # type: Meter, list[Costs]
+    corpus, length = open_corpus(None), usual_length(model)
+    held = Sequences(corpus, tokenizer, length, 0, held_out=True)
+    done, total = itertools.count(1), SEQUENCES * len(meter.trials)
+    for i in range(SEQUENCES):
+        ids = held[i]
+        if ids.size >= meter.shortest:
+            costs.append(meter.costs(ids, lambda: tick(next(done), total)))
+    return meter.curves(costs) if costs else None
 
 
 def _row(means: dict[Trial, float], layer: int) -> list[float]:
