@@ -1,12 +1,12 @@
 """What is compared: settings under a name."""
 
-from dataclasses import dataclass
-from typing import Any, Optional, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any, Callable, Optional, Sequence
 
 import mlx.nn as nn
 
 from ...build import engine_for
-from ...config import DeviceSettings, PrefillConfig
+from ...config import BLOCK_SIZE, DeviceSettings, PrefillConfig
 from ...engine import Engine
 from ...errors import ConfigError
 from ...predictors.file import PredictorFile
@@ -45,6 +45,12 @@ class Arm:
             "prefill_draft": "" if reader is None else reader.scorer.name,
         }
 
+    def settings(self, engine: Engine) -> dict[str, Any]:
+        """What was asked for and what runs, for reports."""
+        asked = {} if self.config is None else asdict(self.config)
+        reading = {} if self.reader is None else self.reader.settings()
+        return {"label": self.label, **asked, **engine.settings(), **reading}
+
 
 DENSE = Arm("dense", None)
 
@@ -55,6 +61,40 @@ def labels_of(arms: Sequence[Arm]) -> list[str]:
     if len(set(labels)) < len(labels):
         raise ConfigError(f"two arms are the same: {', '.join(labels)}; drop one.")
     return labels
+
+
+def arms_of(
+    model: nn.Module,
+    configs: Sequence[PrefillConfig],
+    predictor: Optional[PredictorFile],
+    readers: Sequence[Optional[Speculative]] = (None,),
+    tune: Optional[Callable[[Engine], DeviceSettings]] = None,
+) -> list[Arm]:
+    """Every setting with every reader, named by what runs; raises ConfigError for two of a name.
+
+    Block sizes are named where they are not all the usual one.
+
+    Args:
+        tune: Tells this device's settings for an engine, for configs without a block size. Where
+            dense is fastest the settings that were asked for are measured.
+    """
+    engines = []
+    for config in configs:
+        engine = engine_for(model, config, predictor)
+        if config.block_size is None and tune is not None:
+            device = tune(engine)
+            engine = engine if device.dense else engine.on(device)
+        engines.append(engine)
+    asked = any(config.block_size for config in configs)
+    usual = set() if asked else {BLOCK_SIZE}
+    several = len({e.block_size for e in engines} | usual) > 1
+    arms = [
+        Arm(label(e, several, r), e.config, e.device, r)
+        for e in engines
+        for r in readers
+    ]
+    labels_of(arms)
+    return arms
 
 
 def label(

@@ -8,7 +8,7 @@ from typing import Annotated, Any, Optional
 
 from rich.console import Console
 
-from ..config import BLOCK_SIZE, PrefillConfig
+from ..config import PrefillConfig
 from ..errors import ConfigError
 from . import options as o
 from .errors import interruptible, one_line_errors
@@ -145,6 +145,7 @@ def evaluate(
             more = [(c, r) for c in configs for r in parts if c.prune_tokens or r]
             save_verified(net, tokenizer, side, model, prompts, no_tune, more)
             return
+        from ..bench.eval.arms import arms_of
         from ..bench.eval.evaluation import evaluate as run
         from ..bench.eval.frontier import frontier
         from ..bench.eval.picture import picture
@@ -152,7 +153,8 @@ def evaluate(
         from ..bench.eval.tasks import build
 
         console = Console(stderr=True, highlight=False)
-        arms, engines = _arms(net, configs, side, None if no_tune else console, parts)
+        tune = None if no_tune else lambda engine: tuned(net, engine, console)
+        arms = arms_of(net, configs, side, parts, tune)
         if benchmark:
             table = run_benchmark(
                 benchmark, net, tokenizer, arms, side, tasks, limit, data, console
@@ -162,6 +164,7 @@ def evaluate(
         sizes = _lengths(net, sizes)
         with console.status("choosing prompts"):
             documents = build(tokenizer, asked, sizes, prompts, seed, data)
+        engines: list[Any] = [arm.engine(net, side) for arm in arms]
         shortest = max(engine.shortest for engine in engines)
         announce(console, documents, [a.label for a in arms], shortest)
         start = time.perf_counter()
@@ -186,11 +189,7 @@ def evaluate(
             "environment": environment,
             "settings": settings,
             "seconds": round(seconds, 1),
-            "arms": [
-                {"label": arm.label, **asdict(arm.config), **engine.settings()}
-                | (arm.reader.settings() if arm.reader is not None else {})
-                for arm, engine in zip(arms, engines)
-            ],
+            "arms": [arm.settings(engine) for arm, engine in zip(arms, engines)],
             "frontier": [asdict(p) for p in points],
             "summaries": [asdict(s) for s in found],
             "worst": [asdict(r) for r in bad],
@@ -238,39 +237,6 @@ def _lengths(net: Any, asked: Optional[list[int]]) -> list[int]:
             f"--lengths must be at least {SHORTEST} tokens, got {min(asked)}."
         )
     return sorted(set(asked))
-
-
-def _arms(
-    net: Any,
-    configs: list[PrefillConfig],
-    side: Any,
-    console: Optional[Console],
-    readers: list[Any],
-) -> tuple[list[Any], list[Any]]:
-    """Arms named by what they run, and their engines; tuned as for chat if there is a console.
-
-    Each is read whole, or in part, as the readers say.
-
-    Where dense is fastest the settings that were asked for are measured. Block sizes are named
-    where they are not all the usual one.
-    """
-    from ..bench.eval.arms import Arm, label, labels_of
-    from ..build import engine_for
-
-    engines = []
-    for config in configs:
-        engine = engine_for(net, config, side)
-        if config.block_size is None and console is not None:
-            device = tuned(net, engine, console)
-            engine = engine if device.dense else engine.on(device)
-        engines.append(engine)
-    asked = any(config.block_size for config in configs)
-    usual = set() if asked else {BLOCK_SIZE}
-    several = len({e.block_size for e in engines} | usual) > 1
-    pairs = [(e, r) for e in engines for r in readers]
-    arms = [Arm(label(e, several, r), e.config, e.device, r) for e, r in pairs]
-    labels_of(arms)
-    return arms, [e for e, _ in pairs]
 
 
 def _environment(net: Any, model: Optional[str]) -> dict[str, Any]:
