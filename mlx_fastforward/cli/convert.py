@@ -7,6 +7,7 @@ from typing import Annotated, Any, Optional
 import typer
 from rich.console import Console
 from rich.progress import track
+from rich.table import Table
 
 from ..errors import ConfigError, printable
 from ..files import expanded
@@ -14,6 +15,7 @@ from . import options as o
 from .errors import fail, interruptible, one_line_errors
 from .inputs import DTYPES, check_choice
 from .models import describe_base
+from .tables import print_plain
 
 
 def convert(
@@ -81,34 +83,29 @@ def convert(
         from ..convert.repack import is_finished
         from ..neurons.compensators import ACTIVATIONS
         from ..neurons.predictor import QUANTIZATION_BITS
+        from ..predictors.search import default_folder
 
         check_choice("--dtype", dtype, DTYPES)
         check_choice("--quantize", quantize, QUANTIZATION_BITS)
         check_choice("--activation", activation, tuple(ACTIVATIONS))
         own = expanded(Path(checkpoint))
-        if is_finished(own) and not (list_only or map_file):
-            if activation:
-                raise ConfigError(
-                    "--activation is for checkpoints; this is a predictor already."
-                )
-            _repack(own, model, out, dtype, quantize, overwrite, trust_remote_code)
-            return
+        finished = is_finished(own) and not (list_only or map_file)
+        if finished and activation:
+            raise ConfigError(
+                "--activation is for checkpoints; this is a predictor already."
+            )
         rules = read_map(map_file) if map_file else []
-        source = _open(checkpoint)
+        source = None if finished else _open(checkpoint)
         if list_only:
             _list(source, rules)
             return
-        _convert(
-            source,
-            rules,
-            model,
-            out,
-            dtype,
-            quantize,
-            activation,
-            overwrite,
-            trust_remote_code,
-        )
+        base, own_dtype = describe_base(model, trust_remote_code)
+        out = _target(out or default_folder(base), overwrite)
+        if source is None:
+            _repack(own, base, out, dtype, quantize)
+        else:
+            kind = dtype or own_dtype
+            _convert(source, rules, base, out, kind, quantize, activation)
 
 
 def _open(checkpoint: str) -> Any:
@@ -133,39 +130,30 @@ def _list(source: Any, rules: list) -> None:
     from ..convert.conversion import lay_out
 
     layout = lay_out(source, rules)
-    rows = [("tensor", "shape", "dtype", "taken as")]
+    table = Table("tensor", "shape", "dtype", "taken as")
     for name, entry in source.entries.items():
         taken = layout.matched.get(name, "(ignored)")
         if name in layout.unknown:
             taken = "unknown: name it with --map, or leave it out with null"
-        shape = str(list(entry.shape))
-        rows.append((printable(name), shape, entry.dtype, taken))
-    widths = [max(len(row[i]) for row in rows) for i in range(3)]
-    for row in rows:
-        print("  ".join([*(c.ljust(w) for c, w in zip(row, widths)), row[3]]))
+        table.add_row(printable(name), str(list(entry.shape)), entry.dtype, taken)
+    print_plain(table, Console(highlight=False))
 
 
 def _convert(
     source: Any,
     rules: list,
-    model: Optional[str],
-    out: Optional[Path],
-    dtype: Optional[str],
+    base: Any,
+    out: Path,
+    dtype: str,
     bits: Optional[int],
     activation: Optional[str],
-    overwrite: bool,
-    trust_remote_code: bool,
 ) -> None:
     from ..convert import conversion
     from ..convert.files import describe
-    from ..predictors.search import default_folder
 
     start = time.perf_counter()
-    base, own_dtype = describe_base(model, trust_remote_code)
-    out = _target(out or default_folder(base), overwrite)
     plan = conversion.plan(source, base, rules)
     _check_bits(bits, plan)
-    dtype = dtype or own_dtype
     act, told = conversion.activation(source, activation)
     steps = conversion.tensors(plan, conversion.DTYPES[dtype], bits)
     total = len(plan.sources) + bool(plan.importance)
@@ -196,20 +184,15 @@ def _convert(
 
 def _repack(
     source: Path,
-    model: Optional[str],
-    out: Optional[Path],
+    base: Any,
+    out: Path,
     dtype: Optional[str],
     bits: Optional[int],
-    overwrite: bool,
-    trust_remote_code: bool,
 ) -> None:
     """A predictor once more, in another dtype or with other bits."""
     from ..convert import conversion
     from ..convert.repack import repacked
-    from ..predictors.search import default_folder
 
-    base, _ = describe_base(model, trust_remote_code)
-    out = _target(out or default_folder(base), overwrite)
     kind = conversion.DTYPES[dtype] if dtype else None
     found, info, tensors = repacked(source, kind, bits)
     found.check(base)
