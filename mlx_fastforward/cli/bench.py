@@ -57,14 +57,12 @@ def bench(
         Optional[str],
         o.opt("Prompt tokens. Default: 512,1024,2048,4096, as the model allows."),
     ] = None,
-    sparsities: Annotated[str, o.opt("Shares of FFN neurons dropped.")] = "0.5",
+    sparsities: o.Sparsities = "0.5",
     prune_tokens: o.PruneShares = "0",
     prefill_draft: o.Drafts = None,
     keep: o.KeepShares = None,
     block_sizes: Annotated[Optional[str], o.opt("Default: the tuned one.")] = None,
-    selectors: Annotated[
-        str, o.opt("auto, trained, probe, first-block, oracle.")
-    ] = "auto",
+    selectors: o.Selectors = "auto",
     strategies: Annotated[
         Optional[str], o.opt("chunk, columns, stored. Default: the tuned one.")
     ] = None,
@@ -97,7 +95,7 @@ def bench(
             "Write a result to share here: machine, model and figures, see results/."
         ),
     ] = None,
-    png: Annotated[Optional[Path], o.opt("Write a picture here.")] = None,
+    png: o.PngFile = None,
 ) -> None:
     """Measure the time to first token, sparse against stock mlx-lm, interleaved.
 

@@ -28,12 +28,7 @@ def convert(
         ),
     ],
     model: o.Model = None,
-    out: Annotated[
-        Optional[Path],
-        o.opt(
-            "Folder of the predictor. Default: your predictors' folder, where chat looks."
-        ),
-    ] = None,
+    out: o.PredictorFolder = None,
     map_file: Annotated[
         Optional[Path],
         o.opt(
@@ -44,9 +39,7 @@ def convert(
     list_only: Annotated[
         bool, o.opt("Print the tensors and what they match; write nothing.", "--list")
     ] = False,
-    dtype: Annotated[
-        Optional[str], o.opt("float32, float16 or bfloat16. Default: the model's own.")
-    ] = None,
+    dtype: o.Dtype = None,
     quantize: Annotated[
         Optional[int],
         o.opt("Bits for the predictor's large matrix: 8 or 4.", "--quantize", "-q"),
@@ -58,9 +51,7 @@ def convert(
             "checkpoint's fastforward.json says, else relu."
         ),
     ] = None,
-    overwrite: Annotated[
-        bool, o.opt("Replace a predictor that is there.", "--overwrite")
-    ] = False,
+    overwrite: o.Overwrite = False,
     trust_remote_code: o.TrustRemoteCode = False,
 ) -> None:
     """Convert trained predictors and compensators into a predictor.

@@ -28,11 +28,9 @@ SHORT = 128  # tokens; shorter prompts, follow-up questions, are read whole
 def evaluate(
     model: o.Model = None,
     predictor: o.Predictor = None,
-    selectors: Annotated[
-        str, o.opt("auto, trained, probe, first-block, oracle.")
-    ] = "auto",
+    selectors: o.Selectors = "auto",
     compensators: Annotated[str, o.opt("auto, none, mlp, low-rank.")] = "auto",
-    sparsities: Annotated[str, o.opt("Shares of FFN neurons dropped.")] = "0.5",
+    sparsities: o.Sparsities = "0.5",
     prune_tokens: o.PruneShares = "0",
     prefill_draft: o.Drafts = None,
     keep: o.KeepShares = None,
@@ -91,7 +89,7 @@ def evaluate(
     seed: Annotated[int, o.opt("Other seeds, other prompts.", min=0)] = 0,
     dtype: o.Dtype = None,
     json_file: o.JsonFile = None,
-    png: Annotated[Optional[Path], o.opt("Write a picture here.")] = None,
+    png: o.PngFile = None,
     trust_remote_code: o.TrustRemoteCode = False,
 ) -> None:
     """Compare answers after a sparse prefill with the dense model's, on the same prompts.

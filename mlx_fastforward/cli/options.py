@@ -167,6 +167,14 @@ SparseDecode = Annotated[
 Dtype = Annotated[
     Optional[str], opt("float32, float16 or bfloat16. Default: the model's own.")
 ]
+Sparsities = Annotated[str, opt("Shares of FFN neurons dropped.")]
+Selectors = Annotated[str, opt("auto, trained, probe, first-block, oracle.")]
+PredictorFolder = Annotated[
+    Optional[Path],
+    opt("Folder of the predictor. Default: your predictors' folder, where chat looks."),
+]
+Overwrite = Annotated[bool, opt("Replace a predictor that is there.", "--overwrite")]
+PngFile = Annotated[Optional[Path], opt("Write a picture here.", "--png")]
 JsonFile = Annotated[Optional[Path], opt("Write all figures here.", "--json")]
 MaxTokens = Annotated[
     int, opt("Tokens to generate at most.", "--max-tokens", "-m", panel=SAMPLING)

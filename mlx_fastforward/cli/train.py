@@ -38,12 +38,7 @@ def train(
             "Default: bundled prose, and chats made from it."
         ),
     ] = None,
-    out: Annotated[
-        Optional[Path],
-        o.opt(
-            "Folder of the predictor. Default: your predictors' folder, where chat looks."
-        ),
-    ] = None,
+    out: o.PredictorFolder = None,
     tokens: Annotated[
         Optional[int],
         o.opt(
@@ -83,9 +78,7 @@ def train(
     ] = False,
     seed: o.Seed = 0,
     restart: Annotated[bool, o.opt("Forget an unfinished run.", "--restart")] = False,
-    overwrite: Annotated[
-        bool, o.opt("Replace a predictor that is there.", "--overwrite")
-    ] = False,
+    overwrite: o.Overwrite = False,
     dry_run: Annotated[
         bool, o.opt("Say what it would take, and stop.", "--dry-run")
     ] = False,
