@@ -18,8 +18,6 @@ def interval(
     values: Sequence[float] | np.ndarray,
     clusters: Sequence[str],
     of: Callable[[np.ndarray], np.ndarray] = lambda means: means[:, 0],
-    seed: int = 0,
-    resamples: int = RESAMPLES,
 ) -> Bounds:
     """95 % interval of a mean over questions, or of a function of several means.
 
@@ -41,10 +39,9 @@ def interval(
     sums = np.zeros((len(names), columns.shape[1]))
     np.add.at(sums, place, columns)
     sizes = np.bincount(place)
-    rng, found = np.random.default_rng(seed), []
-    for start in range(0, resamples, AT_ONCE):
-        count = min(AT_ONCE, resamples - start)
-        drawn = rng.multinomial(len(names), [1 / len(names)] * len(names), count)
+    rng, found = np.random.default_rng(0), []
+    for _ in range(RESAMPLES // AT_ONCE):
+        drawn = rng.multinomial(len(names), [1 / len(names)] * len(names), AT_ONCE)
         found.append(of((drawn @ sums) / (drawn @ sizes)[:, None]))
     low, high = np.percentile(np.concatenate(found), [2.5, 97.5])
     return float(low), float(high)

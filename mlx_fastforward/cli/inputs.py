@@ -43,11 +43,11 @@ def sparsity_of(text: str) -> float | str:
         ) from None
 
 
-def check_block(block_size: Optional[int], most: int = 1920) -> None:
+def check_block(block_size: Optional[int]) -> None:
     """--block-size alone: a chunk of 2,048 tokens holds the dense head and a block."""
-    if block_size is not None and not 8 <= block_size <= most:
+    if block_size is not None and not 8 <= block_size <= 1920:
         raise ConfigError(
-            f"--block-size must be 8 to {most:,} tokens, got {block_size}; try 128."
+            f"--block-size must be 8 to 1,920 tokens, got {block_size}; try 128."
         )
 
 

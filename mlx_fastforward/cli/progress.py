@@ -4,22 +4,40 @@ import contextlib
 from typing import Any, Callable, Iterator
 
 from rich.console import Console
-from rich.progress import Progress
+from rich.progress import (
+    BarColumn,
+    Progress,
+    SpinnerColumn,
+    TextColumn,
+    TimeElapsedColumn,
+)
 
-Tick = Callable[[str, int, int], None]  # what is running, how much is done, of how much
+COLUMNS = (
+    SpinnerColumn(),
+    TextColumn("{task.description:<12}"),
+    BarColumn(),
+    TextColumn("{task.percentage:>3.0f}%"),
+    TimeElapsedColumn(),
+    TextColumn("{task.fields[details]}"),
+)
 
 
 @contextlib.contextmanager
-def phases(console: Console) -> Iterator[Tick]:
-    """A bar for each phase that is told of."""
-    with Progress(console=console, disable=not console.is_terminal) as bar:
-        tasks: dict[str, Any] = {}
+def phases(console: Console) -> Iterator[Callable[..., None]]:
+    """tick(phase, done, total, details=""): a bar for each phase of long work."""
+    bar = Progress(*COLUMNS, console=console, disable=not console.is_terminal)
+    tasks: dict[str, Any] = {}
+    total_of: dict[str, float] = {}
 
-        def tick(phase: str, done: int, total: int) -> None:
-            if phase not in tasks:
-                tasks[phase] = bar.add_task(phase)
-            bar.update(tasks[phase], completed=done, total=total)
+    def tick(phase: str, done: float, total: float, details: str = "") -> None:
+        if phase not in tasks:
+            tasks[phase] = bar.add_task(phase, total=total, details=details)
+            total_of[phase] = total
+        for earlier in tasks.keys() - {phase}:  # short of its share, perhaps
+            bar.update(tasks[earlier], completed=total_of[earlier])
+        bar.update(tasks[phase], completed=done, total=total, details=details)
 
+    with bar:
         yield tick
 
 

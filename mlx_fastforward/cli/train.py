@@ -6,13 +6,6 @@ from pathlib import Path
 from typing import Annotated, Any, Optional
 
 from rich.console import Console
-from rich.progress import (
-    BarColumn,
-    Progress,
-    SpinnerColumn,
-    TextColumn,
-    TimeElapsedColumn,
-)
 
 from ..files import expanded
 from . import options as o
@@ -20,6 +13,7 @@ from .errors import fail, interruptible, one_line_errors
 from .inputs import check_choice
 from .lengths import check_lengths_of
 from .models import load_model, public_name
+from .progress import phases
 from .tables import say
 from .train_end import DOCUMENTS, conclude, verified
 
@@ -146,7 +140,7 @@ def train(
             Sequences(corpus, tokenizer, length, settings.seed, held_out)
             for held_out in (False, True)
         ]
-        with _progress(console) as tick:
+        with phases(console) as tick:
             tick("measuring", 0.0, 1.0, "what it takes")
             run = Run(net, name, (parts[0], parts[1]), out, settings, tick, restart)
             new = dry_run or not run.state.tokens
@@ -242,35 +236,3 @@ def _dry_run(run: Any, console: Console, reads: int) -> None:
     say(f"About {total:.1f} minutes: {parts}.", console)
     if run.settings.minutes:
         console.print(f"--minutes {run.settings.minutes:g} cuts that short.")
-
-
-def _progress(console: Console) -> Any:
-    import contextlib
-
-    @contextlib.contextmanager
-    def shown() -> Any:
-        bar = Progress(
-            SpinnerColumn(),
-            TextColumn("{task.description:<12}"),
-            BarColumn(),
-            TextColumn("{task.percentage:>3.0f}%"),
-            TimeElapsedColumn(),
-            TextColumn("{task.fields[details]}"),
-            console=console,
-            disable=not console.is_terminal,
-        )
-        tasks: dict[str, Any] = {}
-        total_of: dict[str, float] = {}
-
-        def tick(phase: str, done: float, total: float, details: str) -> None:
-            if phase not in tasks:
-                tasks[phase] = bar.add_task(phase, total=total, details=details)
-                total_of[phase] = total
-            for earlier in tasks.keys() - {phase}:  # short of its share, perhaps
-                bar.update(tasks[earlier], completed=total_of[earlier])
-            bar.update(tasks[phase], completed=done, total=total, details=details)
-
-        with bar:
-            yield tick
-
-    return shown()

@@ -1,6 +1,7 @@
 """How train ends: the table of what the predictor costs, and in plain words what was reached."""
 
 import time
+from functools import partial
 from pathlib import Path
 from typing import Any, Callable, Optional
 
@@ -15,7 +16,7 @@ def verified(
     tokenizer: Any,
     out: Path,
     minutes: float,
-    tick: Callable[[str, float, float, str], None],
+    tick: Callable[..., None],
 ) -> Optional[dict[str, Any]]:
     """Make the table and keep it in the file; None where the model's context is too short.
 
@@ -33,7 +34,7 @@ def verified(
         tokenizer,
         made,
         DOCUMENTS,
-        tick=lambda done, total: tick("verifying", done, total, ""),
+        tick=partial(tick, "verifying"),
         late=lambda: time.perf_counter() > end,
     )
     update_predictor(out, verified=found)

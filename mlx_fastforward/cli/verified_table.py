@@ -26,8 +26,8 @@ def table(found: dict[str, Any]) -> Table:
     table = Table(
         "sparsity", "KL of prose", "planted facts", "speed by FLOPs", "passes"
     )
-    without = found.get("without")
-    for row in [*found["rows"], *([without] if without else []), *_combined(found)]:
+    without, combined = found.get("without"), found.get("combined") or []
+    for row in [*found["rows"], *([without] if without else []), *combined]:
         facts = f"{row['facts']:.3f}, dense {row['facts_dense']:.3f}"
         facts += _bounds(row["facts_difference_bounds"], "+.3f")
         table.add_row(
@@ -38,11 +38,6 @@ def table(found: dict[str, Any]) -> Table:
             "" if row is without else "yes" if passes(row) else "no",
         )
     return table
-
-
-def _combined(found: dict[str, Any]) -> list[dict[str, Any]]:
-    rows: list[dict[str, Any]] = found.get("combined") or []
-    return rows
 
 
 def _name(row: dict[str, Any]) -> str:

@@ -3,7 +3,7 @@
 import json
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Iterable, Optional, Sequence
+from typing import Any, Iterable, Optional
 
 import mlx.core as mx
 
@@ -41,10 +41,6 @@ def per_layer(
             f"{path / JSON_NAME}: expected {layers} numbers in {section}.{key}, found {len(value)}."
         )
     return [whole(path, {section: {key: v}}, section, key) for v in value]
-
-
-def words(numbers: Sequence[int]) -> str:
-    return " or ".join(map(str, numbers))
 
 
 def section_of(path: Path, info: dict[str, Any], name: str) -> dict[str, Any]:

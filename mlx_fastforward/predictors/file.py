@@ -40,7 +40,6 @@ from .checked import (
     read,
     section_of,
     whole,
-    words,
 )
 from .tensors import write_tensors
 
@@ -212,8 +211,9 @@ def _w2(
     bits = whole(path, {"quantization": quantization}, "quantization", "bits")
     odd = [f for _, f in shapes if not group_size(f)]
     if bits not in QUANTIZATION_BITS or odd:
+        known = " or ".join(map(str, QUANTIZATION_BITS))
         raise PredictorError(
-            f"{path / JSON_NAME}: expected a predictor in {words(QUANTIZATION_BITS)} bits "
+            f"{path / JSON_NAME}: expected a predictor in {known} bits "
             f"and a multiple of 32 neurons; found {bits} bits and "
             f"{(odd or [shapes[0][1]])[0]} neurons."
         )

@@ -29,8 +29,8 @@ def bytes_per_token(base: BaseModel, block: int) -> float:
     return 2.0 * (base.layers - 1) * (base.hidden_size + base.widest / block)
 
 
-def default_tokens(base: BaseModel, block: int = 128) -> int:
-    return int(min(MOST_TOKENS, DISK / bytes_per_token(base, block)))
+def default_tokens(base: BaseModel) -> int:
+    return int(min(MOST_TOKENS, DISK / bytes_per_token(base, Settings.block_size)))
 
 
 def disk(base: BaseModel, settings: Settings) -> float:
