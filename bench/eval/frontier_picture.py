@@ -54,12 +54,10 @@ def _points(axis: Any, points: Sequence[Point], name: str) -> None:
         style = dict(fmt=mark + line, color=color, capsize=2, linewidth=0.8, alpha=0.9)
         xs = [p.speedup for p in own]
         axis.errorbar(xs, values, bars, label=label, **style)
-        for p, x, y in zip(own, xs, values) if name == "kl" else ():
-            place: Any = (x, y), (
-                4,
-                3,
-            )  # beside its mark; the other axes have the same x
-            axis.annotate(short(p), *place, textcoords="offset points", fontsize=8)
+        # beside its mark; the other axes have the same x
+        for p, *at in zip(own, xs, values) if name == "kl" else ():
+            place = {"xytext": (4, 3), "textcoords": "offset points"}
+            axis.annotate(short(p), at, **place, fontsize=8)
 
 
 def kind(p: Point) -> str:

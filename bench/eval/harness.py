@@ -21,9 +21,8 @@ from ...predictors.file import PredictorFile
 from .arms import Arm, labels_of
 
 Tick = Callable[[str, int, int], None]  # what is running, prompts done, prompts in all
-Row = dict[
-    str, Any
-]  # of a data set, of a table, or one question with its answers by arm
+# of a data set, of a table, or one question with its answers by arm
+Row = dict[str, Any]
 
 PACKAGES = ("lm_eval", "datasets", "jieba", "fuzzywuzzy", "rouge")
 
@@ -170,6 +169,12 @@ def mean(values: Iterable[float]) -> float:
 def percent(records: list[Row], label: str) -> float:
     """Mean score of an arm over some records, of 100."""
     return 100 * mean(r["scores"][label] for r in records)
+
+
+def row(name: str, records: list[Row], arms: list[Arm]) -> Row:
+    """A line of the table: mean scores of some questions by arm."""
+    scores = {arm.label: percent(records, arm.label) for arm in arms} if records else {}
+    return {"name": name, "prompts": len(records), "scores": scores}
 
 
 def report(

@@ -41,9 +41,9 @@ from .harness import (
     need_lm_eval,
     no_tick,
     parse_lines,
-    percent,
     read_lines,
     report,
+    row,
     run,
     task_manager,
 )
@@ -270,17 +270,12 @@ def _rows(records: list[Row], arms: list[Arm]) -> list[Row]:
     """A line per task and group, and the average of the groups."""
     rows = []
     for group, names in GROUPS.items():
-        tasks = [_row(n, [r for r in records if r["task"] == n], arms) for n in names]
+        tasks = [row(n, [r for r in records if r["task"] == n], arms) for n in names]
         tasks = [task for task in tasks if task["prompts"]]
         if tasks:
             rows.append(_mean_row(group, tasks, arms) | {"tasks": tasks})
     name = "average" if len(rows) == len(GROUPS) else f"average of {len(rows)} groups"
     return [*rows, _mean_row(name, rows, arms)]
-
-
-def _row(name: str, records: list[Row], arms: list[Arm]) -> Row:
-    scores = {arm.label: percent(records, arm.label) for arm in arms} if records else {}
-    return {"name": name, "prompts": len(records), "scores": scores}
 
 
 def _mean_row(name: str, rows: list[Row], arms: list[Arm]) -> Row:

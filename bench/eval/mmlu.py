@@ -21,9 +21,9 @@ from .harness import (
     load_tasks,
     need_lm_eval,
     no_tick,
-    percent,
     read_lines,
     report,
+    row,
     run,
     task_manager,
 )
@@ -81,9 +81,11 @@ def mmlu(
     found = load(manager, known, tasks, data, num_shots)
     build(found, limit)
     records = run(model, tokenizer, found, arms, predictor, "acc", tick)
-    rows = [_row(group, names, records, arms) for group, names in groups.items()]
-    rows = [row for row in rows if row["prompts"]]
-    rows.append(_row("all", set(known), records, arms))
+    rows = []
+    for group, names in groups.items():  # large subjects count more
+        if chosen := [r for r in records if r["task"] in names]:
+            rows.append(row(group, chosen, arms))
+    rows.append(row("all", records, arms))
     settings = {"num_shots": num_shots, "limit": limit}
     return report("MMLU", arms, rows, records, settings)
 
@@ -164,10 +166,3 @@ def _read(path: Path) -> list[Row]:
     except (OSError, ArrowException) as e:
         reason = str(e).splitlines()[0] if str(e) else type(e).__name__
         raise FastForwardError(f"{path} cannot be read: {reason}") from None
-
-
-def _row(name: str, members: set[str], records: list[Row], arms: list[Arm]) -> Row:
-    """Accuracy over all questions of some subjects: large subjects count more."""
-    chosen = [r for r in records if r["task"] in members]
-    scores = {arm.label: percent(chosen, arm.label) for arm in arms} if chosen else {}
-    return {"name": name, "prompts": len(chosen), "scores": scores}

@@ -147,13 +147,11 @@ class Run:
 
         The held-out ones are few; the sparse stage goes on where the dense one stopped.
         """
-        state, settings = self.state, self.settings
-        source = self.held if stage == "held-out" else self.sequences
-        first = state.captured.get("dense", 0) if stage == "sparse" else 0
-        wanted = settings.tokens // len(self.stages)
+        state, settings, n = self.state, self.settings, len(self.stages)
+        source, wanted, share = self.sequences, settings.tokens // n, CAPTURE / n
         if stage == "held-out":
-            wanted = settings.held_out
-        share = HELD if stage == "held-out" else CAPTURE / len(self.stages)
+            source, wanted, share = self.held, settings.held_out, HELD
+        first = state.captured.get("dense", 0) if stage == "sparse" else 0
         budget = self.seconds(share)
         below = self.fitted_file("dense") if stage == "sparse" else None
         start, before = time.perf_counter(), state.tokens.get(stage, 0)
@@ -225,10 +223,8 @@ class Run:
         x, norms = held(0)
 
         def gauge() -> float:
-            found = recall(
-                [weights_of(self.net, i) for i in range(len(x))], [(x, norms)]
-            )
-            return sum(found) / len(found)
+            predictors = [weights_of(self.net, i) for i in range(len(x))]
+            return sum(recall(predictors, [(x, norms)])) / len(x)
 
         return gauge
 
@@ -271,10 +267,8 @@ class Run:
         return fit_low_rank(self.ffns[layer], blocks, self.settings.compensator_rank)
 
     def _mlp(self, stage: str, layer: int) -> MLPWeights:
-        batches = Batches(
-            self.fitted(stage), self.settings.seed, blocks=BLOCKS, longest=1
-        )
-        f = self.base.widths[layer]
+        seed, f = self.settings.seed, self.base.widths[layer]
+        batches = Batches(self.fitted(stage), seed, blocks=BLOCKS, longest=1)
 
         def batch(step: int) -> tuple[mx.array, mx.array]:
             x, norms = batches(step, slice(layer, layer + 1))
@@ -289,7 +283,7 @@ class Run:
             weights_of(self.net, layer),
             batch,
             lambda step: f - int(f * LEVELS[step % len(LEVELS)]),
-            (self.settings.compensator_rank, self._mlp_steps(), self.settings.seed),
+            (self.settings.compensator_rank, self._mlp_steps(), seed),
             self.work / f"mlp-{stage}-{layer}.safetensors",
             tick,
         )
@@ -305,9 +299,8 @@ class Run:
     ) -> Blocks:
         """A function that gives (x, kept) of a layer, sequence after sequence."""
         share = 0.5 if self.settings.minutes else 1.0
-        most = max(
-            1, int(min(FIT_TOKENS / self.settings.length, share * len(captured)))
-        )
+        enough = FIT_TOKENS / self.settings.length
+        most = max(1, int(min(enough, share * len(captured))))
         chosen = captured[:: -(-len(captured) // most)]
         weights, f = weights_of(self.net, layer), self.base.widths[layer]
 
@@ -342,9 +335,8 @@ class Run:
 
     def curves(self, predictor: PredictorFile) -> Optional[Curves]:
         """What each layer's sparsity costs, held out; None where no sequence is long enough."""
-        state, meter = self.state, Meter(
-            self.model, predictor, self.settings.block_size
-        )
+        state = self.state
+        meter = Meter(self.model, predictor, self.settings.block_size)
         late = self.seconds(CURVES)
         while state.measured < HELD_OUT:
             if state.costs and state.seconds.get("curves", 0.0) > late:
