@@ -18,7 +18,6 @@ from .tables import say
 from .train_end import DOCUMENTS, conclude, verified
 
 PREDICTORS = ("token-wise", "pooled")
-SCORES = ("relative", "weighted", "plain")
 COMPENSATORS = ("low-rank", "mlp", "none")
 LEAST = 4096  # tokens
 
@@ -89,6 +88,8 @@ def train(
       mlx_fastforward train --data notes/ --data chats.jsonl --tokens 1000000 --out predictor
     """
     with one_line_errors(), interruptible():
+        from ..train.capture import SCORES
+
         check_choice("--kind", kind, PREDICTORS)
         check_choice("--score", score, SCORES)
         check_choice("--compensator", compensator, COMPENSATORS)

@@ -1,5 +1,6 @@
 """Sparsity that was checked: a predictor file's table of what each one costs, and what auto takes."""
 
+from dataclasses import fields
 from typing import Any, Optional, Sequence
 
 from ..config import PrefillConfig
@@ -10,15 +11,10 @@ AUTO = "auto"
 USUAL = 0.5  # where nothing was verified
 # What may be lost: KL in nats per token of prose that goes on, and share of planted facts.
 MOST_KL, MOST_FACTS = 0.01, 0.03
-OWN = (
-    "selector",
-    "compensator",
-    "schedule",
-    "dense_head",
-    "dense_tail",
-    "prune_tokens",
-    "sparse_decode",
-)
+# under its own defaults of these was anything verified
+OWN = [
+    f.name for f in fields(PrefillConfig) if f.name not in ("sparsity", "block_size")
+]
 ENOUGH = 20  # facts, for more than the usual sparsity
 UNVERIFIED = "not verified for this model: mlx_fastforward train, or eval --save"
 
