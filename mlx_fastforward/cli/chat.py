@@ -15,7 +15,6 @@ from .inputs import (
     check_lengths,
     device_settings,
     read_text,
-    sparsity_of,
     template_config,
 )
 from .lengths import check_bytes

@@ -21,7 +21,6 @@ from .inputs import (
     check_lengths,
     device_settings,
     sampling,
-    sparsity_of,
     template_config,
     yes_or_no,
 )

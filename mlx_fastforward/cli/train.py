@@ -2,7 +2,6 @@
 
 import time
 from math import ceil, inf
-from pathlib import Path
 from typing import Annotated, Any, Optional
 
 from rich.console import Console
