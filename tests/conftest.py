@@ -1,4 +1,5 @@
 import os
+import signal
 from pathlib import Path
 from typing import Any, Iterator
 
@@ -20,6 +21,14 @@ def own_home(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
         del os.environ["MLX_FASTFORWARD_HOME"]
     else:
         os.environ["MLX_FASTFORWARD_HOME"] = before
+
+
+@pytest.fixture
+def as_in_a_terminal() -> Iterator[None]:
+    """Ctrl-C interrupts: a test run in the background may have been told to ignore it."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    assert signal.signal(signal.SIGINT, before) is signal.default_int_handler
 
 
 @pytest.fixture(scope="session")

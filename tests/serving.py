@@ -6,14 +6,29 @@ import re
 import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
-from typing import Any
+from typing import Any, Callable
 
 import anthropic
 import httpx
 import openai
 
 KEY = "open sesame"
+PATIENCE = 300  # seconds: shared machines stall
+
+
+def until(condition: Callable[[], bool]) -> None:
+    """Wait for what another thread or process will do."""
+    end = time.monotonic() + PATIENCE
+    while not condition():
+        assert time.monotonic() < end
+        time.sleep(0.02)
+
+
+def metric(text: str, name: str) -> float:
+    found = re.search(rf"^{re.escape(name)} (\S+)$", text, re.MULTILINE)
+    return float(found[1]) if found else 0.0
 
 
 class Server:
@@ -39,12 +54,12 @@ class Server:
         else:
             raise AssertionError(self.process.stderr.read())  # type: ignore[union-attr]
         headers = {"Authorization": f"Bearer {key}"}
-        self.http = httpx.Client(base_url=self.url, headers=headers, timeout=60)
+        self.http = httpx.Client(base_url=self.url, headers=headers, timeout=PATIENCE)
         self.openai = openai.OpenAI(
-            base_url=f"{self.url}/v1", api_key=key, max_retries=0, timeout=60
+            base_url=f"{self.url}/v1", api_key=key, max_retries=0, timeout=PATIENCE
         )
         self.anthropic = anthropic.Anthropic(
-            base_url=self.url, api_key=key, max_retries=0, timeout=60
+            base_url=self.url, api_key=key, max_retries=0, timeout=PATIENCE
         )
 
     def chat(self, text: str = "Who?", **more: Any) -> dict[str, Any]:
@@ -56,6 +71,9 @@ class Server:
         response = self.http.post("/v1/chat/completions", json=body)
         assert response.status_code == 200, response.text
         return response.json()
+
+    def metric(self, name: str) -> float:
+        return metric(self.http.get("/metrics").text, name)
 
     def refusal(self, content: Any, path: str = "/v1/chat/completions") -> str:
         """Status and the one line of a request that must be refused."""
@@ -69,7 +87,7 @@ class Server:
         """What it says when it is asked to stop."""
         self.process.send_signal(signal.SIGTERM)
         try:
-            _, err = self.process.communicate(timeout=20)
+            _, err = self.process.communicate(timeout=PATIENCE)
         finally:
             self.process.kill()
         return self.process.returncode, err

@@ -340,7 +340,7 @@ def test_a_real_process_with_pipes(tiny: Path) -> None:
         text=True,
         capture_output=True,
         env={**os.environ, "TERM": "xterm-256color", "COLUMNS": "80"},
-        timeout=60,
+        timeout=300,
     )
     assert done.returncode == 1  # for the unknown command
     assert one_line(done.stderr).startswith("unknown command /nonsense")
