@@ -6,6 +6,10 @@ from typing import Any, Iterator
 import pytest
 from hypothesis import settings
 
+# On a CPU mlx would compile each fused function with a C++ compiler, for a second or so; what an
+# installed wheel does in CI has that on.
+os.environ.setdefault("MLX_DISABLE_COMPILE", "1")
+
 # A first example compiles kernels, and shared machines stall: no time limits.
 settings.register_profile("no-deadline", deadline=None)
 settings.load_profile("no-deadline")
