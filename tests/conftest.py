@@ -1,5 +1,6 @@
 import os
 import signal
+import sys
 from pathlib import Path
 from typing import Any, Iterator
 
@@ -9,6 +10,12 @@ from hypothesis import settings
 # On a CPU mlx would compile each fused function with a C++ compiler, for a second or so; what an
 # installed wheel does in CI has that on.
 os.environ.setdefault("MLX_DISABLE_COMPILE", "1")
+
+# transformers, which mlx-lm imports, would import much of torch where it is; only tests need that
+sys.modules["torch"] = None  # type: ignore[assignment]
+import mlx_lm  # noqa: E402, F401
+
+del sys.modules["torch"]
 
 # A first example compiles kernels, and shared machines stall: no time limits.
 settings.register_profile("no-deadline", deadline=None)

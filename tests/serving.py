@@ -1,5 +1,6 @@
 """A server in a process of its own, and clients of it."""
 
+import functools
 import json
 import os
 import re
@@ -10,11 +11,14 @@ import time
 from pathlib import Path
 from typing import Any, Callable
 
-import anthropic
 import httpx
-import openai
 
 KEY = "open sesame"
+# mlx-lm imports transformers, and that torch, where it is: half of the time to start
+MAIN = (
+    "import sys; sys.modules['torch'] = None; "
+    "from mlx_fastforward.cli import main; main()"
+)
 PATIENCE = 300  # seconds: shared machines stall
 
 
@@ -35,7 +39,7 @@ class Server:
     """A running server, and clients of it."""
 
     def __init__(self, folder: Path, *flags: str, key: str = KEY):
-        command = [sys.executable, "-m", "mlx_fastforward", "serve", "--no-tune"]
+        command = [sys.executable, "-c", MAIN, "serve", "--no-tune"]
         flags = ("--model", str(folder), "--port", "0", "--log-level", "ERROR", *flags)
         env = {**os.environ, "MLX_FASTFORWARD_API_KEY": key}
         self.process = subprocess.Popen(
@@ -55,12 +59,23 @@ class Server:
             raise AssertionError(self.process.stderr.read())  # type: ignore[union-attr]
         headers = {"Authorization": f"Bearer {key}"}
         self.http = httpx.Client(base_url=self.url, headers=headers, timeout=PATIENCE)
-        self.openai = openai.OpenAI(
-            base_url=f"{self.url}/v1", api_key=key, max_retries=0, timeout=PATIENCE
+        self.settings: dict[str, Any] = dict(
+            api_key=key, max_retries=0, timeout=PATIENCE
         )
-        self.anthropic = anthropic.Anthropic(
-            base_url=self.url, api_key=key, max_retries=0, timeout=PATIENCE
-        )
+
+    # imported by those who ask: that takes longest
+
+    @functools.cached_property
+    def openai(self) -> Any:
+        import openai
+
+        return openai.OpenAI(base_url=f"{self.url}/v1", **self.settings)
+
+    @functools.cached_property
+    def anthropic(self) -> Any:
+        import anthropic
+
+        return anthropic.Anthropic(base_url=self.url, **self.settings)
 
     def chat(self, text: str = "Who?", **more: Any) -> dict[str, Any]:
         body = {

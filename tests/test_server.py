@@ -8,7 +8,6 @@ import subprocess
 from pathlib import Path
 from typing import Any
 
-import anthropic
 import pytest
 from commands import bad, run
 from serving import KEY, PATIENCE, Server, metric, until
@@ -128,6 +127,8 @@ def test_anthropic_client(server: Server) -> None:
 
 
 def test_anthropic_tools_and_refusals(server: Server) -> None:
+    import anthropic
+
     call = {"type": "tool_use", "id": "t1", "name": "look", "input": {"at": "it"}}
     result = {"type": "tool_result", "tool_use_id": "t1", "content": "Found."}
     tool: Any = {"name": "look", "input_schema": {"type": "object"}}
