@@ -316,6 +316,24 @@ def test_what_a_client_left_behind_is_dropped(serving: Generator) -> None:
     assert not any(asked.report.ttft_s for asked in left)
 
 
+def test_a_client_that_leaves_before_its_answer_can_be_stopped(
+    serving: Generator, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """After the last look at it and before there is an answer to stop: it is stopped all the same."""
+    gone, make = threading.Event(), serving._make_state_machine
+    asked = chat(STORY, gone=gone.is_set)
+
+    def left(*args: Any) -> Any:
+        gone.set()
+        assert asked.left.wait(PATIENCE)
+        return make(*args)
+
+    with monkeypatch.context() as patch, pytest.raises(ClientGone):
+        patch.setattr(serving, "_make_state_machine", left)
+        serving.generate(asked, settings(5))
+    assert settled(serving) and asked.context._should_stop
+
+
 def test_a_dead_thread_fails_its_requests_and_is_replaced(
     serving: Generator, monkeypatch: pytest.MonkeyPatch
 ) -> None:
