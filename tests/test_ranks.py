@@ -161,6 +161,8 @@ def completions(url: str) -> list[dict[str, Any]]:
         found = [
             client.post("/v1/completions", json=asked | more).json() for more in ASKED
         ]
+        # refused when all have it, which they take when they are done with the others
+        assert client.post("/v1/completions", json={"prompt": ""}).status_code == 400
     return [{"text": f["choices"][0]["text"], **f["usage"]} for f in found]
 
 
