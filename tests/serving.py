@@ -1,26 +1,45 @@
 """A server in a process of its own, and clients of it."""
 
+import functools
 import json
 import os
 import re
 import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
-from typing import Any
+from typing import Any, Callable
 
-import anthropic
 import httpx
-import openai
 
 KEY = "open sesame"
+# mlx-lm imports transformers, and that torch, where it is: half of the time to start
+MAIN = (
+    "import sys; sys.modules['torch'] = None; "
+    "from mlx_fastforward.cli import main; main()"
+)
+PATIENCE = 300  # seconds: shared machines stall
+
+
+def until(condition: Callable[[], bool]) -> None:
+    """Wait for what another thread or process will do."""
+    end = time.monotonic() + PATIENCE
+    while not condition():
+        assert time.monotonic() < end
+        time.sleep(0.02)
+
+
+def metric(text: str, name: str) -> float:
+    found = re.search(rf"^{re.escape(name)} (\S+)$", text, re.MULTILINE)
+    return float(found[1]) if found else 0.0
 
 
 class Server:
     """A running server, and clients of it."""
 
     def __init__(self, folder: Path, *flags: str, key: str = KEY):
-        command = [sys.executable, "-m", "mlx_fastforward", "serve", "--no-tune"]
+        command = [sys.executable, "-c", MAIN, "serve", "--no-tune"]
         flags = ("--model", str(folder), "--port", "0", "--log-level", "ERROR", *flags)
         env = {**os.environ, "MLX_FASTFORWARD_API_KEY": key}
         self.process = subprocess.Popen(
@@ -39,13 +58,24 @@ class Server:
         else:
             raise AssertionError(self.process.stderr.read())  # type: ignore[union-attr]
         headers = {"Authorization": f"Bearer {key}"}
-        self.http = httpx.Client(base_url=self.url, headers=headers, timeout=60)
-        self.openai = openai.OpenAI(
-            base_url=f"{self.url}/v1", api_key=key, max_retries=0, timeout=60
+        self.http = httpx.Client(base_url=self.url, headers=headers, timeout=PATIENCE)
+        self.settings: dict[str, Any] = dict(
+            api_key=key, max_retries=0, timeout=PATIENCE
         )
-        self.anthropic = anthropic.Anthropic(
-            base_url=self.url, api_key=key, max_retries=0, timeout=60
-        )
+
+    # imported by those who ask: that takes longest
+
+    @functools.cached_property
+    def openai(self) -> Any:
+        import openai
+
+        return openai.OpenAI(base_url=f"{self.url}/v1", **self.settings)
+
+    @functools.cached_property
+    def anthropic(self) -> Any:
+        import anthropic
+
+        return anthropic.Anthropic(base_url=self.url, **self.settings)
 
     def chat(self, text: str = "Who?", **more: Any) -> dict[str, Any]:
         body = {
@@ -56,6 +86,9 @@ class Server:
         response = self.http.post("/v1/chat/completions", json=body)
         assert response.status_code == 200, response.text
         return response.json()
+
+    def metric(self, name: str) -> float:
+        return metric(self.http.get("/metrics").text, name)
 
     def refusal(self, content: Any, path: str = "/v1/chat/completions") -> str:
         """Status and the one line of a request that must be refused."""
@@ -69,7 +102,7 @@ class Server:
         """What it says when it is asked to stop."""
         self.process.send_signal(signal.SIGTERM)
         try:
-            _, err = self.process.communicate(timeout=20)
+            _, err = self.process.communicate(timeout=PATIENCE)
         finally:
             self.process.kill()
         return self.process.returncode, err

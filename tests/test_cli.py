@@ -207,9 +207,10 @@ def test_sampling(tiny: Path) -> None:
     outs = [good(*hot, seed) for seed in ("1", "1", "2")]
     assert outs[0] == outs[1] != outs[2]
     kept = ["--min-p", "1", "--min-tokens-to-keep", "4000"]
-    assert good(*hot, "1", *kept) != good(*base)
+    greedy = good(*base)
+    assert good(*hot, "1", *kept) != greedy != outs[0]
     for cold in (["--top-k", "1"], ["--top-p", "1e-6"], ["--min-p", "1"]):
-        assert good(*hot, "1", *cold) == good(*base) != outs[0]
+        assert good(*hot, "1", *cold) == greedy
 
 
 def test_generate_stopped_by_ctrl_c(
@@ -340,7 +341,7 @@ def test_a_real_process_with_pipes(tiny: Path) -> None:
         text=True,
         capture_output=True,
         env={**os.environ, "TERM": "xterm-256color", "COLUMNS": "80"},
-        timeout=60,
+        timeout=300,
     )
     assert done.returncode == 1  # for the unknown command
     assert one_line(done.stderr).startswith("unknown command /nonsense")

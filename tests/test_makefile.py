@@ -23,7 +23,7 @@ def python(folder: Path, version: str) -> Path:
 def make(venv: Path, python: Path) -> subprocess.CompletedProcess:
     command = ["make", "-s", "-C", ROOT, "venv", f"VENV={venv}", f"PYTHON={python}"]
     return subprocess.run(
-        list(map(str, command)), capture_output=True, text=True, timeout=60
+        list(map(str, command)), capture_output=True, text=True, timeout=300
     )
 
 

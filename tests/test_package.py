@@ -4,6 +4,7 @@ import sys
 # --help and --version should not wait for mlx-lm; names are loaded as they are used.
 SHOW = """
 import sys
+sys.modules["torch"] = None  # transformers would import it, which takes longest
 import mlx_fastforward as ff
 assert "mlx_lm" not in sys.modules
 for name in ff.__all__:

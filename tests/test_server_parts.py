@@ -1,6 +1,5 @@
 """The server where part of a long prompt is not read, and where tokens skip FFNs."""
 
-import time
 from pathlib import Path
 from typing import Any, Iterator, Optional
 
@@ -8,8 +7,16 @@ import pytest
 from mlx_lm.models.cache import make_prompt_cache
 from mlx_lm.utils import load
 from models import demo_tokenizer
-from serving import Server
-from test_server_reading import STORY, SYSTEM, ask, assert_same, chat
+from serving import PATIENCE, Server, until
+from test_server_reading import (
+    STORY,
+    SYSTEM,
+    ask,
+    assert_same,
+    chat,
+    emptied,
+    settled,
+)
 
 from mlx_fastforward.cli.part_read import keep_config, speculative
 from mlx_fastforward.cli.serve import parser, patterns
@@ -28,7 +35,7 @@ def started(folder: Path, sparsity: float, *flags: str) -> Generator:
     args.sparsity, args.drop_line = sparsity, patterns(None)
     reader = lambda net, tok: speculative(net, tok, args.prefill_draft, KEEPING)
     made = Generator(Provider(args, make_reader=reader), PromptCache())
-    assert made.model_provider.loaded.wait(60) and made.is_healthy
+    assert made.model_provider.loaded.wait(PATIENCE) and made.is_healthy
     return made
 
 
@@ -42,8 +49,7 @@ def thread(tiny_folder: Path) -> Iterator[Generator]:
 @pytest.fixture
 def serving(thread: Generator, tmp_path: Path) -> Generator:
     disk = DiskCache(tmp_path, 10**9)
-    thread.prompt_cache = PromptCache(20, disk, thread.model_provider.identity)
-    return thread
+    return emptied(thread, disk, thread.model_provider.identity)
 
 
 def alone(folder: Path, asked: Any, n: int) -> tuple[Any, int]:
@@ -70,7 +76,7 @@ def test_a_long_prompt_is_read_in_part_and_its_cache_is_nobody_elses(
         assert report.rounded()["read_tokens"] == read
     total = len(render(demo_tokenizer(), asked.messages))
     assert 0.4 * total < read < 0.6 * total
-    disk: Any = serving.prompt_cache.disk
+    disk: Any = settled(serving).prompt_cache.disk
     disk.jobs.join()
     assert not len(serving.prompt_cache) and not disk.entries
 
@@ -111,7 +117,7 @@ def test_a_draft_that_fails(
     assert asked.report.read_tokens is None
     assert asked.report.note.startswith("the draft self failed (division by zero")
     assert_same(ask(serving, whole), got)
-    assert not whole.report.note and len(serving.prompt_cache) == 1
+    assert not whole.report.note and len(settled(serving).prompt_cache) == 1
 
 
 def test_the_rest_is_read_while_nobody_waits(
@@ -120,10 +126,8 @@ def test_the_rest_is_read_while_nobody_waits(
     monkeypatch.setattr(serving.cli_args, "heal", True)
     first = chat(LONG, SYSTEM)
     ask(serving, first, 4)
-    for _ in range(200):
-        time.sleep(0.05)
-        if serving.healing.heal is None:
-            break
+    settled(serving)
+    until(lambda: serving.healing.heal is None)
     again, whole = chat(LONG, SYSTEM), chat(LONG, SYSTEM, keep=1, fresh=True)
     got, wanted = ask(serving, again, 4), ask(serving, whole, 4)
     assert first.report.read_tokens and again.report.read_tokens is None

@@ -3,7 +3,6 @@
 import functools
 import os
 import threading
-import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, Iterator, Optional
@@ -14,6 +13,7 @@ import pytest
 from mlx_lm import server
 from mlx_lm.models.cache import CacheList, KVCache, make_prompt_cache
 from models import demo_tokenizer, token_ids
+from serving import PATIENCE, until
 
 import mlx_fastforward as ff
 from mlx_fastforward.attachment import switched
@@ -41,7 +41,7 @@ def thread(tiny_folder: Path) -> Iterator[Generator]:
     args = parser().parse_args(["--model", str(tiny_folder), *flags])
     args.sparsity, args.drop_line = 0.5, patterns(None)
     made = Generator(Provider(args), PromptCache())
-    assert made.model_provider.loaded.wait(60) and made.is_healthy
+    assert made.model_provider.loaded.wait(PATIENCE) and made.is_healthy
     yield made
     made.stop_and_join()
 
@@ -49,8 +49,7 @@ def thread(tiny_folder: Path) -> Iterator[Generator]:
 @pytest.fixture
 def serving(thread: Generator) -> Generator:
     """Nothing is cached."""
-    thread.prompt_cache = PromptCache(20)
-    return thread
+    return emptied(thread)
 
 
 def settings(n: int, seed: Optional[int] = None) -> server.GenerationArguments:
@@ -79,6 +78,19 @@ def ask(generator: Generator, asked: Asked, n: int = 6, **more: Any) -> Said:
     _, responses = generator.generate(asked, settings(n, **more))
     listed = list(responses)
     return [r.token for r in listed], [r.logprob for r in listed]
+
+
+def settled(generator: Generator) -> Generator:
+    """The thread has done what it does after an answer, as keeping it: this request is behind that."""
+    with pytest.raises(ValueError, match="empty"):
+        ask(generator, Asked("text", "", [], None, None))
+    return generator
+
+
+def emptied(generator: Generator, *disk: Any) -> Generator:
+    """One that has nothing in memory; what it is about to keep goes with the rest."""
+    settled(generator).prompt_cache = PromptCache(20, *disk)
+    return generator
 
 
 @functools.cache
@@ -225,7 +237,7 @@ def test_an_answer_does_not_hang_on_who_asked_before(
         ("111 " + STORY, 0.5),
         (asked[:99], 0),
     ):
-        serving.prompt_cache = PromptCache(20)
+        emptied(serving)
         ask(serving, chat(text, system, sparsity=sparsity), 1)
         again = chat(asked, system)
         assert_same(ask(serving, again), first)
@@ -286,9 +298,7 @@ def test_the_same_prompt_again_and_one_that_goes_on_from_an_answer(
     text = demo_tokenizer().decode(ids)
     longer = Asked("text", text, [], None, None)
     assert len(ask(serving, longer, 4)[0]) == 4
-    with pytest.raises(ValueError, match="empty"):
-        ask(serving, Asked("text", "", [], None, None))
-    assert serving.is_healthy
+    assert settled(serving).is_healthy  # an empty prompt is refused
 
 
 def test_what_a_client_left_behind_is_dropped(serving: Generator) -> None:
@@ -300,27 +310,52 @@ def test_what_a_client_left_behind_is_dropped(serving: Generator) -> None:
             _, responses = serving.generate(asked, settings(5), lambda *_: gone.set())
             list(responses)
     assert len(ask(serving, chat("Who?"), 3)[0]) == 3
-    assert len(serving.prompt_cache) == 1  # nobody else's prompt was read to its end
+    assert (
+        len(settled(serving).prompt_cache) == 1
+    )  # nobody else's prompt was read to its end
     assert not any(asked.report.ttft_s for asked in left)
+
+
+def test_a_client_that_leaves_before_its_answer_can_be_stopped(
+    serving: Generator, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """After the last look at it and before there is an answer to stop: it is stopped all the same."""
+    gone, make = threading.Event(), serving._make_state_machine
+    asked = chat(STORY, gone=gone.is_set)
+
+    def left(*args: Any) -> Any:
+        gone.set()
+        assert asked.left.wait(PATIENCE)
+        return make(*args)
+
+    with monkeypatch.context() as patch, pytest.raises(ClientGone):
+        patch.setattr(serving, "_make_state_machine", left)
+        serving.generate(asked, settings(5))
+    assert settled(serving) and asked.context._should_stop
 
 
 def test_a_dead_thread_fails_its_requests_and_is_replaced(
     serving: Generator, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    once, seen, provider = (
+        pytest.MonkeyPatch(),
+        threading.Event(),
+        serving.model_provider,
+    )
+
     def boom(*args: Any) -> None:
-        monkeypatch.undo()
+        once.undo()
         raise RuntimeError("boom")
 
-    deaths = serving.deaths
-    monkeypatch.setattr(serving, "_make_state_machine", boom)
+    deaths, reset = serving.deaths, provider.reset
+    once.setattr(serving, "_make_state_machine", boom)
+    monkeypatch.setattr(provider, "reset", lambda: seen.wait(PATIENCE) and reset())
     with pytest.raises(ThreadDied):
         ask(serving, chat("Who?"))
     assert not serving.is_healthy
-    for _ in range(100):
-        time.sleep(0.05)
-        if serving.is_healthy:
-            break
-    assert serving.is_healthy and serving.deaths == deaths + 1
+    seen.set()
+    until(lambda: serving.is_healthy)
+    assert serving.deaths == deaths + 1
     assert len(ask(serving, chat("Who?"), 3)[0]) == 3
 
 
@@ -354,12 +389,11 @@ def test_prefixes_survive_a_restart(
                 raw[-5] ^= 1
                 file.write_bytes(raw)
         disk = DiskCache(tmp_path, 10**9)
-        identity = serving.model_provider.identity
-        serving.prompt_cache = PromptCache(20, disk, identity)
+        emptied(serving, disk, serving.model_provider.identity)
         asked = chat(STORY * 40, sparsity=sparsity)
         answers.append(ask(serving, asked, 4))
         cached.append(asked.report.cached_tokens)
-        ask(serving, chat("Who?"), 1)  # the answer before is kept by now
+        settled(serving)
         disk.jobs.join()
     total = len(render(demo_tokenizer(), asked.messages))
     assert cached == [0, total - 1, 0, 0, 0]

@@ -1,13 +1,9 @@
-"""mlx_fastforward train: what it says, what it refuses, and a process that is stopped."""
+"""mlx_fastforward train: what it says, what it refuses, and a run that is stopped."""
 
 import importlib
 import json
-import random
 import re
 import signal
-import subprocess
-import sys
-import time
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -15,6 +11,7 @@ from typing import Any
 import mlx.core as mx
 import mlx.nn as nn
 import models
+import numpy as np
 import pytest
 from typer.testing import CliRunner, Result
 
@@ -356,28 +353,27 @@ def test_another_run_is_not_gone_on_with(flags: Flags, out: Path) -> None:
     assert not state.exists()
 
 
-def test_a_process_that_is_stopped_goes_on(flags: Flags, out: Path) -> None:
-    """The same command ends with the predictor of a run that nobody disturbed."""
+@pytest.mark.usefixtures("as_in_a_terminal")
+def test_ctrl_c_stops_a_run_and_the_same_command_goes_on(
+    flags: Flags, out: Path, monkeypatch: Patch
+) -> None:
+    """It ends with the predictor of a run that nobody disturbed."""
     flags = [*QUICK, "--compensator", "low-rank", *flags[len(QUICK) :]]
     good(*flags)
     flags[-1] = again = out.parent / "again"
-    child = subprocess.Popen(
-        [sys.executable, "-m", "mlx_fastforward", "train", *map(str, flags)],
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-        # a test run in the background may have been told to ignore it
-        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
-    )
-    work, enough, end = again / WORK, random.randrange(1, 12), time.monotonic() + 120
-    while child.poll() is None and time.monotonic() < end:
-        if len(list(work.glob("dense/*.x.npy"))) >= enough:
-            break
-        time.sleep(0.001)
-    child.send_signal(signal.SIGINT)
-    stdout, stderr = child.communicate(timeout=120)
-    assert (child.returncode, stdout) == (130, "")
-    assert last_line(stderr) == f"stopped; the same command goes on from {work}."
+    work, real, files = again / WORK, np.save, []
+
+    def save(path: Path, values: np.ndarray) -> None:
+        real(path, values)
+        files.append(path.name)
+        if len(files) == 9:
+            signal.raise_signal(signal.SIGINT)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(np, "save", save)
+        said = bad(130, *flags)
+    assert said == f"stopped; the same command goes on from {work}."
+    assert files[-1].startswith(".writing-") and len(list(work.glob("dense/0*"))) > 2
     for name in (".writing-state.json", "dense/.writing-000099.x.npy"):
         (work / name).write_bytes(b"{")  # what a killed one leaves
     good(*flags)

@@ -135,7 +135,7 @@ def test_float16_that_overflows(sparsity: float) -> None:
 def test_memory_of_a_layer_at_a_time() -> None:
     """Float copies do not pile up: the next layer's may be made while the last are in use."""
     model = models.tiny(
-        "llama", hidden_size=256, intermediate_size=2048, num_hidden_layers=8
+        "llama", hidden_size=256, intermediate_size=2048, num_hidden_layers=4
     )
     nn.quantize(model, 32, 4)
     mx.eval(model.parameters())

@@ -7,7 +7,7 @@ the down projections: it shares nothing with the gathers, nor with how activatio
 import copy
 import re
 from pathlib import Path
-from typing import Any, Iterator
+from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -35,14 +35,6 @@ from mlx_fastforward.train.importance import importances
 FIRST, SECOND = 40, 32  # tokens of two calls
 PAGE = (Path(__file__).parents[1] / "docs" / "models.md").read_text()
 BUILT = [n for n in [*zoo.names(), *zoo.KINDS] if n not in zoo.UNBUILT]
-
-
-@pytest.fixture(autouse=True, scope="module")
-def uncompiled() -> Iterator[None]:
-    """Compiling a fused activation on a CPU takes seconds of a C++ compiler."""
-    mx.disable_compile()
-    yield
-    mx.enable_compile()
 
 
 Run = list[tuple[np.ndarray, list[np.ndarray]]]  # logits and cached arrays of each call

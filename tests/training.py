@@ -37,10 +37,11 @@ class Stop(BaseException):
 
 @pytest.fixture(autouse=True)
 def short(monkeypatch: Patch) -> None:
-    """Few and short sequences to judge on, and no picture: matplotlib takes longest."""
+    """Few and short sequences to judge on, few curves, and no picture: matplotlib takes longest."""
     monkeypatch.setattr(quality, "SHORTEST", 40)
     monkeypatch.setattr(quality, "TOKENS", 8)
     monkeypatch.setattr(curves, "TOKENS", 8)
+    monkeypatch.setattr(curves, "LEVELS", (0.3, 0.6))
     few_held_out(2, monkeypatch)
     monkeypatch.setattr(run_module, "IMPORTANCE_SAMPLES", 1)
     monkeypatch.setattr(report, "picture", lambda path, found: path.write_bytes(b""))

@@ -78,11 +78,39 @@ class Generator(server.ResponseGenerator):
     # The generation thread
 
     def _generate(self) -> None:
-        batches = functools.partial(Batches, lambda: self.prompt_cache.in_hand())
-        run = renamed(server.ResponseGenerator._generate, BatchGenerator=batches)
-        run(self)
+        names: dict[str, Any] = {"GenerationContext": self._context}
+        names["BatchGenerator"] = functools.partial(
+            Batches, lambda: self.prompt_cache.in_hand()
+        )
+        renamed(server.ResponseGenerator._generate, **names)(self)
+
+    def _context(self, *args: Any, **kwargs: Any) -> server.GenerationContext:
+        """The answer to the request in hand; its client may have left before it could be stopped."""
+        context = server.GenerationContext(*args, **kwargs)
+        assert self._asked is not None
+        self._asked.context = context
+        if self._asked.left.is_set():
+            context.stop()
+        return context
 
     def _run_generate(self) -> None:
+        """In a thread that stays, asleep: what mlx keeps per thread must not be freed at an exit.
+
+        That takes the GIL after the thread has ended for Python; a process that ends meanwhile aborts.
+        """
+        done = threading.Event()
+
+        def work() -> None:
+            try:
+                self._work()
+            finally:
+                done.set()
+            threading.Event().wait()
+
+        threading.Thread(target=work, daemon=True).start()
+        done.wait()
+
+    def _work(self) -> None:
         try:
             self._generate()
             if self._is_distributed and self._rank == 0:
@@ -291,6 +319,8 @@ class Generator(server.ResponseGenerator):
             )
         except BaseException:
             request.left.set()
+            if request.context is not None:
+                request.context.stop()
             raise
 
         def timed() -> Iterator[Any]:

@@ -53,6 +53,7 @@ class Asked(CompletionRequest):
     in_part: The prompt is long enough for that; set by the generator.
     gone: Whether the client has left; asked while waiting.
     left: Set when it has: nothing more is done for it.
+    context: mlx-lm's handle of the answer in a batch, as soon as there is one.
     """
 
     sparsity: Optional[float] = None
@@ -61,6 +62,7 @@ class Asked(CompletionRequest):
     in_part: bool = False
     gone: Callable[[], bool] = lambda: False
     left: threading.Event = field(default_factory=threading.Event)
+    context: Any = None
     report: Report = field(default_factory=Report)
 
     def __reduce__(self) -> Any:
