@@ -4,16 +4,17 @@ import os
 import signal
 import subprocess
 import sys
+import termios
 import threading
 import time
 import types
-from typing import Any, Iterator
+from typing import Any, Iterator, NoReturn
 
 import pytest
 from commands import run
 
 from mlx_fastforward.cli import conversation
-from mlx_fastforward.cli.interrupt import STOPPING, answered
+from mlx_fastforward.cli.interrupt import STOPPING, answered, unseen
 
 STOPPED = "mlx_fastforward: stopped.\n"
 DEAF = """
@@ -43,6 +44,10 @@ def press_in(seconds: float) -> None:
     threading.Timer(seconds, os.kill, (os.getpid(), signal.SIGINT)).start()
 
 
+def press() -> NoReturn:
+    raise KeyboardInterrupt
+
+
 def compute(seconds: float) -> None:
     """As mlx does: for this thread's Python there is no signal until it ends."""
     signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
@@ -69,17 +74,26 @@ def test_what_goes_on_for_a_moment_says_stopping(
     assert (done.exit_code, done.stdout, done.stderr) == (130, "", told + STOPPED)
 
 
-def test_the_next_ctrl_c_is_a_first_one_again(capsys: pytest.CaptureFixture) -> None:
+def test_the_next_ctrl_c_is_a_first_one_again(
+    capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """In a chat, and where what was stopped is skipped and the command goes on."""
     chat = conversation.Chat(
         types.SimpleNamespace(), "m", tune=False, sampling={"temp": 0.0}
     )
     chat.interactive = True
-    for _ in range(2):
+
+    def work() -> None:
         press_in(0.1)
-        with chat.problems_told():
-            compute(0.6)
+        compute(0.6)
+
+    for _ in range(2):
+        chat.guarded(work)
     assert capsys.readouterr().out == f"({STOPPING})\n\n(stopped)\n" * 2
+    with monkeypatch.context() as patch:  # before anything has begun
+        patch.setattr(conversation, "answered", lambda _: press())
+        chat.guarded(work)
+    assert capsys.readouterr().out == "\n(stopped)\n"
     told: list[str] = []
     with answered(told.append):
         for _ in range(2):
@@ -87,6 +101,25 @@ def test_the_next_ctrl_c_is_a_first_one_again(capsys: pytest.CaptureFixture) -> 
             with pytest.raises(KeyboardInterrupt):
                 compute(0.6)
     assert told == [STOPPING] * 2
+
+
+def test_keys_pressed_meanwhile_do_not_show(monkeypatch: pytest.MonkeyPatch) -> None:
+    """They wait for the next line, and Ctrl-C still works."""
+    ours, theirs = os.openpty()
+    with open(theirs) as terminal:
+        monkeypatch.setattr(sys, "stdin", terminal)
+
+        def shows() -> bool:
+            local = termios.tcgetattr(terminal)[3]
+            assert local & termios.ISIG and local & termios.ICANON
+            return bool(local & termios.ECHO)
+
+        with pytest.raises(KeyboardInterrupt), unseen():
+            assert not shows()
+            os.write(ours, b"next\n")
+            raise KeyboardInterrupt
+        assert shows() and terminal.readline() == "next\n"
+    os.close(ours)
 
 
 def test_a_second_one_ends_a_process_that_does_not_stop() -> None:
