@@ -86,10 +86,11 @@ def convert(
         check_choice("--quantize", quantize, QUANTIZATION_BITS)
         check_choice("--activation", activation, tuple(ACTIVATIONS))
         own = expanded(Path(checkpoint))
-        if is_finished(own) and not (list_only or map_file):
-            if activation:
+        if is_finished(own) and not map_file:
+            if activation or list_only:
+                flag = "--activation" if activation else "--list"
                 raise ConfigError(
-                    "--activation is for checkpoints; this is a predictor already."
+                    f"{flag} is for checkpoints; this is a predictor already."
                 )
             _repack(own, model, out, dtype, quantize, overwrite, trust_remote_code)
             return
