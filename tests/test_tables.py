@@ -7,6 +7,7 @@ from typing import Callable
 
 import pytest
 from rich.console import Console
+from rich.progress import Progress
 from rich.table import Table
 
 from mlx_fastforward.bench.eval.frontier import Point
@@ -166,3 +167,14 @@ def test_lines_stay_as_far_in_as_they_begin() -> None:
         "label       some words that do not fit",
         "            beside it",
     ]
+
+
+def test_a_warning_stays_above_a_bar() -> None:
+    """Written past the bar it would be overwritten by the bar's next lines."""
+    console = Console(file=io.StringIO(), force_terminal=True, width=80)
+    with Progress(console=console) as bar:
+        bar.add_task("verifying")
+        tables.warn("stopped.")
+        bar.refresh()
+    shown = console.file.getvalue()  # type: ignore[attr-defined]
+    assert 0 <= shown.index("mlx_fastforward: stopped.") < shown.rindex("verifying")

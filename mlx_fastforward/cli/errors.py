@@ -70,8 +70,7 @@ def end(code: int) -> NoReturn:
 def interruptible() -> Iterator[None]:
     """Ctrl-C leaves quietly, with the shell's code for it."""
     try:
-        # not by warn(): a bar in the last line is in the way
-        with answered(lambda text: print(f"mlx_fastforward: {text}", file=sys.stderr)):
+        with answered(warn):
             yield
     except KeyboardInterrupt:
         warn("stopped.")
