@@ -62,6 +62,7 @@ WORST = SimpleNamespace(
     dense="7306",
     sparse="7360 and a long tail of other words",
 )
+SAME = SimpleNamespace(**{**vars(WORST), "kl": 0.0004})
 OVERLAP = SimpleNamespace(neighbours=0.712)
 LAYER = SimpleNamespace(
     layer=27,
@@ -103,7 +104,8 @@ SHOWN: dict[str, Callable[[], Table]] = {
     "scores": lambda: eval_tables._scores(EVAL),
     "kl": lambda: eval_tables._kl(EVAL),
     "frontier": lambda: eval_tables.frontier(POINTS),
-    "worst": lambda: eval_tables._worst([WORST]),
+    "worst": lambda: eval_tables._worst([WORST, SAME]),
+    "worst in lines": lambda: eval_tables._worst([WORST], 22, 15),
     "inspect": lambda: inspect._table([LAYER]),
     "verified": lambda: verified_table.table(VERIFIED),
 }
@@ -178,3 +180,9 @@ def test_a_warning_stays_above_a_bar() -> None:
         bar.refresh()
     shown = console.file.getvalue()  # type: ignore[attr-defined]
     assert 0 <= shown.index("mlx_fastforward: stopped.") < shown.rindex("verifying")
+
+
+def test_what_differs_from_dense_is_shown_at_length_and_nothing_else() -> None:
+    lines, cells = printed("worst", 80, True)
+    assert WORST.sparse in cells and "0.000" not in cells
+    assert eval_tables._worst([SAME]).row_count == 1
