@@ -8,6 +8,7 @@ import signal
 import socket
 import sys
 import types
+import warnings
 from http.server import ThreadingHTTPServer
 from pathlib import Path
 from typing import Any, Callable, NoReturn, Optional
@@ -211,6 +212,8 @@ def run(args: argparse.Namespace) -> None:
     first = not ranks.rank()
     if first:
         check_free(args.host, args.port)
+    # docs/server.md says it; as a warning it looks like a fault
+    warnings.filterwarnings("ignore", "mlx_lm.server is not recommended")
     server.maybe_set_recommended_wired_limit()
     tune = tune_for_long_prompts if not args.no_tune else lambda model: None
     reader = lambda net, tok: speculative(net, tok, args.prefill_draft, keeping)
