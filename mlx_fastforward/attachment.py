@@ -60,7 +60,7 @@ def attach(
     Raises:
         UnsupportedModel, ConfigError, PredictorError: before anything of the model is touched.
     """
-    _check_model(model)
+    check_model(model)
     if config is not None:
         wanted = "a PrefillConfig, e.g. PrefillConfig(sparsity=0.5)"
         check_kind("config", config, (PrefillConfig,), wanted)
@@ -94,14 +94,14 @@ def _sit(module: nn.Module, seat: _Seat, subclass: Callable[[type], type]) -> No
     module.__class__ = subclass(type(module))
 
 
-def _check_model(model: nn.Module) -> None:
+def check_model(model: nn.Module) -> None:
     wanted = "a model as mlx_lm.load returns it: model, tokenizer = mlx_lm.load(...)"
     check_kind("model", model, (nn.Module,), wanted)
 
 
 def detach(model: nn.Module) -> None:
     """Give an attached model its own classes back; does nothing to any other model."""
-    _check_model(model)
+    check_model(model)
     if (engine := engine_of(model)) is None:
         return
     mlps = [ffn.mlp for ffn in engine.ffns]

@@ -24,6 +24,13 @@ def names() -> list[str]:
     return sorted(p.stem for p in folder().glob("[!.]*.safetensors"))
 
 
+def known() -> str:
+    """The same in words."""
+    if not (found := names()):
+        return "none is saved: /save NAME keeps one"
+    return f"saved: {', '.join(found)}"
+
+
 def path_of(name: str) -> Path:
     """Where a conversation of this name is kept; raises FileProblem."""
     if not name or not all(c.isalnum() or c in "-_" for c in name):
@@ -69,9 +76,7 @@ def load(session: Session, name: str) -> bool:
     """
     path = path_of(name)
     if not path.is_file():
-        known = ", ".join(names())
-        there = f"there are: {known}" if known else "none is: /save NAME keeps one"
-        raise FileProblem(f"no conversation {name} is saved; {there}.")
+        raise FileProblem(f"there is no conversation {name}; {known()}.")
     cache, metadata = read_cache(path)
     try:
         noted = json.loads(metadata[KEY])

@@ -16,7 +16,7 @@ from typing import Callable, NamedTuple, Optional
 import mlx.core as mx
 import mlx.nn as nn
 
-from .attachment import detach, engine_of, seat
+from .attachment import check_model, detach, engine_of, seat
 from .calls import attention_block, attention_seconds, longest_gaining, step_seconds
 from .config import DeviceSettings
 from .engine import Engine
@@ -113,6 +113,7 @@ def tune(
     Raises:
         ConfigError: Nothing of this model runs sparsely.
     """
+    check_model(model)
     engine = engine_of(model)
     if engine is None:
         raise ConfigError("tune: the model is not attached; use load() or attach().")

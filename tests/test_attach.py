@@ -17,7 +17,14 @@ from mlx_lm.tuner.utils import linear_to_lora_layers
 from mlx_lm.utils import does_model_support_input_embeddings
 from models import BLOCK, FFN, LAYERS, NAMES, WITH_EMBEDDINGS, prefill, settings, tiny
 
-from mlx_fastforward import ConfigError, PrefillConfig, UnsupportedModel, attach, detach
+from mlx_fastforward import (
+    ConfigError,
+    PrefillConfig,
+    UnsupportedModel,
+    attach,
+    detach,
+    tune,
+)
 from mlx_fastforward.attachment import engine_of, is_enabled, seated, switched
 from mlx_fastforward.config import DeviceSettings
 from mlx_fastforward.engine import Engine
@@ -232,7 +239,7 @@ def test_arguments_of_another_kind(args: Any, said: str) -> None:
     config, predictor = (*args, None)[:2]
     with pytest.raises(ConfigError, match=said):
         attach(tiny("llama"), config, predictor=predictor)
-    for call in (attach, detach):
+    for call in (attach, detach, tune):
         with pytest.raises(ConfigError, match="model must be a model as mlx_lm.load"):
             call(None)
 

@@ -258,7 +258,11 @@ def test_few_facts_prove_no_more_than_the_usual(
     """Nor do many that the dense model does not find."""
     table = [row(s, 0.001, found, found) for s in (0.3, 0.5, 0.7)]
     details = {"verified": {"rows": table, "questions": questions}}
-    assert chosen(details)[0] == wanted
+    sparsity, why = chosen(details)
+    assert sparsity == wanted
+    if questions > 7 and found == 0.9:
+        known = "90% of planted facts found, dense 90%, KL 0.0010"
+        assert why == f"auto, as verified: {known}"
 
 
 @pytest.mark.parametrize("neurons, wanted", [(8192, 64), (1024, 64), (128, 8), (8, 1)])

@@ -93,7 +93,14 @@ def test_documents_add_up_and_can_be_dropped(
         (tmp_path / name).write_text(text)
     a, b = tmp_path / "a.txt", tmp_path / "b.txt"
     typed.type(
-        f"/file {a}", "/drop", "Hello", f"/file {a}", f"/FILE {b}", "Who?", "So?"
+        f"/file {a}",
+        "/drop",
+        "Hello",
+        f"/file '{a}'",
+        f"/file {a}",  # is there already
+        f"/FILE {b}",
+        "Who?",
+        "So?",
     )
     assert typed.asked == ["Hello", f"{FACTS}\n\n{STORY.strip()}\n\nWho?", "So?"]
     shown = capsys.readouterr().out
@@ -133,6 +140,32 @@ def test_another_answer_another_temperature_another_system_prompt(
     typed.type("/system Be brief.", "/system Be long.", "/reset")
     (system,) = typed.chat.session.messages
     assert system == {"role": "system", "content": "Be long."}
+
+
+def test_a_stop_says_what_became_of_the_message(
+    typed: Typed, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    """Nothing was unsent where there is an answer already."""
+    typed.type("Hello")
+    before, calls = list(typed.chat.session.messages), []
+    monkeypatch.setattr(session, "stream_generate", stopped(calls, 2))
+    monkeypatch.setattr(typed.chat.session, "warm_up", lambda: None)
+    typed.type("/again", "/compare")
+    shown = capsys.readouterr().out
+    assert "(stopped while reading: the answer before stays)" in shown
+    assert shown.endswith("(stopped while reading)\n") and "not sent" not in shown
+    assert typed.chat.session.messages == before
+
+
+def test_what_is_so_already_forgets_nothing(
+    typed: Typed, capsys: pytest.CaptureFixture
+) -> None:
+    typed.type("Hello", "/sparse")
+    assert typed.chat.session.cached
+    typed.type("/dense", "Hello", "/dense")
+    assert typed.chat.session.cached
+    shown = capsys.readouterr().out
+    assert "Prefill is sparse already." in shown and "is dense already." in shown
 
 
 def test_another_model_goes_on(tiny_folder: Path, tmp_path: Path) -> None:

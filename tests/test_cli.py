@@ -1,5 +1,6 @@
 """What commands say about themselves, generate and demo, and real processes."""
 
+import errno
 import json
 import os
 import re
@@ -57,6 +58,18 @@ def test_help_lists_the_commands_and_shows_examples_and_flags() -> None:
         assert len(re.findall(rf"mlx_fastforward {command}\b", out)) >= 3
         for flag in ("--model", "--sparsity", "--block-size", "--predictor", "--file"):
             assert flag in out
+    # paragraphs as wide as the terminal, not as the source
+    assert "cache. Without --predictor, chat takes the" in good("predictors", "--help")
+
+
+def test_a_full_disk_is_one_line(monkeypatch: pytest.MonkeyPatch, tiny: Path) -> None:
+    def full(*_: Any) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    module = sys.modules["mlx_fastforward.cli.generate"]
+    monkeypatch.setattr(module, "report", full)
+    line = bad(1, "generate", "Hello", "--model", tiny, "-m", "1", "--json")
+    assert line == "No space left on device."
 
 
 def test_generate_with_the_demo_model() -> None:
@@ -66,7 +79,8 @@ def test_generate_with_the_demo_model() -> None:
     wanted = mlx_lm.generate(model, tokenizer, rendered(prompt), max_tokens=8)
     assert wanted.strip() == "7306"
     base = [prompt, "-m", "8"]
-    assert good("generate", *base, "--sparsity", "0") == wanted + "\n"
+    named = [*base, "--model", "demo"]
+    assert good("generate", *named, "--sparsity", "0") == wanted + "\n"
     flags = ["--kv-bits", "8", "--kv-group-size", "32", "--quantized-kv-start", "0"]
     assert good("generate", *base, "--no-tune", *flags).strip() == "7306"
     got = as_json(*base, "--block-size", "16", "--sparsity", "0.4")
@@ -100,6 +114,7 @@ def test_generate_with_the_demo_model() -> None:
 def test_the_prompt_comes_in_many_ways(tmp_path: Path, tiny: Path) -> None:
     prompt = f"{FACTS}\n\n{MABEL}"
     document, whole = tmp_path / "document.txt", tmp_path / "whole.txt"
+    (question := tmp_path / "question.txt").write_text(MABEL)
     document.write_text(FACTS + "\n")
     whole.write_text(prompt)
     base = ["generate", "--model", tiny, "-m", "8"]
@@ -110,8 +125,10 @@ def test_the_prompt_comes_in_many_ways(tmp_path: Path, tiny: Path) -> None:
         good(*base, stdin=prompt + "\n"),
         good(*base, MABEL, "--file", document),
         good(*base, "--file", whole),
+        good(*base, MABEL, "--file", "-", stdin=FACTS + "\n"),
+        good(*base, "--file", document, "--file", question),
     ]
-    assert outs == [outs[0]] * 6 and outs[0] != good(*base, MABEL)
+    assert outs == [outs[0]] * 8 and outs[0] != good(*base, MABEL)
 
     def tokens(*flags: Any) -> int:
         return as_json(MABEL, "--model", tiny, "-m", 1, *flags)["prompt_tokens"]
@@ -262,6 +279,7 @@ def test_impossible_settings(command: Any, flags: list[str], message: str) -> No
 
 
 def test_the_demo_names_only_flags_that_it_has() -> None:
+    assert bad(2, "demo", "--sparsity", "0").startswith("--sparsity 0 drops nothing")
     for size in (0, 2000):
         line = bad(2, "demo", "--block-size", size)
         assert line == f"--block-size must be 8 to 1,920 tokens, got {size}; try 128."
@@ -272,6 +290,8 @@ def test_prompts_that_cannot_be(tiny: Path, tmp_path: Path) -> None:
     assert "no prompt" in bad(2, "generate", "-", stdin=" \n")
     assert "no prompt" in bad(2, "generate", "   ")
     assert "give the prompt once" in bad(2, "generate", "a", "--prompt", "b")
+    twice = bad(2, "generate", "-", "--file", "-", stdin="a")
+    assert twice.startswith("standard input can be read once")
     draft = ["--draft-model", tiny, "-m", "-1"]
     assert "--max-tokens -1 does not go" in bad(2, "generate", "Hello", *draft)
     for command in (["generate", "-"], ["chat", "--model", tiny]):
@@ -288,6 +308,9 @@ def test_prompts_that_cannot_be(tiny: Path, tmp_path: Path) -> None:
         path = tmp_path / name
         for command in (["generate"], ["chat"]):
             assert bad(1, *command, "--file", path).startswith(f"{path} {message}")
+    for flag, value in (("--kv-bits", "7"), ("--kv-group-size", "48")):
+        line = bad(2, "generate", "a", flag, value)
+        assert line.startswith(f"{flag} must be one of ") and f"got {value}." in line
     for args in (["--sparsity", "much"], ["--seed", "-1"], ["--no-such-flag"]):
         done = run("generate", "Hello", *args)
         assert done.exit_code == 2 and args[0] in done.stderr and not done.stdout
@@ -324,8 +347,8 @@ def test_models_that_cannot_be_used(tiny: Path, tmp_path: Path) -> None:
     said = "model type 'mamba' is not supported: no FFN was found in its layers"
     assert said in refused("--model", other)
     # what only shows while running
-    flags = ["--kv-bits", "8", "--kv-group-size", "7", "--quantized-kv-start", "0"]
-    assert "group size 7" in refused("--model", tiny, *flags)
+    flags = ["--kv-bits", "8", "--kv-group-size", "64", "--quantized-kv-start", "0"]
+    assert "quantize" in refused("--model", tiny, *flags)
 
 
 def test_version() -> None:

@@ -62,18 +62,22 @@ def test_answers_and_a_document_that_stays_known_until_a_reset(tmp_path: Path) -
 
 
 def test_leaving_and_help(tiny: list[Any]) -> None:
-    for leave in (f"q\n{HELLO}", f"/quit\n{HELLO}", f"/exit\n{HELLO}", " q \nq", ""):
+    for leave in (f"q\n{HELLO}", f"/quit\n{HELLO}", f"/Q\n{HELLO}", " q \nq", ""):
         assert said(leave, tiny) == ""
     assert said(HELLO, tiny) == said("Hello", tiny) != "\n"
     assert said("/etc/hosts holds what?\n", tiny).strip()  # no command
-    for name in ("/help\n", "h\n"):
+    for name in ("/help\n", "H\n", "/?\n"):
         for command in ("/file PATH", "/compare", "/dense", "/sparse", "/reset"):
             assert command in said(name, tiny)
 
 
 def test_paths_as_typed_quoted_and_pasted(tmp_path: Path, tiny: list[Any]) -> None:
     (document := tmp_path / "my story.txt").write_text(STORY)
+    (other := tmp_path / "b.txt").write_text(FACTS)
+    both = [*tiny, "--file", document, "--file", other]
+    assert said(HELLO, both) == said(f"/file {document}\n/file {other}\n{HELLO}", tiny)
     wanted, plain = said(HELLO, [*tiny, "--file", document]), said(HELLO, tiny)
+    assert said(HELLO, both) != wanted
     assert wanted != plain != said(HELLO, [*tiny, "--system-prompt", FACTS])
     escaped = str(document).replace(" ", "\\ ")
     for typed in (document, f"'{document}'", f'"{document}"', escaped):
@@ -94,9 +98,11 @@ def test_what_cannot_be_done_is_said_and_the_chat_goes_on(
         "/drop": "no document is waiting for your next message.",
         "/temp hot": "usage: /temp NUMBER, from 0 on; it is 0.",
         "/temp -1": "usage: /temp NUMBER, from 0 on; it is 0.",
+        "/save": "usage: /save NAME",
         "/save x": "nothing to save yet: ask something first.",
+        "/load": "usage: /load NAME; none is saved: /save NAME keeps one.",
         "/load ../x": "a name of letters, digits, - and _ is expected, got '../x'.",
-        "/load x": "no conversation x is saved; none is: /save NAME keeps one.",
+        "/load x": "there is no conversation x; none is saved: /save NAME keeps one.",
     }
     lines = "".join(f"{line}\n" for line in wanted)
     out, told = chat(lines + HELLO, tiny, code=1)

@@ -276,6 +276,7 @@ def test_a_predictor_once_more(kind: str, tmp_path: Path) -> None:
         assert found.details["note"] == "kept" and "verified" not in found.details
     line = bad(1, first, *flags)
     assert line.startswith(f"{out} holds a predictor: --overwrite replaces it")
+    assert bad(2, first, "--list").startswith("--list is for checkpoints; this is a")
     other = models.save_folder(models.tiny("llama", 1, 4096), tmp_path / "other")
     line = bad(1, first, "--model", other, "--out", tmp_path / "x")
     assert "the weights of this model do not" in line and not (tmp_path / "x").exists()

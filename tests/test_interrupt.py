@@ -1,8 +1,10 @@
 """Ctrl-C while something computes that Python's signal handlers wait for."""
 
+import os
 import signal
 import subprocess
 import sys
+import termios
 import threading
 import types
 from typing import Any, Callable
@@ -11,7 +13,7 @@ import pytest
 from commands import run
 
 from mlx_fastforward.cli import conversation, errors, interrupt
-from mlx_fastforward.cli.interrupt import STOPPING
+from mlx_fastforward.cli.interrupt import STOPPING, unseen
 
 STOPPED = "mlx_fastforward: stopped.\n"
 # C hears of the signal as ever; Python's handler does nothing, as if it never came to its turn.
@@ -91,15 +93,37 @@ def test_the_next_ctrl_c_is_a_first_one_again(
     chat.interactive = True
     compute = Computing(conversation, monkeypatch)
     for _ in range(2):
-        with chat.problems_told():
-            compute()
+        chat.guarded(compute)
     assert capsys.readouterr().out == f"({STOPPING})\n\n(stopped)\n" * 2
+    with monkeypatch.context() as patch:  # before anything has begun
+        patch.setattr(conversation, "answered", lambda _: press())
+        chat.guarded(compute)
+    assert capsys.readouterr().out == "\n(stopped)\n"
     told: list[str] = []
     with compute.answered(told.append):
         for _ in range(2):
             with pytest.raises(KeyboardInterrupt):
                 compute()
     assert told == [STOPPING] * 2
+
+
+def test_keys_pressed_meanwhile_do_not_show(monkeypatch: pytest.MonkeyPatch) -> None:
+    """They wait for the next line, and Ctrl-C still works."""
+    ours, theirs = os.openpty()
+    with open(theirs) as terminal:
+        monkeypatch.setattr(sys, "stdin", terminal)
+
+        def shows() -> bool:
+            local = termios.tcgetattr(terminal)[3]
+            assert local & termios.ISIG and local & termios.ICANON
+            return bool(local & termios.ECHO)
+
+        with pytest.raises(KeyboardInterrupt), unseen():
+            assert not shows()
+            os.write(ours, b"next\n")
+            raise KeyboardInterrupt
+        assert shows() and terminal.readline() == "next\n"
+    os.close(ours)
 
 
 def test_a_second_one_ends_a_process_that_does_not_stop() -> None:

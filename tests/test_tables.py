@@ -7,6 +7,7 @@ from typing import Callable
 
 import pytest
 from rich.console import Console
+from rich.progress import Progress
 from rich.table import Table
 
 from mlx_fastforward.bench.eval.frontier import Point
@@ -61,6 +62,7 @@ WORST = SimpleNamespace(
     dense="7306",
     sparse="7360 and a long tail of other words",
 )
+SAME = SimpleNamespace(**{**vars(WORST), "kl": 0.0004})
 OVERLAP = SimpleNamespace(neighbours=0.712)
 LAYER = SimpleNamespace(
     layer=27,
@@ -102,7 +104,8 @@ SHOWN: dict[str, Callable[[], Table]] = {
     "scores": lambda: eval_tables._scores(EVAL),
     "kl": lambda: eval_tables._kl(EVAL),
     "frontier": lambda: eval_tables.frontier(POINTS),
-    "worst": lambda: eval_tables._worst([WORST]),
+    "worst": lambda: eval_tables._worst([WORST, SAME]),
+    "worst in lines": lambda: eval_tables._worst([WORST], 22, 15),
     "inspect": lambda: inspect._table([LAYER]),
     "verified": lambda: verified_table.table(VERIFIED),
 }
@@ -166,3 +169,20 @@ def test_lines_stay_as_far_in_as_they_begin() -> None:
         "label       some words that do not fit",
         "            beside it",
     ]
+
+
+def test_a_warning_stays_above_a_bar() -> None:
+    """Written past the bar it would be overwritten by the bar's next lines."""
+    console = Console(file=io.StringIO(), force_terminal=True, width=80)
+    with Progress(console=console) as bar:
+        bar.add_task("verifying")
+        tables.warn("stopped.")
+        bar.refresh()
+    shown = console.file.getvalue()  # type: ignore[attr-defined]
+    assert 0 <= shown.index("mlx_fastforward: stopped.") < shown.rindex("verifying")
+
+
+def test_what_differs_from_dense_is_shown_at_length_and_nothing_else() -> None:
+    lines, cells = printed("worst", 80, True)
+    assert WORST.sparse in cells and "0.000" not in cells
+    assert eval_tables._worst([SAME]).row_count == 1

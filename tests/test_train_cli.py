@@ -191,6 +191,7 @@ def test_what_cannot_be_asked_for(flags: Flags, tmp_path: Path) -> None:
     file.write_text("")
     for below in ("", "sub"):
         assert str(file) in bad(1, *flags, "--out", file / below)
+    assert "is a file" in bad(1, *flags, "--out", file, "--dry-run")
     assert file.read_text() == "" and left(tmp_path) == ["file"]
 
 

@@ -1,9 +1,10 @@
 """The command line: ``mlx_fastforward`` and ``python -m mlx_fastforward``."""
 
 import os
+import re
 import sys
 import traceback
-from typing import Annotated
+from typing import Annotated, Callable, Optional
 
 import typer
 
@@ -72,24 +73,33 @@ def _launched(command: str) -> None:
         one_process(command)
 
 
-app.command()(chat)
-app.command()(generate)
+def paragraphs(command: Callable) -> str:
+    """A docstring for --help, which would keep its line ends; examples are one line each."""
+    return re.sub(r"(?<=\S)\n *(?=\S)", " ", command.__doc__ or "")
+
+
+def add(command: Callable, name: Optional[str] = None) -> None:
+    app.command(name, help=paragraphs(command))(command)
+
+
+add(chat)
+add(generate)
 # its flags are mlx_lm.server's: argparse reads them, --help too
 app.command(
     add_help_option=False,
     context_settings={"allow_extra_args": True, "ignore_unknown_options": True},
 )(serve)
-app.command()(demo)
-app.command()(doctor)
-app.command("eval")(evaluate)
-app.command()(inspect)
-app.command()(tune)
-app.command()(train)
-app.command()(readout)
-app.command()(convert)
-app.command()(predictors)
-app.command()(models)
-app.command()(upload)
+add(demo)
+add(doctor)
+add(evaluate, "eval")
+add(inspect)
+add(tune)
+add(train)
+add(readout)
+add(convert)
+add(predictors)
+add(models)
+add(upload)
 
 # `bench ...` measures, `bench report ...` shows
 benches = typer.Typer(invoke_without_command=True, rich_markup_mode="rich")

@@ -27,7 +27,7 @@ from .tables import warn
 def chat(
     context: typer.Context,
     model: o.Model = None,
-    file: o.File = None,
+    file: o.Files = [],
     force: o.Force = False,
     adapter_path: o.AdapterPath = None,
     trust_remote_code: o.TrustRemoteCode = False,
@@ -79,7 +79,7 @@ def chat(
         if keeping is not None:
             refuse_beside(**{"--max-kv-size": max_kv_size, "--cache-dir": cache_dir})
         disk = disk_cache(cache_dir, cache_gb, warn)
-        document = read_text(file) if file is not None else None
+        documents = [(str(name), read_text(name)) for name in file]
         load = partial(
             load_model,
             sparsity=chosen.sparsity,
@@ -120,9 +120,9 @@ def chat(
                 else {"prefill_step_size": prefill_step_size}
             ),
         )
-        if file is not None and document is not None:
-            check_bytes(net, document, force)
-            loop.pending.append((str(file), document))
+        for name, text in documents:
+            check_bytes(net, text, force)
+            loop.pending.append((name, text))
         if session.speculative is not None and heal:
             from ..heal import Heal
 

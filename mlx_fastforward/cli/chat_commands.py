@@ -2,6 +2,7 @@
 
 import contextlib
 import shlex
+from functools import partial
 from pathlib import Path
 from typing import Any, Callable, Optional
 
@@ -24,13 +25,15 @@ HELP = """\
 /system TEXT  another system prompt; alone: none
 /temp NUMBER  another sampling temperature; 0 always takes the likeliest token
 /save NAME    keep the conversation and what was read
-/load NAME    take it up again
+/load NAME    take it up again; alone: which there are
 /model NAME   go on with another model, which reads the conversation anew
 /reset        forget the conversation (also: r)
 /help         this list (also: h)
 /quit         leave (also: q, Ctrl-D)
 Ctrl-C stops an answer. Alt-Enter starts a new line; a paste may have many."""
 ANEW = "The next message reads everything anew."
+LEAVE = ("/quit", "/exit", "/q", "q")
+SHORT = {"r": "/reset", "h": "/help", "/r": "/reset", "/h": "/help", "/?": "/help"}
 
 
 def run(chat: Chat, lines: Optional[Any] = None) -> None:
@@ -41,18 +44,22 @@ def run(chat: Chat, lines: Optional[Any] = None) -> None:
         if (line := lines.read()) is None:
             break
         text = line.strip()
-        if text.lower() in ("/quit", "/exit", "q"):
+        if text.lower() in LEAVE:
             break
-        with chat.problems_told():
-            if text and not command(chat, text):
-                chat.turn(text)
+        if text:
+            chat.guarded(partial(take, chat, text))
     if chat.failed and not chat.interactive:
         raise typer.Exit(1)
 
 
+def take(chat: Chat, text: str) -> None:
+    if not command(chat, text):
+        chat.turn(text)
+
+
 def command(chat: Chat, text: str) -> bool:
     """Run an in-chat command; False if the text is a message."""
-    typed, _, rest = {"r": "/reset", "h": "/help"}.get(text, text).partition(" ")
+    typed, _, rest = SHORT.get(text.lower(), text).partition(" ")
     if not typed.startswith("/") or not typed[1:].isalpha():
         return False
     if (action := COMMANDS.get(typed[1:].lower())) is None:
@@ -72,10 +79,12 @@ def reset(chat: Chat, _: str) -> None:
 
 
 def switch(chat: Chat, sparse: bool) -> None:
-    from ..attachment import switch
+    from ..attachment import is_enabled, switch
 
     if sparse and not chat.engine.sparse:
         raise ConfigError(f"{chat.why_dense()}.")
+    if is_enabled(chat.session.model) == sparse:
+        return chat.note(f"Prefill is {'sparse' if sparse else 'dense'} already.")
     switch(chat.session.model, sparse)
     chat.session.forget_cache()
     how = "sparse" if sparse else "dense, as in stock mlx-lm"
@@ -85,9 +94,10 @@ def switch(chat: Chat, sparse: bool) -> None:
 def add_file(chat: Chat, name: str) -> None:
     if not name:
         raise ConfigError("usage: /file PATH")
-    text = read_text(typed_path(name))
+    text = read_text(path := typed_path(name))
     check_bytes(chat.session.model, text, chat.force)
-    chat.pending.append((name, text))
+    others = [p for p in chat.pending if p[0] != str(path)]  # once is enough
+    chat.pending = [*others, (str(path), text)]
 
 
 def drop(chat: Chat, _: str) -> None:
@@ -141,6 +151,8 @@ def set_temp(chat: Chat, text: str) -> None:
 def save(chat: Chat, name: str) -> None:
     from .. import saved
 
+    if not name:
+        raise ConfigError("usage: /save NAME")
     if not chat.session.asked:
         raise ConfigError("nothing to save yet: ask something first.")
     file = saved.save(chat.session, name, chat.model)
@@ -150,6 +162,8 @@ def save(chat: Chat, name: str) -> None:
 def load(chat: Chat, name: str) -> None:
     from .. import saved
 
+    if not name:
+        raise ConfigError(f"usage: /load NAME; {saved.known()}.")
     session = chat.session
     if not saved.load(session, name):
         how = "it was read by another model or with other settings, and is read anew"

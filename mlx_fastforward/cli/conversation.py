@@ -2,7 +2,7 @@
 
 import contextlib
 import sys
-from typing import Any, Callable, Iterator, Optional
+from typing import Any, Callable, Optional
 
 import typer
 from rich.console import Console
@@ -11,11 +11,13 @@ from rich.text import Text
 from ..errors import brief
 from .first_use import least, tune_first
 from .inputs import sampling
-from .interrupt import answered
+from .interrupt import answered, unseen
 from .lengths import check_bytes, check_tokens, patiently
 from .outputs import broken, prefill_line, status_line
 from .tables import warn
 from .terminal import prefill_progress, show_compared
+
+UNSENT = ": your message was not sent; arrow up brings it back"
 
 
 class Chat:
@@ -77,12 +79,11 @@ class Chat:
             return f"{self.engine.chosen}; start with --sparsity 0.5 to try"
         return "this chat was started with --sparsity 0; start it with more"
 
-    @contextlib.contextmanager
-    def problems_told(self) -> Iterator[None]:
-        """Whatever goes wrong in here is said, and the chat goes on; Ctrl-C ends what is going on."""
+    def guarded(self, work: Callable[[], None]) -> None:
+        """Whatever goes wrong is said, and the chat goes on; Ctrl-C ends what is going on."""
         try:
-            with answered(lambda text: self.say(f"({text})")):
-                yield
+            with answered(lambda text: self.say(f"({text})")), unseen():
+                work()
         except KeyboardInterrupt:
             if not self.interactive:
                 raise typer.Exit(130) from None
@@ -124,13 +125,14 @@ class Chat:
         return ids
 
     def again(self) -> None:
-        """Another answer to the last message."""
+        """Another answer to the last message; the one before stays if this one never begins."""
         before = list(self.session.messages)
         message, last = self.session.take_back(), None
         if self.sampling["temp"] == 0:
             self.note("Without chance the answer is the same: /temp 0.7 gives another.")
         try:
-            last = self.stream(self.session.answer, message)
+            unsaid = ": the answer before stays"
+            last = self.stream(self.session.answer, message, unsaid=unsaid)
         finally:
             if last is None:
                 self.session.messages = before
@@ -152,10 +154,16 @@ class Chat:
             tune_first(self.session.model, tokens)
             self.tune = False
 
-    def stream(self, answer: Callable[..., Any], *args: Any, kept: bool = True) -> Any:
+    def stream(
+        self,
+        answer: Callable[..., Any],
+        *args: Any,
+        kept: bool = True,
+        unsaid: str = UNSENT,
+    ) -> Any:
         """Print an answer as it comes; returns its last response, None if nothing was said.
 
-        kept: It is part of the conversation.
+        kept: It is part of the conversation. unsaid: What to tell where it was stopped before it began.
         """
         last, stopped = None, False
         sampler = sampling(self.session.tokenizer, **self.sampling)
@@ -183,18 +191,14 @@ class Chat:
         if self.session.speculative is not None:
             for note in self.session.speculative.take_notes():
                 self.say(note)
-        self.tell_end(last, stopped, "; /continue goes on" if kept else "")
+        if last is not None:
+            self.tell_end(last, stopped, "; /continue goes on" if kept else "")
+        elif stopped:
+            self.note(f"(stopped while reading{unsaid})")
         return last
 
     def tell_end(self, last: Any, stopped: bool, more: str) -> None:
         """How an answer ended, what can be done about it, and its figures."""
-        if last is None:
-            unsent = (
-                " while reading: your message was not sent; arrow up brings it back"
-            )
-            if stopped:
-                self.note(f"(stopped{unsent if more else ''})")
-            return
         if stopped:
             self.note(f"(stopped{more})")
         elif last.finish_reason == "length":
@@ -222,7 +226,7 @@ class Chat:
         for name in ("sparse", "dense"):
             self.console.print(Text(name, style="bold"))
             again = self.session.answer_again
-            last = self.stream(again, name == "sparse", kept=False)
+            last = self.stream(again, name == "sparse", kept=False, unsaid="")
             if last is None or last.finish_reason is None:
                 return
             results.append(last)

@@ -80,10 +80,11 @@ def convert(
         check_choice("--quantize", quantize, QUANTIZATION_BITS)
         check_choice("--activation", activation, tuple(ACTIVATIONS))
         own = expanded(Path(checkpoint))
-        finished = is_finished(own) and not (list_only or map_file)
-        if finished and activation:
+        finished = is_finished(own) and not map_file
+        if finished and (activation or list_only):
+            flag = "--activation" if activation else "--list"
             raise ConfigError(
-                "--activation is for checkpoints; this is a predictor already."
+                f"{flag} is for checkpoints; this is a predictor already."
             )
         rules = read_map(map_file) if map_file else []
         source = None if finished else _open(checkpoint)

@@ -4,13 +4,14 @@ import statistics
 from typing import Annotated
 
 from rich.console import Console
-from rich.table import Table
+from rich.text import Text
 
+from ..errors import ConfigError
 from . import options as o
 from .errors import interruptible, one_line_errors
 from .inputs import check_block
 from .models import load_model
-from .tables import show
+from .tables import say
 
 
 def demo(
@@ -25,6 +26,8 @@ def demo(
 
     with one_line_errors(), interruptible():
         check_block(block_size)
+        if sparsity == 0:
+            raise ConfigError("--sparsity 0 drops nothing; give one above 0.")
         model, tokenizer = load_model(
             None, sparsity=sparsity, block_size=block_size, selector=selector
         )
@@ -33,13 +36,13 @@ def demo(
         console = Console(highlight=False)
         document = data.DOCUMENT.read_text(encoding="utf-8").strip()
         session = Session(model, tokenizer)
-        console.print(
+        say(
             f"A demonstration: a model of 9.4 M parameters reads {data.DOCUMENT.name} "
-            f"({len(document):,} characters)\nand answers questions about it, with "
-            f"{sparsity:.0%} of the FFN neurons dropped and as stock mlx-lm.\n"
+            f"({len(document):,} characters) and answers questions about it, with "
+            f"{sparsity:.0%} of the FFN neurons dropped and as stock mlx-lm.",
+            console,
         )
         session.warm_up()
-        table = Table("question", "wanted", "sparse", "TTFT", "dense", "dense TTFT")
         ttft: dict[bool, list[float]] = {True: [], False: []}
         skipped = 0.0
         for i, (question, wanted) in enumerate(data.questions()):
@@ -47,21 +50,24 @@ def demo(
             session.messages.append(
                 {"role": "user", "content": f"{document}\n\n{question}"}
             )
-            cells: dict[bool, list[str]] = {}
+            said: dict[bool, str] = {}
+            say(f"\n{question} ({wanted})", console, "bold")
             for sparse in (True, False) if i % 2 == 0 else (False, True):
                 text = ""
-                with console.status(f"{question} ({'sparse' if sparse else 'dense'})"):
+                with console.status(f"reading, {'sparse' if sparse else 'dense'}"):
                     for r in session.answer_again(sparse, max_tokens=40):
                         text += r.text
                 ttft[sparse].append(r.ttft)
-                cells[sparse] = [text.strip(), f"{r.ttft:.2f} s"]
+                said[sparse] = f"{r.ttft:6.2f} s  {text.strip()}"
                 skipped = r.ffn_sparsity if sparse else skipped
-            table.add_row(question, wanted, *cells[True], *cells[False])
-        show(table, console)
+            for sparse, name in ((True, "sparse"), (False, "dense ")):
+                console.print(Text(f"  {name} {said[sparse]}"))
         sparse_s, dense_s = (statistics.median(ttft[k]) for k in (True, False))
-        console.print(
-            f"{r.prompt_tokens:,} prompt tokens, {skipped:.0%} of their FFN FLOPs skipped. "
+        say(
+            f"\n{r.prompt_tokens:,} prompt tokens, {skipped:.0%} of their FFN FLOPs skipped. "
             f"Median TTFT: sparse {sparse_s:.2f} s, stock mlx-lm {dense_s:.2f} s, "
-            f"{dense_s / sparse_s:.2f}x."
+            f"{dense_s / sparse_s:.2f}x. A model so small gains little, a larger one more.",
+            console,
         )
-        console.print("Ask it yourself: mlx_fastforward chat --file", data.DOCUMENT)
+        print(f"\nAsk it yourself: mlx_fastforward chat --file {data.DOCUMENT}")
+        print(f"A real model:    mlx_fastforward chat --model {o.EXAMPLE}")

@@ -190,8 +190,10 @@ def _tuned(net: Any, engine: Any) -> tuple[Any, str]:
     from .first_use import multiplied, worth_tuning
 
     device = tuned.remembered(tuned.key(engine, tuned.heads_of(net, engine)))
-    if not any(engine.keep) or (device is None and not worth_tuning(engine)):
-        return engine.device, "not needed: nothing runs sparsely, or FFNs are too small"
+    if not any(engine.keep):
+        return engine.device, "not needed: nothing runs sparsely"
+    if device is None and not worth_tuning(engine):
+        return engine.device, "not needed: the FFNs are too small to gain by it"
     if device is None:
         return engine.device, "not yet: the first chat, generate or tune measures it"
     unpacked = f"; {multiplied(device)}" if device.unpack else ""

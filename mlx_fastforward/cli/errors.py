@@ -1,6 +1,7 @@
 """What a command prints and returns when it cannot go on: one line, 2 for usage, 1 for failure."""
 
 import contextlib
+import errno
 import os
 import sys
 from typing import Iterator, NoReturn
@@ -39,6 +40,10 @@ def one_line_errors() -> Iterator[None]:
         fail(str(e), 2)
     except FastForwardError as e:
         fail(str(e))
+    except OSError as e:  # a full disk; a reader that went away is typer's
+        if e.errno in (None, errno.EPIPE):
+            raise
+        fail(f"{e.filename}: {e.strerror}." if e.filename else f"{e.strerror}.")
     except RuntimeError as e:
         if ranks.rank() is None or not ranks.is_lost_peer(e):
             raise
@@ -50,18 +55,22 @@ def _leave_the_dead() -> NoReturn:
     try:
         fail("another process of mlx.launch has ended, and this one with it.")
     finally:
-        for stream in (sys.stdout, sys.stderr, sys.__stderr__):
-            if stream is not None:
-                stream.flush()
-        os._exit(1)
+        end(1)
+
+
+def end(code: int) -> NoReturn:
+    """End at once, without Python's clean-up and mlx's."""
+    for stream in (sys.stdout, sys.stderr, sys.__stderr__):
+        if stream is not None:
+            stream.flush()
+    os._exit(code)
 
 
 @contextlib.contextmanager
 def interruptible() -> Iterator[None]:
     """Ctrl-C leaves quietly, with the shell's code for it."""
     try:
-        # not by warn(): a bar in the last line is in the way
-        with answered(lambda text: print(f"mlx_fastforward: {text}", file=sys.stderr)):
+        with answered(warn):
             yield
     except KeyboardInterrupt:
         warn("stopped.")

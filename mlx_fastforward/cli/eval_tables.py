@@ -39,7 +39,10 @@ def show(environment: dict[str, Any], found: Any, worst: Any, points: Any) -> No
     console = Console(highlight=False)
     say(", ".join(f"{k} {v}" for k, v in environment.items()), console)
     answered = scores_and_kl(found, points)
-    show_table(_worst(worst), console)
+    lines = (
+        console.is_terminal and console.width >= 120
+    )  # one for each, and little room
+    show_table(_worst(worst, *((22, 15) if lines else ())), console)
     for arm in dict.fromkeys(s.arm for s in answered):
         say(verdict([s for s in answered if s.arm == arm][-1]), console)
 
@@ -172,18 +175,19 @@ def _perplexity(found: Any) -> Table:
     return table
 
 
-def _worst(records: Any) -> Table:
+def _worst(records: Any, asked: int = 60, said: int = 60) -> Table:
+    """Where they are furthest apart; questions and answers are cut to so many letters."""
     title = f"Largest KL under {records[0].arm}"
     answers = ("expected", "dense", "sparse")
     table = _table(title, "task", "question", "depth", "tokens", "KL", *answers)
-    for r in records:
+    for r in [r for r in records if r.kl >= 0.0005] or records[:1]:
         table.add_row(
             r.task,
-            _short(_brief(r.name), 22),
+            _short(_brief(r.name), asked),
             "-" if r.depth is None else f"{r.depth:.0%}",
             f"{r.tokens:,}",
             f"{r.kl:.3f}",
-            *(_short(text, 15) for text in (r.expected, r.dense, r.sparse)),
+            *(_short(text, said) for text in (r.expected, r.dense, r.sparse)),
         )
     return table
 

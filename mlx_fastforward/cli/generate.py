@@ -43,7 +43,7 @@ def generate(
     prompt_option: Annotated[
         Optional[str], o.opt("The same, as in mlx_lm.", "--prompt", "-p")
     ] = None,
-    file: o.File = None,
+    file: o.Files = [],
     force: o.Force = False,
     json_output: Annotated[
         bool, o.opt("Print one JSON object with statistics.", "--json")
@@ -129,12 +129,14 @@ def generate(
 
       mlx_fastforward generate --file report.txt "Summarise this." --sparsity 0.4
 
-      git diff | mlx_fastforward generate - --model mlx-community/Llama-3.2-3B-Instruct-4bit --json
+      git diff | mlx_fastforward generate --file - "Review this change." --json
     """
     with one_line_errors(), interruptible():
         text = asked_text(prompt, prompt_option, file)
         check_lengths(max_tokens, prefill_step_size, block_size)
         check_choice("--selector", selector, o.SELECTORS)
+        check_choice("--kv-bits", kv_bits, (1, 2, 3, 4, 5, 6, 8))
+        check_choice("--kv-group-size", kv_group_size, (32, 64, 128))
         template = template_config(chat_template_config)
         if draft_model is not None:
             one_process("--draft-model")

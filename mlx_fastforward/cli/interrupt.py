@@ -68,8 +68,30 @@ def _watch(out: int, tell: Callable[[str], None]) -> None:
             pressed = True
 
 
+@contextlib.contextmanager
+def unseen() -> Iterator[None]:
+    """Keys that are pressed meanwhile wait for the next line, and do not show between the words of an answer."""
+    _echo(False)
+    try:
+        yield
+    finally:
+        _echo(True)
+
+
+def _echo(on: bool) -> None:
+    if sys.stdin is None or not sys.stdin.isatty():
+        return
+    import termios
+
+    settings = termios.tcgetattr(sys.stdin)
+    local = settings[3] & ~termios.ECHO
+    settings[3] = local | (termios.ECHO if on else 0)
+    termios.tcsetattr(sys.stdin, termios.TCSANOW, settings)
+
+
 def _end() -> NoReturn:
     """Leave without another word; a progress bar may have hidden the cursor."""
+    _echo(True)
     if sys.__stderr__ is not None and sys.__stderr__.isatty():
         print("\x1b[?25h", file=sys.__stderr__, flush=True)
     os._exit(130)

@@ -10,10 +10,10 @@ LORA_NAME = "adapter_config.json"
 
 
 def checked_name(name: Optional[str]) -> str:
-    """A --model that may name one; None is the demo model."""
+    """A --model that may name one; None or "demo" is the demo model."""
     if name == "":
         raise ConfigError("--model must be a folder or repository name, got nothing.")
-    name = str(demo.MODEL) if name is None else name
+    name = str(demo.MODEL) if name in (None, demo.NAME) else name
     path = Path(name)
     if path.is_file():
         raise LoadProblem(f"{name} is a file; expected a model folder or repository.")

@@ -5,10 +5,13 @@ from typing import Annotated, Any, Optional
 
 import typer
 
+from .. import demo
+
 MODEL = "Model"
 SPARSE = "Sparse prefill"
 SPECULATIVE = "Speculative prefill (approximate: part of the prompt is not read)"
 SAMPLING = "Generation"
+EXAMPLE = "mlx-community/Llama-3.2-3B-Instruct-4bit"
 SELECTORS = ("auto", "trained", "probe", "first-block")
 
 
@@ -21,8 +24,9 @@ Model = Annotated[
     Optional[str],
     opt(
         "Local model folder or Hugging Face repository, "
-        "e.g. mlx-community/Llama-3.2-3B-Instruct-4bit. Default: the bundled demo model.",
+        f"e.g. {EXAMPLE}. Default: demo, the bundled one.",
         panel=MODEL,
+        callback=lambda name: None if name == demo.NAME else name,
     ),
 ]
 AdapterPath = Annotated[
@@ -234,7 +238,10 @@ CacheGb = Annotated[
     float,
     opt("Size of that folder; the least recently used are deleted.", panel=SAMPLING),
 ]
-File = Annotated[Optional[Path], opt("A text document to put before the prompt.")]
+Files = Annotated[
+    list[Path],
+    opt("A text document to put before the prompt; may be given again.", "--file"),
+]
 Force = Annotated[
     bool, opt("Read what is longer than the model was made for.", "--force")
 ]

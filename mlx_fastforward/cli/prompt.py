@@ -11,23 +11,30 @@ from .inputs import decoded, read_text
 QUERY = "<query>"
 
 
-def asked_text(
-    prompt: Optional[str], option: Optional[str], file: Optional[Path]
-) -> str:
-    """The document and the question, of an argument, an option or standard input."""
+STDIN = Path("-")
+
+
+def asked_text(prompt: Optional[str], option: Optional[str], files: list[Path]) -> str:
+    """The documents and the question, of an argument, an option or standard input."""
     if prompt is not None and option is not None:
         fail("give the prompt once: as argument or with --prompt.", 2)
     asked = prompt if prompt is not None else option
-    if asked == "-" and ranks.rank() is not None:
-        fail("mlx.launch never ends standard input; use --file in the place of '-'.", 2)
-    piped = asked is None and file is None and not sys.stdin.isatty()
+    if (asked == "-" or STDIN in files) and ranks.rank() is not None:
+        fail("mlx.launch never ends standard input; name a --file in place of '-'.", 2)
+    if (asked == "-") + files.count(STDIN) > 1:
+        fail("standard input can be read once: as the prompt or as a --file.", 2)
+    piped = asked is None and not files and not sys.stdin.isatty()
     if asked == "-" or piped:
-        asked = decoded(sys.stdin.buffer.read()).strip()
-    document = read_text(file) if file is not None else None
-    text = "\n\n".join(t for t in (document, asked) if t and t.strip())
+        asked = _piped()
+    documents = [_piped() if file == STDIN else read_text(file) for file in files]
+    text = "\n\n".join(t for t in (*documents, asked) if t and t.strip())
     if not text:
         fail("no prompt: give it as an argument, '-' for standard input, or --file.", 2)
     return text
+
+
+def _piped() -> str:
+    return decoded(sys.stdin.buffer.read()).strip()
 
 
 def prompt_tokens(

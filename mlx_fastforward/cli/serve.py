@@ -8,6 +8,7 @@ import signal
 import socket
 import sys
 import types
+import warnings
 from http.server import ThreadingHTTPServer
 from pathlib import Path
 from typing import Any, Callable, NoReturn, Optional
@@ -17,7 +18,7 @@ import typer
 from .. import demo, ranks
 from ..errors import ConfigError
 from .disk_cache import disk_cache
-from .errors import fail, one_line_errors, one_process
+from .errors import end, fail, one_line_errors, one_process
 from .first_use import tune_first
 from .models import checked_name
 from .outputs import prefill_line
@@ -219,6 +220,8 @@ def run(args: argparse.Namespace) -> None:
     first = not ranks.rank()
     if first:
         check_free(args.host, args.port)
+    # docs/server.md says it; as a warning it looks like a fault
+    warnings.filterwarnings("ignore", "mlx_lm.server is not recommended")
     server.maybe_set_recommended_wired_limit()
     tune = tune_for_long_prompts if not args.no_tune else lambda model: None
     reader = lambda net, tok: speculative(net, tok, args.prefill_draft, keeping)
@@ -243,8 +246,14 @@ def run(args: argparse.Namespace) -> None:
         print("mlx_fastforward: stopped.", file=sys.stderr)
     finally:
         generator.stop_and_join()
+        if disk is not None:
+            disk.jobs.join()
     if generator.failure is not None:
         raise generator.failure
+    if ranks.rank() is None:
+        # what mlx compiled in the generation thread is freed after that thread's end and needs
+        # Python for it: a clean-up meanwhile would abort
+        end(0)
 
 
 def check_shared(args: argparse.Namespace) -> None:

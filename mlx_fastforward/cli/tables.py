@@ -1,5 +1,6 @@
 """Tables and long lines that suit where they go: a wide terminal, a narrow one, or a pipe."""
 
+import sys
 import textwrap
 from typing import Any, Optional
 
@@ -26,14 +27,19 @@ def show(table: Table, console: Optional[Console] = None) -> None:
 def say(text: str, console: Optional[Console] = None, style: str = "") -> None:
     """Lines that a terminal breaks between words, as far in as they begin, and a pipe not at all."""
     console = console or Console(highlight=False)
-    if console.is_terminal:
-        text = "\n".join(_filled(line, console.width) for line in text.splitlines())
-    console.print(Text(text, style=style), soft_wrap=True)
+    console.print(Text(_fitted(text, console), style=style), soft_wrap=True)
 
 
 def warn(text: str) -> None:
-    """A line on standard error, under the program's name."""
-    say(f"mlx_fastforward: {text}", Console(stderr=True, highlight=False))
+    """A line on standard error, under the program's name; above a bar, which would overwrite a console's."""
+    line = f"mlx_fastforward: {text}"
+    print(_fitted(line, Console(stderr=True)), file=sys.stderr, flush=True)
+
+
+def _fitted(text: str, console: Console) -> str:
+    if not console.is_terminal:
+        return text
+    return "\n".join(_filled(line, console.width) for line in text.splitlines())
 
 
 def labelled(label: str, text: str, console: Console) -> None:

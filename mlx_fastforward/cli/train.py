@@ -116,6 +116,8 @@ def train(
         name = public_name(model)
         base = BaseModel.of(net, name)
         out = expanded(out or default_folder(base))
+        if out.is_file():
+            fail(f"{out} is a file; expected a folder to write to.")
         # of the same command, perhaps
         unfinished = (out / WORK / "state.json").exists() and not restart
         if (out / JSON_NAME).exists() and not (overwrite or unfinished or dry_run):

@@ -3,6 +3,7 @@
 from pathlib import Path
 
 HERE = Path(__file__).parent
+NAME = "demo"  # as --model
 MODEL = HERE / "model"
 DOCUMENT = HERE / "document.txt"
 QUESTIONS = HERE / "questions.txt"
