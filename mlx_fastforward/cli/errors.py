@@ -55,15 +55,10 @@ def _leave_the_dead() -> NoReturn:
     try:
         fail("another process of mlx.launch has ended, and this one with it.")
     finally:
-        end(1)
-
-
-def end(code: int) -> NoReturn:
-    """End at once, without Python's clean-up and mlx's."""
-    for stream in (sys.stdout, sys.stderr, sys.__stderr__):
-        if stream is not None:
-            stream.flush()
-    os._exit(code)
+        for stream in (sys.stdout, sys.stderr, sys.__stderr__):
+            if stream is not None:
+                stream.flush()
+        os._exit(1)
 
 
 @contextlib.contextmanager

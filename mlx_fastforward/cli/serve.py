@@ -18,7 +18,7 @@ import typer
 from .. import demo, ranks
 from ..errors import ConfigError
 from .disk_cache import disk_cache
-from .errors import end, fail, one_line_errors, one_process
+from .errors import fail, one_line_errors, one_process
 from .first_use import tune_first
 from .models import checked_name
 from .outputs import prefill_line
@@ -250,10 +250,6 @@ def run(args: argparse.Namespace) -> None:
             disk.jobs.join()
     if generator.failure is not None:
         raise generator.failure
-    if ranks.rank() is None:
-        # what mlx compiled in the generation thread is freed after that thread's end and needs
-        # Python for it: a clean-up meanwhile would abort
-        end(0)
 
 
 def check_shared(args: argparse.Namespace) -> None:
