@@ -39,9 +39,8 @@ def show(environment: dict[str, Any], found: Any, worst: Any, points: Any) -> No
     console = Console(highlight=False)
     say(", ".join(f"{k} {v}" for k, v in environment.items()), console)
     answered = scores_and_kl(found, points)
-    lines = (
-        console.is_terminal and console.width >= 120
-    )  # one for each, and little room
+    # one line for each, with little room
+    lines = not console.is_terminal or console.width >= 120
     show_table(_worst(worst, *((22, 15) if lines else ())), console)
     for arm in dict.fromkeys(s.arm for s in answered):
         say(verdict([s for s in answered if s.arm == arm][-1]), console)
