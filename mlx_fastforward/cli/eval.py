@@ -102,7 +102,7 @@ def evaluate(
 
       mlx_fastforward eval --sparsities 0,0.5 --prune-tokens 0.1,0.25
 
-      mlx_fastforward eval --sparsities 0,0.5 --prefill-draft DRAFT,self --keep 1,0.7,0.5 --png all.png
+      mlx_fastforward eval --sparsities 0,0.5 --prefill-draft words,DRAFT --keep 1,0.5,0.3 --png all.png
 
       mlx_fastforward eval --data questions.jsonl --tasks qa
     """

@@ -146,7 +146,7 @@ def reaching(
         most = max(found, key=lambda r: r["speedup"])
         raise ConfigError(
             f"nothing that was measured for this model is {speedup:g} times as fast by its FLOPs; "
-            f"{named(most)} is {most['speedup']:.2f}. eval --save --prefill-draft DRAFT --keep "
+            f"{named(most)} is {most['speedup']:.2f}. eval --save --prefill-draft words --keep "
             "0.5,0.3 measures more."
         )
     top = max(r["facts"] for r in fast)
