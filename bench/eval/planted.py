@@ -1,7 +1,7 @@
 """What is planted into prose, and what is asked about it; wording is that of the demo model's training.
 
 The tasks of ``HARD`` are where methods that read less are known to break: what must be counted, found
-in several places at once, copied letter by letter, or put into JSON.
+in several places at once or in a result of a tool, copied letter by letter, or put into JSON.
 """
 
 import json
@@ -14,6 +14,7 @@ from ...train.facts import CODE, NAMES, WORD, WORDS, asked, planted
 DEPTHS = (0.5, 0.25, 0.75, 0.0, 1.0)  # the end and the beginning are read densely
 COUNTS = "two three four five six seven".split()
 ROWS = 6  # of a table or a program
+RESULTS = 4  # of a tool
 
 
 @dataclass(frozen=True)
@@ -117,6 +118,18 @@ def _block(
     return [(depth, "\n".join(lines))], [Question(question, [answer], kind, depth)]
 
 
+def _tool(rng: random.Random) -> Made:
+    """A fact in one of several results of a tool, as an agent's conversation has them."""
+    names, codes = rng.sample(NAMES, RESULTS), _codes(rng, RESULTS)
+    results = [
+        json.dumps({"tool": "read_note", "content": planted(CODE, name, code)})
+        for name, code in zip(names, codes)
+    ]
+    lines = [f"<tool_response>\n{result}\n</tool_response>" for result in results]
+    i = rng.randrange(RESULTS)
+    return _block(lines, asked(CODE, names[i]), codes[i], rng, "tool")
+
+
 def _json(rng: random.Random) -> Made:
     """Two facts about one person, as an object."""
     (who, other), values = rng.sample(NAMES, 2), rng.sample(WORDS, 2)
@@ -143,5 +156,6 @@ HARD: dict[str, Callable[[random.Random], Made]] = {
     "several": _several,
     "table": _table,
     "code": _code,
+    "tool": _tool,
     "json": _json,
 }

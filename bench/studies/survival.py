@@ -20,7 +20,7 @@ from ...tokens.speculative import KeepConfig, kept_places
 from ...tokens.words import with_words
 from ..eval.tasks import build
 
-TASKS = "needle,key-value,quote,several,table,code"
+TASKS = "needle,key-value,quote,several,table,code,tool"
 
 
 class Chance(Scorer):

@@ -48,7 +48,7 @@ def evaluate(
         Optional[str],
         o.opt(
             "continuation, needle, key-value, quote, chat: the default; qa with --data; hard ones: "
-            "counting, several, table, code, json. Or LongBench's or MMLU's."
+            "counting, several, table, code, tool, json. Or LongBench's or MMLU's."
         ),
     ] = None,
     longbench: Annotated[
