@@ -73,7 +73,8 @@ def main(
 
 def both(scorer: Scorer, ids: list[int]) -> Iterator[tuple[str, np.ndarray]]:
     """A scorer's own scores, and those together with the question's words."""
-    config, own = KeepConfig(), scorer.score(ids, 0, KeepConfig())
+    config = KeepConfig()
+    own = scorer.score(ids, 0, config)
     if own.any():
         yield scorer.name, own
     if not isinstance(scorer, Chance):

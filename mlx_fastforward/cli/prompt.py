@@ -9,8 +9,6 @@ from .errors import fail
 from .inputs import decoded, read_text
 
 QUERY = "<query>"
-
-
 STDIN = Path("-")
 
 

@@ -37,7 +37,8 @@ Clients: base URL http://127.0.0.1:8080/v1 (OpenAI), http://127.0.0.1:8080 (Anth
 def serve(ctx: typer.Context) -> None:
     """Serve models over HTTP, for editors, agents and web pages."""
     with one_line_errors():
-        run(parser().parse_args(ctx.args))
+        flags = parser()
+        run(flags.parse_args(ctx.args), flags.get_default)
 
 
 LOOPBACK = ("127.0.0.1", "localhost", "::1")
@@ -187,10 +188,9 @@ def _without_help(theirs: argparse.ArgumentParser) -> argparse.ArgumentParser:
     return theirs
 
 
-def run(args: argparse.Namespace) -> None:
-    """Load and tune, then serve until Ctrl-C."""
+def run(args: argparse.Namespace, usual: Callable[[str], Any]) -> None:
+    """Load and tune, then serve until Ctrl-C; ``usual`` tells a flag's default."""
     args.model = checked_name(args.model)
-    usual = parser().get_default
     chosen = settled(vars(args), lambda name: getattr(args, name) != usual(name))
     vars(args).update(vars(chosen))
     args.drop_line = patterns(args.drop_line)

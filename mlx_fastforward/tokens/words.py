@@ -17,7 +17,7 @@ CHUNKS = 3  # the answer stands near the words of its question, not on them
 
 
 def word_scores(
-    ids: Sequence[int], start: int, config: KeepConfig, begin: int = 0
+    ids: Sequence[int], start: int, config: KeepConfig, begin: int
 ) -> np.ndarray:
     """Scores of the prompt's tokens from ``start`` on, 0 where nothing of a question is near.
 
